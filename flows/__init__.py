@@ -1,0 +1,1 @@
+"""Flows: which work runs on which kind of machine, in what order."""

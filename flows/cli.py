@@ -1,0 +1,250 @@
+"""The console command `cartwright`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import webbrowser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tasks.core import settings as environment
+from tasks.domain.errors import UserError
+
+app = typer.Typer(
+    help="Make small language models for shops: data, QLoRA, GPTQ and GGUF, measured, chosen, registered.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="`champion`, `recommended`, a variant of the latest run such as gguf-Q4_0, a .gguf file, or a Hugging Face folder."
+    ),
+]
+
+
+def main() -> None:
+    """Entry point: user errors are one message and exit code 2."""
+    settings = environment.load_settings()
+    environment.prepare_environment(settings)
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno in (28, 13, 30):  # ENOSPC, EACCES, EROFS
+            _fail(
+                f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and run the same command again; finished stages are kept.",
+                2,
+            )
+        raise
+    except KeyboardInterrupt:
+        _fail("Stopped. The same command goes on where this one ended.", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"Error: {message}" if code == 2 else message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+@app.command()
+def run(
+    profile: Annotated[
+        str, typer.Option(help="What to run: smoke (a minute, tests), quick (minutes), standard (about an hour), paper (needs a GPU).")
+    ] = "quick",
+    change: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change one field of the profile, such as train.epochs=2 or gguf=[F16,Q4_0]. May be given more than once.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
+) -> None:
+    """Run the pipeline: data, fine-tuning, quantization, measurement, choice, registration, report.
+
+    Stages that ran before with the same inputs are not run again. Stop it at any time: the same command goes on.
+    """
+    from tasks.config import dump, load_config, parse_overrides, resolve
+    from tasks.core.child import StageError
+
+    overrides = parse_overrides(change)
+    config = resolve(load_config(profile, overrides))  # before anything starts
+    if show_config:
+        print(dump(config))
+        return
+    settings = environment.load_settings()
+    from tasks.core.artifacts import Store
+
+    Store(settings.store_uri, settings.home).check_writable()
+    from flows.session import prefect_api
+
+    print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
+    with prefect_api(settings):
+        from flows.retrain import retrain
+
+        try:
+            folder = retrain(profile, overrides)
+        except StageError as error:
+            _fail(f"{error}\nThe same command goes on after the last finished stage.", 1)
+    _say_where(settings, folder)
+
+
+def _say_where(settings: environment.Settings, folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    computed = sum(stage["state"] == "computed" for stage in report["stages"])
+    cached = sum(stage["state"] == "cached" for stage in report["stages"])
+    print()
+    print(
+        f"{computed} stages computed, {cached} cached, in {report['wall_s']:.0f} s."
+        if computed
+        else f"Nothing to compute: all {cached} stages were cached."
+    )
+    print(f"Recommendation: {report['recommendation']['why']}")
+    print(
+        f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
+    )
+    print(f"Report: {folder / 'report.html'}")
+    bin_dir = Path(sys.executable).parent
+    print("Dashboards on what was just done:")
+    print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
+    print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {settings.mlflow_uri}")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Labelled JSONL: a `text` and its `gold` answer on each line. Default: the test split of the latest run."),
+    ] = None,
+    model: ModelOption = "recommended",
+    output: Annotated[Path | None, typer.Option(help="Save the figures as JSON.")] = None,
+) -> None:
+    """Score a model on labelled rows: exact match with its 95% interval, by language and intent."""
+    from tasks.asking import ask, find_model, read_labelled
+    from tasks.domain.scoring import score
+
+    settings = environment.load_settings()
+    found = find_model(settings, model)
+    rows, bad = read_labelled(data or found.dataset / "test.jsonl", found.spec)
+    for line, problem in bad:
+        print(f"line {line}: {problem}", file=sys.stderr)
+    if not rows:
+        raise UserError(
+            "data",
+            str(data),
+            "has no usable row",
+            mend='Write lines such as {"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}',
+        )
+    answers = ask(found, [row["text"] for row in rows])
+    figures = score(rows, answers, found.spec)
+    correct = figures.pop("correct")
+    figures |= {"model": model, "bad_lines": len(bad)}
+    exact = figures["exact_match"]
+    print(
+        f"exact match {exact['value']:.1%}  (95% interval {exact['low']:.1%} to {exact['high']:.1%}, {exact['n']} rows, {len(bad)} bad lines)"
+    )
+    print(f"intent accuracy {figures['intent_accuracy']:.1%}, valid answers {figures['json_valid']:.1%}")
+    for title in ("by_language", "by_intent"):
+        for name, part in figures[title].items():
+            print(f"  {name:<20}{part['value']:>7.1%}  of {part['n']}")
+    for row, text, right in list(zip(rows, answers, correct, strict=True))[:]:
+        if not right:
+            print(f"  wrong: {row['text']!r} -> {text}")
+            break
+    if output:
+        output.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+
+
+@app.command()
+def predict(
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input."
+        ),
+    ] = None,
+    model: ModelOption = "recommended",
+) -> None:
+    """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on."""
+    from tasks.asking import ask, find_model, read_texts
+    from tasks.domain.scoring import parse_answer
+
+    found = find_model(environment.load_settings(), model)
+    items, bad = (texts, []) if texts else read_texts(sys.stdin)
+    for line, problem in bad:
+        print(f"line {line}: {problem}", file=sys.stderr)
+    for text, raw in zip(items, ask(found, items, quiet=True), strict=True):
+        parsed = parse_answer(raw, found.spec)
+        answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
+        print(json.dumps({"text": text, **answer}, ensure_ascii=False))
+
+
+@app.command()
+def report(
+    run_id: Annotated[str, typer.Argument(help="A run, or `latest`.")] = "latest",
+    show: Annotated[bool, typer.Option("--open", help="Open the HTML page in a browser.")] = False,
+) -> None:
+    """Print a run's report as Markdown and say where its page is."""
+    from tasks.report import latest_report
+
+    folder = latest_report(environment.load_settings(), run_id)
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(f"Page: {folder / 'report.html'}")
+    if show:
+        webbrowser.open((folder / "report.html").as_uri())
+
+
+@app.command()
+def doctor() -> None:
+    """Check what a run needs on this machine: libraries, base model, converter, disk."""
+    checks = list(_checks(environment.load_settings()))
+    for good, name, detail in checks:
+        print(f"{'ok  ' if good else 'FAIL'}  {name:<24}{detail}")
+    if not all(good for good, _, _ in checks):
+        raise SystemExit(1)
+
+
+def _checks(settings: environment.Settings) -> Iterator[tuple[bool, str, str]]:
+    from tasks.base_model import offline_gguf
+    from tasks.config import load_config, profiles, resolve
+    from tasks.core import hardware
+    from tasks.core.artifacts import Store
+    from tasks.quantize_gguf import converter
+
+    def attempt(name: str, action: Callable[[], Any]) -> tuple[bool, str, str]:
+        try:
+            return True, name, str(action() or "")
+        except UserError as error:
+            return False, name, str(error)
+
+    facts = hardware.environment()
+    yield (
+        True,
+        "processor",
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['ram_gb']} GB, bf16 {'native' if hardware.native_bf16() else 'emulated: training uses fp32'}",
+    )
+    yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
+    for library, version in hardware.versions().items():
+        yield version != "missing", library, version
+    yield attempt("offline base model", offline_gguf)
+    yield attempt("GGUF converter", converter)
+    yield attempt("home can be written", Store(settings.store_uri, settings.home).check_writable)
+    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    yield free > 6, "disk", f"{free:.0f} GB free; a quick run takes about 4"
+    for profile in profiles():
+        if profile != "paper":  # its base model is on a hub
+            yield attempt(f"profile {profile}", lambda profile=profile: resolve(load_config(profile)) and "valid")
+
+
+if __name__ == "__main__":
+    main()

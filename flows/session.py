@@ -1,0 +1,167 @@
+"""What a run needs around it: a Prefect API, a parent run in MLflow, a store, a display; and its tidy end."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict
+
+from tasks.config import RunConfig
+from tasks.core import settings as environment
+from tasks.core.artifacts import Store
+from tasks.core.display import Display
+from tasks.core.runner import Runner
+from tasks.core.settings import Settings
+from tasks.core.source import git_state
+from tasks.core.tracking import Tracker
+from tasks.domain.errors import UserError
+
+API_START_S = 120
+
+
+class Run(BaseModel):
+    """A pipeline run as it passes between flows: small, and the same on every machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    config: RunConfig
+    started: str
+    resumed: bool
+
+
+_runners: dict[str, Runner] = {}
+
+
+def runner(run: Run) -> Runner:
+    """The runner of an open run."""
+    return _runners[run.run_id]
+
+
+def experiment_name(config: RunConfig) -> str:
+    """One MLflow experiment for each domain and base model."""
+    base = config.base_model.source.rstrip("/").split("/")[-1]
+    return f"{Path(config.data.domain).name}/{base}"
+
+
+@contextmanager
+def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterator[Run]:
+    """Open a run of a resolved configuration, or take one up again that was interrupted.
+
+    Raises:
+        UserError: the home cannot be written, or the same configuration is running already.
+    """
+    store = Store(settings.store_uri, settings.home)
+    store.check_writable()
+    lock = FileLock(settings.home / "locks" / f"run-{config.key()}.lock")
+    lock_folder = settings.home / "locks"
+    lock_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError("run", config.profile, "the same configuration is running already", mend="Wait for it, or stop it first") from None
+    with lock:
+        now = datetime.now(UTC)
+        git = git_state()
+        name = f"{now:%Y%m%d-%H%M%S}-{config.profile}"
+        tags = {
+            "cartwright.profile": config.profile,
+            "mlflow.source.git.commit": str(git["commit"] or ""),
+            "cartwright.git_dirty": str(git["dirty"]).lower(),
+        }
+        tracker = Tracker(settings, experiment_name(config), config.key(), name, tags)
+        run = Run(run_id=tracker.run_name, config=config, started=now.isoformat(timespec="seconds"), resumed=tracker.resumed)
+        _runners[run.run_id] = Runner(run.run_id, settings, store, tracker, display)
+        try:
+            yield run
+        except KeyboardInterrupt:
+            tracker.end("KILLED")
+            raise
+        except BaseException:
+            tracker.end("FAILED")
+            raise
+        else:
+            tracker.end("FINISHED")
+        finally:
+            del _runners[run.run_id]
+
+
+@contextmanager
+def prefect_api(settings: Settings) -> Iterator[None]:
+    """A Prefect API for this process: the one of `PREFECT_API_URL`, else a private one on loopback.
+
+    Prefect's own ephemeral server outlives a parent that is killed; this one is killed with it by the kernel.
+    """
+    if settings.prefect_api_url:
+        yield
+        return
+    settings.prefect_home.mkdir(parents=True, exist_ok=True)
+    log = settings.home / "logs" / "prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.home / "prefect.lock"):  # two first starts would race in the migration
+        port = _free_port()
+        with log.open("ab") as output:
+            server = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "tasks.core.child",
+                    "--exec",
+                    "prefect",
+                    "server",
+                    "start",
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(port),
+                    "--no-ui",
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment.child_environment(),
+                start_new_session=True,
+            )
+        try:
+            _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log)
+        except BaseException:
+            server.kill()
+            raise
+    environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
+    try:
+        yield
+    finally:
+        environment.set_prefect_api(None)
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + API_START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise RuntimeError(f"Prefect's server ended with exit code {server.returncode}. Its log: {log}")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"Prefect's server did not answer within {API_START_S} s. Its log: {log}")

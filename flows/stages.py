@@ -1,0 +1,128 @@
+"""The stage flows: pieces of the DAG that run on one kind of machine. Order and branching only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.session import Run, runner
+from tasks.base_model import base_model
+from tasks.benchmark import benchmark
+from tasks.core.artifacts import Manifest
+from tasks.core.child import StageError
+from tasks.decide import BASE, REFERENCE, Variant, decide, recommended_cpu
+from tasks.evaluate import evaluate
+from tasks.finetune import finetune
+from tasks.merge import merge
+from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gptq import quantize_gptq
+from tasks.register import champion_artefact, register_variants
+from tasks.report import write_report
+from tasks.synthesize import synthesize
+
+Models = dict[str, Manifest]
+Failed = dict[str, str]
+
+
+@flow(name="data")
+def make_data(run: Run) -> Manifest:
+    """Labelled utterances, split and checked for leaks."""
+    return runner(run)(synthesize, run.config.data)
+
+
+@flow(name="train")
+def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
+    """Base model, adapter and merged 16-bit model."""
+    call = runner(run)
+    base = call(base_model, run.config.base_model)
+    adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
+    return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
+
+
+@flow(name="quantize-gptq")
+def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed]:
+    """Every GPTQ variant; one that fails does not stop the others."""
+    variants, models, failed = [], {}, {}
+    for config in run.config.gptq:
+        name = f"gptq-{config.bits}bit" + (f"-g{config.group_size}" if config.group_size else "")
+        variants.append(Variant(name=name, format="gptq", bits=config.bits, runtime="transformers", role="candidate"))
+        try:
+            models[name] = runner(run)(quantize_gptq, config, f"quantize {name}", model=tuned, dataset=dataset)
+        except StageError as error:
+            failed[name] = str(error)
+    return variants, models, failed
+
+
+@flow(name="quantize-gguf")
+def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed]:
+    """Every GGUF format from one F16 file; one that fails does not stop the others."""
+    variants, models, failed = [], {}, {}
+    converted = runner(run)(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)
+    for kind in run.config.gguf:
+        name = f"gguf-{kind}"
+        variants.append(
+            Variant(name=name, format="gguf", bits=16 if kind == "F16" else int(kind.strip("IQ")[0]), runtime="llama_cpp", role="candidate")
+        )
+        try:
+            models[name] = runner(run)(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", gguf=converted)
+        except StageError as error:
+            failed[name] = str(error)
+    return variants, models, failed
+
+
+@flow(name="measure")
+def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest, failed: Failed) -> tuple[Models, Models, Failed]:
+    """Accuracy and speed of every variant, each in the runtime it will be deployed with, on the same rows."""
+    call, config = runner(run), run.config
+    evaluations, benchmarks, failed = {}, {}, dict(failed)
+    for variant in variants:
+        if variant.name in failed:
+            continue
+        how = {"runtime": variant.runtime, "zero_shot": variant.role == "base"}
+        try:
+            evaluations[variant.name] = call(
+                evaluate, config.evaluate.model_copy(update=how), f"evaluate {variant.name}", model=models[variant.name], dataset=dataset
+            )
+            benchmarks[variant.name] = call(
+                benchmark, config.benchmark.model_copy(update=how), f"benchmark {variant.name}", model=models[variant.name], dataset=dataset
+            )
+        except StageError as error:
+            failed[variant.name] = str(error)
+    return evaluations, benchmarks, failed
+
+
+@flow(name="choose")
+def choose(run: Run, variants: list[Variant], models: Models, evaluations: Models, benchmarks: Models, failed: Failed) -> Manifest:
+    """Figures side by side, Pareto front, recommendation."""
+    inputs = {
+        f"{kind}:{v.name}": found[v.name]
+        for v in variants
+        if v.name not in failed
+        for kind, found in (("model", models), ("evaluate", evaluations), ("benchmark", benchmarks))
+    }
+    config = run.config.decide.model_copy(update={"variants": tuple(variants), "failed": failed})
+    return runner(run).run(decide, config, "decide", inputs)
+
+
+@flow(name="release")
+def release(run: Run, decision: Manifest, dataset: Manifest, adapter: Manifest, models: Models, evaluations: Models) -> Path:
+    """Registry, gate and report; the folder of the report."""
+    call, config = runner(run), run.config
+    challenger = models.get(recommended_cpu(decision) or "")
+    champion = champion_artefact(call.tracker, call.store, config.register)
+    asked = None
+    if champion and challenger and champion.digest != challenger.digest:
+        how = {"runtime": "llama_cpp" if champion.kind == "quantize_gguf" else "transformers"}
+        asked = call(evaluate, config.evaluate.model_copy(update=how), "evaluate champion", model=champion, dataset=dataset)
+    verdict = call.act("register", lambda: register_variants(call, config.register, decision, dataset, models, evaluations, asked))
+    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, adapter, verdict))
+
+
+def all_variants(gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
+    """Base model and 16-bit reference first, then the quantized ones."""
+    first = [
+        Variant(name=BASE, format="hf", bits=16, runtime="transformers", role="base"),
+        Variant(name=REFERENCE, format="hf", bits=16, runtime="transformers", role="reference"),
+    ]
+    return [*first, *gptq, *gguf]

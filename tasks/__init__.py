@@ -1,0 +1,1 @@
+"""Tasks: one module per stage, one stage per artefact."""

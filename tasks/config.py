@@ -1,0 +1,159 @@
+"""A run's whole configuration: profiles, overrides, and one clear message for whatever does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.base_model import BaseModelConfig
+from tasks.benchmark import BenchmarkConfig
+from tasks.core.artifacts import canonical_json, describe_files, digest_of
+from tasks.decide import DecideConfig
+from tasks.domain.errors import UserError
+from tasks.domain.spec import domain_path, load_spec
+from tasks.evaluate import EvaluateConfig
+from tasks.finetune import FinetuneConfig
+from tasks.merge import MergeConfig
+from tasks.quantize_gguf import GgufFormat
+from tasks.quantize_gptq import QuantizeGptqConfig
+from tasks.register import RegisterConfig
+from tasks.synthesize import SynthesizeConfig, make_generator
+
+PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
+
+
+class RunConfig(BaseModel):
+    """Everything a run depends on. Profiles in `deployments/profiles/` are values of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str
+    base_model: BaseModelConfig = BaseModelConfig()
+    data: SynthesizeConfig = SynthesizeConfig()
+    train: FinetuneConfig = FinetuneConfig()
+    merge: MergeConfig = MergeConfig()
+    gguf: tuple[GgufFormat, ...] = Field(
+        ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"), min_length=1, description="GGUF formats to make"
+    )
+    gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
+    evaluate: EvaluateConfig = EvaluateConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    decide: DecideConfig = DecideConfig()
+    register: RegisterConfig = RegisterConfig()
+
+    def key(self) -> str:
+        """Hash of the whole configuration: what makes two pipeline runs the same one."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()[:16]
+
+
+def profiles() -> list[str]:
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def load_config(profile: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The configuration of a profile with some fields changed.
+
+    Args:
+        overrides: values by dotted name, such as `{"train.epochs": 2}`.
+
+    Raises:
+        UserError: unknown profile or field, or a value that is not allowed.
+    """
+    path = PROFILES / f"{profile}.yaml"
+    if profile not in profiles():
+        raise UserError("profile", profile, "is unknown", allowed=profiles())
+    values: dict[str, Any] = {"profile": profile, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
+    for name, value in (overrides or {}).items():
+        *parents, last = name.split(".")
+        target = reduce(lambda level, part: level.setdefault(part, {}), parents, values)
+        if not isinstance(target, dict):
+            raise UserError(name, value, f"{'.'.join(parents)} has no fields")
+        target[last] = value
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """`["train.epochs=2", "gguf=[F16,Q4_0]"]` as values by dotted name; values are read as YAML.
+
+    Raises:
+        UserError: an item without `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise UserError("--set", item, "is not of the form field=value", mend="For example --set train.epochs=2")
+        try:
+            parsed[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(name, text, "is not a YAML value", mend="Quote it, as in --set 'base_model.source=\"a: b\"'") from None
+    return parsed
+
+
+def _explained(error: ValidationError) -> UserError:
+    """The first problem of a config, with the values it may have."""
+    first = error.errors()[0]
+    location = list(map(str, first["loc"]))
+    context = first.get("ctx", {})
+    if first["type"] == "extra_forbidden":
+        model = _model_at(location[:-1])
+        names = [name for name in model.model_fields] if model else None
+        return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
+    allowed = context.get("expected")
+    message = first["msg"].removeprefix("Value error, ")
+    return UserError(".".join(location), first["input"], message, allowed=allowed)
+
+
+def _model_at(location: list[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if not found:
+            return None
+        model = found
+    return model
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Check what the configuration points at, before any work, and fill in the digests that make it exact.
+
+    Raises:
+        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used.
+    """
+    from tasks.base_model import resolve as resolve_base_model
+
+    spec = load_spec(config.data.domain)
+    _known("data.languages", config.data.languages, spec.languages)
+    _known("data.intents", config.data.intents, list(spec.intents))
+    make_generator(config.data)
+    digest = digest_of(describe_files(domain_path(config.data.domain)))
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"domain_sha256": digest}),
+            "base_model": resolve_base_model(config.base_model),
+        }
+    )
+
+
+def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise UserError(field, value, "is unknown", allowed=allowed)
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as JSON, to be shown and kept."""
+    return json.dumps(config.model_dump(mode="json"), indent=2)

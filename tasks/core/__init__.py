@@ -1,0 +1,1 @@
+"""What every stage stands on: store, stage seam, tracking, settings, hardware facts."""

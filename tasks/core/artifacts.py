@@ -1,0 +1,214 @@
+"""The content-addressed store. An artefact exists only when its manifest does: written last, then one atomic rename.
+
+Storage is an fsspec URI: `file://` (used in place), or a remote such as `s3://`, whose artefacts are copied to and from
+a local folder. A failure of the storage raises; it is never taken for a missing artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tasks.domain.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """All that passes between stages: what an artefact is, what it was made from, and what it holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    key: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    files: dict[str, FileEntry]
+    digest: str
+    metrics: dict[str, Any]
+    libraries: dict[str, str]
+    hardware: str
+    wall_s: float
+    peak_rss_mb: float | None
+    created: str
+
+    @property
+    def size_mb(self) -> float:
+        return sum(entry.size for entry in self.files.values()) / 1e6
+
+
+def canonical_json(value: Any) -> str:
+    """One text for equal values: sorted keys, no spaces, no NaN. Keys and digests are made from it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below `folder` except the manifest, by POSIX path relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size) for path in paths}
+
+
+def digest_of(files: dict[str, FileEntry]) -> str:
+    return hashlib.sha256(canonical_json({name: entry.sha256 for name, entry in files.items()}).encode()).hexdigest()
+
+
+class Store:
+    """A folder of artefacts, `<kind>/<key>/`, at an fsspec URI.
+
+    Args:
+        uri: where artefacts live and other machines find them.
+        local: a folder of this machine for work in progress and, if `uri` is remote, for copies.
+    """
+
+    def __init__(self, uri: str, local: Path) -> None:
+        self.uri = uri
+        self.fs, root = fsspec.core.url_to_fs(uri)
+        self.is_local = urlsplit(uri).scheme in ("", "file")
+        self.root = unquote(urlsplit(uri).path) if self.is_local else root
+        self._artefacts = Path(self.root) if self.is_local else local / "copies"
+        self._local = local
+
+    # Folders of this machine -------------------------------------------------------------------------------------
+
+    def path(self, kind: str, key: str) -> Path:
+        """Where an artefact's files are, or will be, on this machine."""
+        return self._artefacts / kind / key
+
+    def partial(self, kind: str, key: str) -> Path:
+        """Where an artefact is being made. Named by key, so that a restarted stage finds its checkpoints."""
+        return (self._artefacts if self.is_local else self._local) / ".partial" / f"{kind}-{key}"
+
+    def lock(self, kind: str, key: str) -> FileLock:
+        """Held while an artefact is looked up or made: two runs never make the same one twice. Freed by the kernel on death."""
+        folder = self._local / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{kind}-{key}.lock")
+
+    # Artefacts ---------------------------------------------------------------------------------------------------
+
+    def find(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
+        """Look an artefact up and verify every file of it.
+
+        Returns:
+            (manifest, None) if it is whole, (None, None) if there is none, (None, why) if it is damaged.
+        """
+        folder = self.path(kind, key)
+        if not self.is_local and not (folder / MANIFEST).is_file():
+            self._download(kind, key)
+        try:
+            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            return None, f"{folder} has no {MANIFEST}" if folder.exists() else None
+        except ValidationError as error:
+            return None, f"{folder / MANIFEST} cannot be read ({error.error_count()} problems)"
+        if (manifest.kind, manifest.key) != (kind, key):
+            return None, f"{folder / MANIFEST} belongs to {manifest.kind} {manifest.key}"
+        return (None, damage) if (damage := _damage(folder, manifest)) else (manifest, None)
+
+    def commit(self, folder: Path, manifest: Manifest) -> None:
+        """Turn a finished folder into an artefact: manifest written and flushed, folder renamed, copy uploaded."""
+        for name in manifest.files:
+            _flush(folder / name)
+        target = self.path(manifest.kind, manifest.key)
+        written = folder / (MANIFEST + ".new")
+        written.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        _flush(written)
+        written.rename(folder / MANIFEST)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.remove(manifest.kind, manifest.key)
+        folder.rename(target)
+        _flush(target.parent)
+        if not self.is_local:
+            self._upload(target, manifest)
+
+    def remove(self, kind: str, key: str) -> None:
+        """Remove an artefact: it stops existing before its files go."""
+        folder = self.path(kind, key)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def check_writable(self) -> None:
+        """Raise UserError unless this machine's part of the store takes a file."""
+        folder = self._artefacts
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"0" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(
+                "store",
+                str(folder),
+                f"cannot be written ({error.strerror})",
+                mend="Free space, mend the permissions, or set CARTWRIGHT_HOME",
+            ) from None
+
+    # Remote storage ----------------------------------------------------------------------------------------------
+
+    def _remote(self, kind: str, key: str, name: str) -> str:
+        return str(PurePosixPath(self.root) / kind / key / name)
+
+    def _upload(self, folder: Path, manifest: Manifest) -> None:
+        for name in [*manifest.files, MANIFEST]:  # the manifest last: until then nobody sees the artefact
+            self.fs.makedirs(str(PurePosixPath(self._remote(manifest.kind, manifest.key, name)).parent), exist_ok=True)
+            self.fs.put_file(str(folder / name), self._remote(manifest.kind, manifest.key, name))
+
+    def _download(self, kind: str, key: str) -> None:
+        if not self.fs.exists(self._remote(kind, key, MANIFEST)):
+            return
+        partial, target = self.partial(kind, key), self.path(kind, key)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.fs.get_file(self._remote(kind, key, MANIFEST), str(partial / (MANIFEST + ".new")))
+        manifest = Manifest.model_validate_json((partial / (MANIFEST + ".new")).read_bytes())
+        for name in manifest.files:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            self.fs.get_file(self._remote(kind, key, name), str(partial / name))
+        (partial / (MANIFEST + ".new")).rename(partial / MANIFEST)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.remove(kind, key)
+        partial.rename(target)
+
+
+def _damage(folder: Path, manifest: Manifest) -> str | None:
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry.size:
+            return f"{path} has {path.stat().st_size} bytes instead of {entry.size}"
+    for name, entry in manifest.files.items():
+        if sha256_file(folder / name) != entry.sha256:
+            return f"{folder / name} has been changed since it was made"
+    return None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on: one line a stage, a bar with the time left while it works."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tasks.core.progress import Event
+
+PLAIN_INTERVAL_S = 15.0  # how often a line is written where no bar can be drawn
+
+
+class Display:
+    """Progress on a terminal as a bar; in a log file as a line now and then."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._label = ""
+        self._started = self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def start(self, label: str) -> None:
+        """A stage begins to compute."""
+        self._label, self._started = label, time.monotonic()
+        self._last_line = self._started
+        if self.console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description:<28}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task(label, total=None, note="")
+            self._bar.start()
+        else:
+            self.say(f"  ...  {label}")
+
+    def event(self, event: Event) -> None:
+        """How far the stage is."""
+        if "done" not in event:
+            return
+        done, total, note = event["done"], event["total"], event["note"]
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S and done:
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._started) / done * (total - done)
+            self.say(f"       {self._label}  {done}/{total}  about {left:.0f} s left  {note}")
+
+    def finish(self, label: str, state: str, wall_s: float, detail: str = "") -> None:
+        """A stage ended: `computed`, `cached` or `failed`."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = self._task = None
+        mark = {"computed": "[green]done[/]  ", "cached": "[cyan]cached[/]", "failed": "[red]failed[/]"}[state]
+        wall = f"{wall_s:7.1f} s" if state != "cached" else " " * 9
+        self.say(f"{mark} {label:<28}{wall}  {detail}".rstrip())

@@ -1,0 +1,111 @@
+"""Facts about the machine: what it is, what it can do, how much memory a process takes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "optimum",
+    "gptqmodel",
+    "llama-cpp-python",
+    "gguf",
+    "prefect",
+    "mlflow",
+)
+
+
+@functools.cache
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+def cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def native_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; where it does not, bf16 training is slower than fp32."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+@functools.cache
+def gpu() -> str | None:
+    """Name of the first CUDA device, or None. Looks at the driver's files, so that torch need not be imported."""
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in information.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def hardware_class() -> str:
+    """What two measurements must share to be comparable; part of the key of every measurement."""
+    return f"{cpu_model()}|{cores()} cores|{gpu() or 'no GPU'}"
+
+
+def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
+    """Installed versions by name; `missing` for one that is not there."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """The `environment` of a report."""
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "ram_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu(),
+        "python": platform.python_version(),
+        "packages": versions(),
+    }
+
+
+def memory_mb() -> dict[str, float]:
+    """Resident, proportional and private memory of this process, MB; the last two are None where the kernel hides them."""
+    full = psutil.Process().memory_full_info()
+    return {"rss_mb": full.rss / 1e6, "pss_mb": getattr(full, "pss", 0) / 1e6, "private_mb": full.uss / 1e6}
+
+
+def peak_rss_mb() -> float:
+    """Largest resident set this process ever had, MB. VmHWM, since ru_maxrss starts at the size of the process that forked it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 / 1e6
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

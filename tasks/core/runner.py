@@ -1,0 +1,117 @@
+"""Runs stages for one pipeline run: as Prefect tasks, tracked in MLflow, shown on the terminal, noted for the report."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tasks.core import stage as seam
+from tasks.core.artifacts import Manifest, Store
+from tasks.core.child import StageError
+from tasks.core.display import Display
+from tasks.core.progress import Event
+from tasks.core.settings import Settings
+from tasks.core.stage import Stage, StageConfig
+from tasks.core.tracking import Tracker
+
+
+@dataclass
+class Runner:
+    """Everything a stage call needs beside its config and inputs."""
+
+    run_id: str
+    settings: Settings
+    store: Store
+    tracker: Tracker
+    display: Display
+    pool: str = "local"
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, stage: Stage, config: StageConfig, label: str = "", /, **inputs: Manifest) -> Manifest:
+        """Run a stage, or find its artefact, as a Prefect task whose state is `Cached` if nothing was computed.
+
+        Args:
+            label: what the call is shown as; the stage's name if empty.
+            inputs: the artefacts it reads, by the names its function knows them by.
+
+        Raises:
+            StageError: the stage failed.
+        """
+        return self.run(stage, config, label or stage.name, inputs)
+
+    def run(self, stage: Stage, config: StageConfig, label: str, inputs: Mapping[str, Manifest]) -> Manifest:
+        """As a call, for inputs whose names are no identifiers."""
+        return as_prefect_task(label, functools.partial(self._run, stage, config, label, inputs))
+
+    def act(self, label: str, action: Callable[[], tuple[Any, bool]]) -> Any:
+        """Run something that makes no artefact; `action` returns its result and whether there was nothing to do."""
+
+        def timed() -> tuple[Any, bool]:
+            started = time.monotonic()
+            result, nothing_to_do = action()
+            self._note(label, "", "cached" if nothing_to_do else "computed", time.monotonic() - started, None)
+            return result, nothing_to_do
+
+        return as_prefect_task(label, timed)
+
+    def _run(self, stage: Stage, config: StageConfig, label: str, inputs: Mapping[str, Manifest]) -> tuple[Manifest, bool]:
+        started = time.monotonic()
+        child_run: list[str] = []
+
+        def on_start() -> None:
+            self.display.start(label)
+            child_run.append(self.tracker.child(label, stage.key(config, inputs), "stage", {"cartwright.stage": stage.name}))
+
+        def on_event(event: Event) -> None:
+            self.display.event(event)
+            if "metrics" in event and child_run:
+                self.tracker.log(child_run[0], event["metrics"], step=event["step"])
+
+        try:
+            manifest, state = seam.run(stage, config, inputs, self.store, self.settings.home / "logs" / self.run_id, on_event, on_start)
+        except BaseException as error:
+            self.display.finish(label, "failed", time.monotonic() - started, str(error) if isinstance(error, StageError) else "")
+            if child_run:
+                self.tracker.client.set_terminated(child_run[0], "FAILED")
+            raise
+        self.tracker.log_stage(label, manifest, cached=state == "cached")
+        self._note(label, manifest.key, state, time.monotonic() - started, manifest)
+        return manifest, state == "cached"
+
+    def _note(self, label: str, key: str, state: str, wall_s: float, manifest: Manifest | None) -> None:
+        self.stages.append(
+            {
+                "name": label,
+                "key": key,
+                "state": state,
+                "wall_s": round(wall_s, 3),
+                "pool": self.pool,
+                "peak_rss_mb": manifest.peak_rss_mb if manifest else None,
+                "computed_in_s": manifest.wall_s if manifest else None,
+            }
+        )
+        self.display.finish(label, state, wall_s)
+
+
+def as_prefect_task(label: str, body: Callable[[], tuple[Any, bool]]) -> Any:
+    """Run `body` as a Prefect task. It returns a result and whether that was cached.
+
+    Prefect's own cache is not used: it would hold a second truth beside the store, and takes any storage error for a miss.
+    """
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    outcome: list[Any] = []
+
+    @task(name=label, task_run_name=label, cache_policy=NO_CACHE)
+    def run() -> Any:
+        result, cached = body()
+        outcome.append(result)
+        return Completed(name="Cached", message="Found whole in the store") if cached else None
+
+    run(return_state=True).result(raise_on_failure=True)
+    return outcome[0]

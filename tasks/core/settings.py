@@ -1,0 +1,81 @@
+"""Where things are on this machine. The only module that reads or sets the process environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Third parties are quiet, private, and do not look for a network on their own.
+_QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+    "PREFECT_CLI_COLORS": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "GIT_PYTHON_REFRESH": "quiet",
+    # With fewer workers than 2 GPTQModel 7.6 refuses to start: "Virtual pool 'model_loader:cpu' requests 2 workers".
+    "GPTQMODEL_CPU_WORKERS": "2",
+    "MPLBACKEND": "Agg",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The places Cartwright reads and writes. Everything is below `home` unless the environment says otherwise."""
+
+    home: Path
+    store_uri: str
+    mlflow_uri: str
+    prefect_api_url: str | None
+    llama_cpp: Path
+
+    @property
+    def reports(self) -> Path:
+        return self.home / "reports"
+
+    @property
+    def prefect_home(self) -> Path:
+        return self.home / "prefect"
+
+
+def load_settings() -> Settings:
+    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL` and `CARTWRIGHT_LLAMA_CPP`."""
+    env = os.environ
+    home = Path(env.get("CARTWRIGHT_HOME") or ".cartwright").absolute()
+    return Settings(
+        home=home,
+        store_uri=env.get("CARTWRIGHT_STORE") or (home / "store").as_uri(),
+        mlflow_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
+        prefect_api_url=env.get("PREFECT_API_URL") or None,
+        llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
+    )
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Set defaults for third parties; must run before they are imported. What the user set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_HOME", str(settings.prefect_home))
+    os.environ["CARTWRIGHT_HOME"] = str(settings.home)
+
+
+def set_prefect_api(url: str | None) -> None:
+    """Point this process and its children at a Prefect API, or at none."""
+    if url:
+        os.environ["PREFECT_API_URL"] = url
+    else:
+        os.environ.pop("PREFECT_API_URL", None)
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a stage's child process: ours, with defaults for third parties."""
+    return {**_QUIET, **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,150 @@
+"""The one seam: a stage is a plain function `(config, inputs, out_dir) -> metrics`; this module gives it everything else.
+
+Key, cache, lock, resume, child process, manifest. Neither the stage nor this module knows Prefect or MLflow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from tasks.core import child, hardware
+from tasks.core.artifacts import Manifest, Store, canonical_json, describe_files, digest_of
+from tasks.core.progress import Event
+
+logger = logging.getLogger("cartwright")
+
+State = Literal["computed", "cached"]
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's config: frozen, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageFunction(Protocol):
+    def __call__(self, config: Any, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage and what the seam must know of it.
+
+    Attributes:
+        version: raised by hand when the code's meaning changes, so that old artefacts are not used.
+        libraries: those whose version changes the result; part of the key.
+        measures: the result depends on the machine, so its class is part of the key.
+        resumable: an interrupted attempt's files are kept in `out_dir` for the next one.
+        isolated: runs in a child process of its own.
+    """
+
+    name: str
+    version: int
+    function: StageFunction
+    libraries: tuple[str, ...] = ()
+    measures: bool = False
+    resumable: bool = False
+    isolated: bool = True
+
+    @property
+    def config_type(self) -> type[StageConfig]:
+        return inspect.get_annotations(self.function, eval_str=True)["config"]
+
+    def key(self, config: StageConfig, inputs: Mapping[str, Manifest]) -> str:
+        """The artefact's name: a hash of everything the result depends on. No path, time or pickle is in it."""
+        parts = {
+            "stage": self.name,
+            "version": self.version,
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "libraries": hardware.versions(self.libraries),
+            "hardware": hardware.hardware_class() if self.measures else None,
+        }
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def stage(
+    name: str, *, version: int, libraries: tuple[str, ...] = (), measures: bool = False, resumable: bool = False, isolated: bool = True
+) -> Callable[[StageFunction], Stage]:
+    """Turn a plain stage function into a `Stage`; the function stays reachable as `.function`."""
+
+    def wrap(function: StageFunction) -> Stage:
+        return Stage(name, version, function, libraries, measures, resumable, isolated)
+
+    return wrap
+
+
+def run(
+    stage: Stage,
+    config: StageConfig,
+    inputs: Mapping[str, Manifest],
+    store: Store,
+    log_dir: Path,
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_start: Callable[[], None] = lambda: None,
+) -> tuple[Manifest, State]:
+    """Give the artefact of a stage: the stored one if it is whole, else a new one.
+
+    Raises:
+        child.StageError: the stage failed; its message has the reason and the log's path.
+        OSError: the store cannot be read or written. Never taken for a miss.
+    """
+    key = stage.key(config, inputs)
+    with store.lock(stage.name, key):
+        manifest, damage = store.find(stage.name, key)
+        if manifest:
+            return manifest, "cached"
+        if damage:
+            logger.warning("Rebuilding %s: %s", stage.name, damage)
+        on_start()
+        return _compute(stage, config, inputs, store, log_dir, key, on_event), "computed"
+
+
+def _compute(
+    stage: Stage,
+    config: StageConfig,
+    inputs: Mapping[str, Manifest],
+    store: Store,
+    log_dir: Path,
+    key: str,
+    on_event: Callable[[Event], None],
+) -> Manifest:
+    out_dir = store.partial(stage.name, key)
+    if out_dir.exists() and not stage.resumable:
+        shutil.rmtree(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folders = {name: store.path(manifest.kind, manifest.key) for name, manifest in inputs.items()}
+    started = time.monotonic()
+    if stage.isolated:
+        outcome = child.run_isolated(stage, config, folders, out_dir, log_dir / f"{stage.name}-{key[:8]}.log", on_event)
+    else:
+        outcome = child.Outcome(stage.function(config, folders, out_dir), None)
+    files = describe_files(out_dir)
+    manifest = Manifest(
+        kind=stage.name,
+        key=key,
+        version=stage.version,
+        config=config.model_dump(mode="json"),
+        inputs={name: manifest.digest for name, manifest in inputs.items()},
+        files=files,
+        digest=digest_of(files),
+        metrics=outcome.metrics,
+        libraries=hardware.versions(stage.libraries),
+        hardware=hardware.hardware_class(),
+        wall_s=round(time.monotonic() - started, 3),
+        peak_rss_mb=outcome.peak_rss_mb,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    store.commit(out_dir, manifest)
+    return manifest

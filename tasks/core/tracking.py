@@ -1,0 +1,236 @@
+"""MLflow: one parent run per pipeline run, one child per stage and per variant. The only module that imports mlflow.
+
+Runs are found by tag before they are made, so a retry never duplicates one. Nothing here uses the fluent active run,
+which is local to a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from tasks.core.artifacts import Manifest
+from tasks.core.settings import Settings
+from tasks.domain.errors import UserError
+
+Kind = Literal["pipeline", "stage", "variant"]
+TAG = "cartwright."
+CHAMPION = "champion"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a nested mapping by dotted name: what MLflow takes as metrics. Lists and texts are left out."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[f"{prefix}{name}"] = float(value)
+    return flat
+
+
+def as_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A config as MLflow parameters, nested fields by dotted name; at most 6,000 characters each."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= as_params(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            flat[f"{prefix}{name}"] = text[:6000]
+    return flat
+
+
+class Tracker:
+    """The MLflow side of one pipeline run.
+
+    Args:
+        experiment: its name; made if there is none.
+        pipeline_key: hash of the run's configuration. A parent run of the same key that was left running is taken up again.
+    """
+
+    def __init__(self, settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str]) -> None:
+        import mlflow
+        from mlflow import MlflowClient
+
+        settings.home.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(settings.mlflow_uri)
+        self.uri = settings.mlflow_uri
+        self.client = MlflowClient(settings.mlflow_uri)
+        with FileLock(settings.home / "mlflow.lock"):  # two first starts would race in the migration
+            found = self.client.get_experiment_by_name(experiment)
+            location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
+            self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
+        left = self._search(f"tags.`{TAG}pipeline_key` = '{pipeline_key}' and attributes.status = 'RUNNING'")
+        self.resumed = bool(left)
+        if left:
+            self.parent = left[0].info.run_id
+        else:
+            all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
+            self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id
+
+    def _search(self, condition: str) -> list[Any]:
+        return list(self.client.search_runs([self.experiment_id], condition, max_results=10))
+
+    @property
+    def run_name(self) -> str:
+        return str(self.client.get_run(self.parent).info.run_name)
+
+    def child(self, name: str, key: str, kind: Kind, tags: Mapping[str, str] | None = None) -> str:
+        """The id of the child run with this key, found or made; it is running again."""
+        found = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}' and tags.`{TAG}key` = '{key}' and tags.`{TAG}kind` = '{kind}'")
+        all_tags = {**(tags or {}), TAG + "key": key, TAG + "kind": kind}
+        if found:
+            run_id = str(found[0].info.run_id)
+            for tag, value in all_tags.items():
+                self.client.set_tag(run_id, tag, value)
+            return run_id
+        return str(
+            self.client.create_run(self.experiment_id, run_name=name, tags={**all_tags, "mlflow.parentRunId": self.parent}).info.run_id
+        )
+
+    def log(self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, step: int = 0) -> None:
+        """Write metrics and parameters in one request; parameters that are there already stay."""
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        known = self.client.get_run(run_id).data.params if params else {}
+        wanted = [Param(name, value) for name, value in (params or {}).items() if name not in known]
+        self.client.log_batch(run_id, [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
+
+    def log_stage(self, label: str, manifest: Manifest, cached: bool) -> str:
+        """Write a finished stage into its child run and end it."""
+        run_id = self.child(label, manifest.key, "stage", {TAG + "cached": str(cached).lower(), TAG + "stage": manifest.kind})
+        metrics = {
+            **flatten(manifest.metrics),
+            "wall_s": manifest.wall_s,
+            **({"peak_rss_mb": manifest.peak_rss_mb} if manifest.peak_rss_mb else {}),
+        }
+        self.log(run_id, dict(list(metrics.items())[:900]), as_params(manifest.config))
+        self.client.set_terminated(run_id)
+        return run_id
+
+    def log_files(self, run_id: str, folder: Path, artifact_path: str | None = None) -> None:
+        self.client.log_artifacts(run_id, str(folder), artifact_path)
+
+    def log_summary(self, report: Mapping[str, Any]) -> None:
+        """The run's main figures on the parent run, so that runs compare without opening children."""
+        recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
+        figures = flatten({**recommended["quality"], **recommended["performance"]}) if recommended else {}
+        self.log(self.parent, {**figures, "wall_s": report["wall_s"]})
+        self.client.set_tag(self.parent, "mlflow.note.content", report["recommendation"]["why"])
+        self.client.set_tag(self.parent, TAG + "gate", report["gate"]["verdict"])
+
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """End the parent and every child that is still running."""
+        for run in self._search(f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"):
+            self.client.set_terminated(run.info.run_id, status)
+        self.client.set_terminated(self.parent, status)
+
+
+def _metric_name(name: str) -> str:
+    """MLflow allows letters, digits, `_ - . : /` and spaces in the name of a metric."""
+    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in name)
+
+    # Models ------------------------------------------------------------------------------------------------------
+
+    def log_model(self, run_id: str, name: str, digest: str, artifacts: Mapping[str, Path], runtime: str) -> str:
+        """Log a deployable model once per content, and show it as an output of `run_id`.
+
+        Returns:
+            The id of the logged model, an earlier one if its content is the same.
+        """
+        import mlflow
+        from mlflow.entities import LoggedModelOutput
+
+        found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'", max_results=1)
+        ready = [model for model in found if str(model.status) == "READY"]
+        if ready:
+            model_id = str(ready[0].model_id)
+        else:
+            tags = {TAG + "digest": digest, TAG + "variant": name}
+            model_id = str(
+                mlflow.initialize_logged_model(name=name, source_run_id=run_id, tags=tags, experiment_id=self.experiment_id).model_id
+            )
+            package = Path(__file__).resolve().parents[1]
+            mlflow.pyfunc.log_model(
+                model_id=model_id,
+                python_model=str(package / "pyfunc_model.py"),
+                artifacts={key: str(path) for key, path in artifacts.items()},
+                model_config={"runtime": runtime},
+                code_paths=[str(package)],
+                pip_requirements=_serving_requirements(runtime),
+            )
+        self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
+        return model_id
+
+    def register(self, name: str, model_id: str, digest: str, tags: Mapping[str, str]) -> tuple[str, bool]:
+        """Register a logged model once per content; its version, and whether it was there already."""
+        import mlflow
+
+        self._ensure_registered_model(name)
+        for version in self.client.search_model_versions(f"name = '{name}'"):
+            if version.tags.get(TAG + "digest") == digest:
+                return str(version.version), True
+        made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
+        return str(made.version), False
+
+    def _ensure_registered_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_registered_model(name)
+        except MlflowException:
+            self.client.create_registered_model(name)
+
+    def champion(self, name: str) -> dict[str, str] | None:
+        """Version and tags of the registered model's champion, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client.get_model_version_by_alias(name, CHAMPION)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return {**version.tags, "version": str(version.version)}
+
+    def promote(self, name: str, version: str) -> None:
+        self.client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def _serving_requirements(runtime: str) -> list[str]:
+    from tasks.core.hardware import versions
+
+    names = ("llama-cpp-python", "numpy", "jinja2", "pydantic", "pyyaml", "psutil", "mlflow")
+    extra = ("torch", "transformers", "optimum", "gptqmodel") if runtime == "transformers" else ()
+    return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
+
+
+def champion_files(settings: Settings, name: str) -> tuple[Path, RuntimeName]:
+    """Path of the champion's model and the runtime that loads it.
+
+    Raises:
+        UserError: the registry has none.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(settings.mlflow_uri)
+    uri = f"models:/{name}@{CHAMPION}"
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(uri))
+    except MlflowException as error:
+        raise UserError(
+            "model",
+            CHAMPION,
+            f"the registry {settings.mlflow_uri} has no champion of {name} ({error.error_code})",
+            mend="Run `cartwright run` first",
+        ) from None
+    flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
+    return folder / flavor["artifacts"]["model"]["path"], flavor["config"]["runtime"]

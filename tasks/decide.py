@@ -1,0 +1,283 @@
+"""Stage `decide`: every variant's figures side by side, the Pareto front, and one recommendation per kind of hardware."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.core.artifacts import MANIFEST, Manifest
+from tasks.core.stage import StageConfig, stage
+from tasks.runtimes import RuntimeName
+
+BASE, REFERENCE = "base-fp16", "tuned-fp16"
+PAPER = "Licardo and Tanković, arXiv 2510.21970"
+
+
+class Variant(BaseModel):
+    """One way to deploy the model. `base` was not fine-tuned; `reference` is the 16-bit model all others are compared with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    format: Literal["hf", "gptq", "gguf"]
+    bits: float
+    runtime: RuntimeName
+    role: Literal["base", "reference", "candidate"]
+
+
+class DecideConfig(StageConfig):
+    """What a recommended variant must keep to. A limit of null does not limit."""
+
+    max_accuracy_loss: float = Field(
+        0.01, ge=0, le=1, description="Largest loss of exact match against the 16-bit model, as a share: 0.01 is one percentage point"
+    )
+    max_size_mb: float | None = Field(None, gt=0)
+    max_rss_mb: float | None = Field(None, gt=0)
+    max_latency_p95_ms: float | None = Field(None, gt=0)
+    variants: tuple[Variant, ...] = Field((), description="Filled in by the flow")
+    failed: dict[str, str] = Field({}, description="Variants that could not be made or measured, with the reason; filled in by the flow")
+
+
+@stage("decide", version=1, libraries=("scipy", "numpy"), isolated=False)
+def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
+
+    `inputs` has `model:<variant>`, `evaluate:<variant>` and `benchmark:<variant>` for every variant that did not fail.
+    """
+    variants = [_describe(variant, config, inputs) for variant in config.variants]
+    reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
+    for variant in variants:
+        _compare(variant, reference, inputs)
+    decision = {
+        "variants": variants,
+        "pareto": pareto_front(variants),
+        "recommendation": recommend(variants, config),
+        "paper": compare_with_paper(variants),
+    }
+    (out_dir / "decision.json").write_text(json.dumps(decision, indent=2, ensure_ascii=False), encoding="utf-8")
+    return {"recommended_cpu": decision["recommendation"]["cpu"], "variants": len(variants), "failed": len(config.failed)}
+
+
+def recommended_cpu(decision: Manifest) -> str | None:
+    """The variant a decision recommends for a CPU."""
+    return decision.metrics["recommended_cpu"]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": variant.name,
+        "role": variant.role,
+        "format": variant.format,
+        "bits": variant.bits,
+        "runtime": variant.runtime,
+    }
+    if variant.name in config.failed:
+        return {**row, "error": config.failed[variant.name], "quality": None, "performance": None, "size_mb": None, "notes": []}
+    model = _manifest(inputs[f"model:{variant.name}"])
+    quality = _manifest(inputs[f"evaluate:{variant.name}"])["metrics"]
+    performance = _manifest(inputs[f"benchmark:{variant.name}"])["metrics"]
+    weights = [entry["size"] for name, entry in model["files"].items() if name.endswith((".gguf", ".safetensors"))]
+    hard = quality.get("hard", {})
+    notes = []
+    if variant.role == "base":
+        notes.append("asked with the long zero-shot instructions, since it was not fine-tuned")
+    if performance["device"] == "cpu" and variant.format == "gptq":
+        notes.append("GPTQ is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")
+    return {
+        **row,
+        "device": performance["device"],
+        "threads": performance["threads"],
+        "kernel": performance["kernel"],
+        "size_mb": sum(weights) / 1e6,
+        "sha256": model["digest"],
+        "key": model["key"],
+        "tensor_types": model["metrics"].get("tensor_types"),
+        "bits": model["metrics"].get("bits_per_weight", variant.bits),
+        "quality": {**quality["test"], "hard_exact_match": hard.get("exact_match"), "hard": hard},
+        "fidelity": None,
+        "fidelity_reason": "not measured yet",
+        "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel")}
+        | {"energy_j_per_request": None, "energy_source": None, "usd_per_1k_requests": None},
+        "notes": notes,
+    }
+
+
+def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: Mapping[str, Path]) -> None:
+    variant["speedup_vs_fp16"] = variant["ram_reduction_vs_fp16"] = None
+    if not reference or not variant["quality"]:
+        return
+    mine, theirs = variant["performance"], reference["performance"]
+    variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
+    variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
+    variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
+    if variant is not reference:
+        variant["quality"]["vs_reference"] = paired_difference(
+            correct_rows(inputs[f"evaluate:{variant['name']}"]), correct_rows(inputs[f"evaluate:{reference['name']}"])
+        )
+
+
+def correct_rows(folder: Path) -> list[bool]:
+    """Which rows of `test` an evaluation got right."""
+    return [json.loads(line)["correct"] for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def paired_difference(mine: Sequence[bool], theirs: Sequence[bool], draws: int = 2000) -> dict[str, float]:
+    """Difference of two shares on the same rows: bootstrap 95% interval, and McNemar's exact test (1947).
+
+    Returns:
+        `delta` (mine - theirs), `low`, `high`, `mcnemar_p`.
+    """
+    import numpy as np
+    from scipy.stats import binomtest
+
+    difference = np.asarray(mine, dtype=float) - np.asarray(theirs, dtype=float)
+    drawn = np.random.default_rng(0).choice(difference, (draws, len(difference))).mean(axis=1)
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return {
+        "delta": float(difference.mean()),
+        "low": float(np.quantile(drawn, 0.025)),
+        "high": float(np.quantile(drawn, 0.975)),
+        "mcnemar_p": p,
+    }
+
+
+def _measured(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [v for v in variants if v["quality"] and v["role"] != "base"]
+
+
+def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
+    """Variants that no other beats in accuracy, speed and memory at once (and in one of them strictly)."""
+
+    def figures(v: dict[str, Any]) -> tuple[float, float, float]:
+        return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -v["performance"]["rss_mb"]
+
+    measured = _measured(variants)
+    return [v["name"] for v in measured if not any(_dominates(figures(other), figures(v)) for other in measured)]
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any]:
+    """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU."""
+    limits = {name: getattr(config, name) for name in ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_latency_p95_ms")}
+    reference = next((v for v in _measured(variants) if v["role"] == "reference"), None)
+    if not reference:
+        return {
+            "cpu": None,
+            "gpu": None,
+            "constraints": limits,
+            "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
+        }
+    fitting = [v for v in _measured(variants) if _within(v, reference, config)]
+    on_cpu = [v for v in fitting if v["device"] == "cpu" and v["role"] == "candidate"]
+    cpu = max(on_cpu, key=lambda v: v["performance"]["requests_s"], default=None)
+    for_gpu = [v for v in fitting if v["runtime"] == "transformers"]
+    on_gpu = [v for v in for_gpu if v["device"] == "cuda"]
+    gpu = max(on_gpu, key=lambda v: v["performance"]["requests_s"]) if on_gpu else min(for_gpu, key=lambda v: v["size_mb"], default=None)
+    return {
+        "cpu": cpu["name"] if cpu else None,
+        "gpu": gpu["name"] if gpu else None,
+        "constraints": limits,
+        "why": f"{_why_cpu(cpu, reference, config)} {_why_gpu(gpu, bool(on_gpu))}",
+    }
+
+
+def _within(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig) -> bool:
+    lost = reference["quality"]["exact_match"]["value"] - v["quality"]["exact_match"]["value"]
+    limits = (
+        (v["size_mb"], config.max_size_mb),
+        (v["performance"]["rss_mb"], config.max_rss_mb),
+        (v["performance"]["latency_ms"]["p95"], config.max_latency_p95_ms),
+    )
+    return lost <= config.max_accuracy_loss + 1e-9 and all(limit is None or value <= limit for value, limit in limits)
+
+
+def _why_cpu(v: dict[str, Any] | None, reference: dict[str, Any], config: DecideConfig) -> str:
+    if not v:
+        return "No quantized variant kept to the limits."
+    exact, was = v["quality"]["exact_match"]["value"], reference["quality"]["exact_match"]["value"]
+    return (
+        f"{v['name']} answers {v['performance']['requests_s']:.1f} requests/s, {v['speedup_vs_fp16']:.1f} times as many as 16-bit transformers, "
+        f"with {v['ram_reduction_vs_fp16']:.0%} less memory and exact match {exact:.1%} against {was:.1%}: the fastest that loses at most {config.max_accuracy_loss * 100:g} percentage points."
+    )
+
+
+def _why_gpu(v: dict[str, Any] | None, measured: bool) -> str:
+    if not v:
+        return "No variant for a GPU kept to the limits."
+    if measured:
+        return f"{v['name']} was the fastest on the GPU within the limits."
+    return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured."
+
+
+def compare_with_paper(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's claims beside ours, with a note on what can be compared."""
+    by_name = {v["name"]: v for v in _measured(variants)}
+    reference = by_name.get(REFERENCE)
+    ggufs = [v for v in by_name.values() if v["format"] == "gguf"]
+    gptq = next((v for v in by_name.values() if v["format"] == "gptq"), None)
+    fastest = max(ggufs, key=lambda v: v["performance"]["requests_s"], default=None)
+    leanest = max(ggufs, key=lambda v: v["ram_reduction_vs_fp16"] or 0, default=None)
+    best = max((v for v in ggufs if v["bits"] < 16), key=lambda v: v["quality"]["exact_match"]["value"], default=None)
+    on_gpu = bool(gptq and gptq["device"] == "cuda")
+
+    def claim(text: str, paper: str, ours: str | None, comparable: bool, note: str) -> dict[str, Any]:
+        return {"claim": text, "paper": paper, "ours": ours, "comparable": comparable, "note": note}
+
+    return [
+        claim(
+            "Exact match, fine-tuned model",
+            "99% (1B parameters)",
+            f"{reference['quality']['exact_match']['value']:.1%} (135M parameters)" if reference else None,
+            False,
+            "Another data set and a model seven times smaller; the paper's data and prompt are not public here.",
+        ),
+        claim(
+            "GPTQ 4-bit against FP16: GPU memory",
+            "-41% (NVIDIA T4)",
+            None,
+            False,
+            "No GPU here: not measured." if not on_gpu else "Another GPU.",
+        ),
+        claim(
+            "GPTQ 4-bit against FP16: speed",
+            "82% slower (NVIDIA T4)",
+            f"{gptq['speedup_vs_fp16']:.2f}x (on {'a GPU' if on_gpu else 'the CPU'})" if gptq else None,
+            on_gpu,
+            "Depends on the kernel; ours is " + (f"{gptq['kernel']}." if gptq else "not measured."),
+        ),
+        claim(
+            "GGUF on a CPU against FP16: speed",
+            "up to 18x",
+            f"{fastest['speedup_vs_fp16']:.1f}x one at a time, {fastest['speedup_vs_fp16_batched']:.1f}x batched ({fastest['name']})"
+            if fastest
+            else None,
+            True,
+            "Both mix the gain of the runtime with that of quantization; the F16 row of llama.cpp tells them apart.",
+        ),
+        claim(
+            "GGUF on a CPU against FP16: memory",
+            "over 90% less",
+            f"{leanest['ram_reduction_vs_fp16']:.0%} less resident memory ({leanest['name']})" if leanest else None,
+            True,
+            "Ours is the resident memory of the whole process; a smaller model leaves a larger share to the libraries.",
+        ),
+        claim(
+            "Best GGUF by accuracy",
+            "Q5_K_M",
+            best["name"].removeprefix("gguf-") if best else None,
+            True,
+            "Differences between formats are mostly within the interval.",
+        ),
+        claim("Best GGUF by speed", "Q4_K_M", fastest["name"].removeprefix("gguf-") if fastest else None, True, "Fastest one at a time."),
+    ]

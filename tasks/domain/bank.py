@@ -1,0 +1,351 @@
+"""Phrase banks and catalogs: reading, checking, and expanding one pattern into one labelled utterance.
+
+A pattern is a line such as `"[please] (put|add) {counted} to my cart"`: `[x]` is optional, `(a|b)` one of, `{name}` a
+placeholder. `tasks/domain/README.md` has the whole format.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.domain.errors import UserError
+from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Spec, Text, line_of, load_yaml
+
+MENTION = "mention"  # a product that is no label: a near miss of an intent without product slot
+COUNTED = "counted"  # number, measure word and product, agreeing with each other
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    name: str
+    form: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several sequences; an optional part is a choice between itself and nothing."""
+
+    options: tuple[tuple[Node, ...], ...]
+
+
+Node = str | Placeholder | Choice
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One line of a phrase bank. `id` depends on language, intent and text only, so it survives reordering."""
+
+    id: str
+    intent: str
+    text: str
+    nodes: tuple[Node, ...] = field(compare=False)
+
+    @functools.cached_property
+    def placeholders(self) -> list[Placeholder]:
+        return list(_placeholders(self.nodes))
+
+
+@dataclass(frozen=True)
+class Product:
+    """One row of a catalog: its inflected forms, the class words agree with, and the measure words it is sold by."""
+
+    department: str
+    agreement: str
+    forms: dict[str, str] = field(compare=False, hash=False)
+    measures: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.forms.values()))
+
+    def form(self, name: str | None) -> str:
+        return (self.forms.get(name) if name else None) or self.name
+
+
+class _Measure(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+    agreement: str = Field(alias="class")
+
+    def form(self, category: str) -> str:
+        extra = self.model_extra or {}
+        return extra.get(category) or extra.get("other") or next(iter(extra.values()))
+
+
+Word = str | dict[str, str]
+
+
+class Bank(BaseModel):
+    """The phrase bank of one language, as read from `phrases/<language>.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    language: str
+    forms: list[str] = Field(min_length=1)
+    plural: dict[str, list[int]]
+    counted: dict[str, str]
+    measured: str
+    agree: dict[str, dict[str, str]]
+    measures: dict[str, _Measure]
+    numbers: dict[int, list[Word]]
+    bare_numbers: dict[int, list[str]]
+    openers: list[str] = Field(min_length=1)
+    closers: list[str] = Field(min_length=1)
+    chatter: list[str] = Field(min_length=1)
+    fillers: list[str] = Field(min_length=1)
+    coupon_words: list[str] = Field(min_length=1)
+    intents: dict[str, list[str]]
+    patterns: dict[str, list[Pattern]] = {}
+    products: list[Product] = []
+
+    def category(self, number: int) -> str:
+        """The plural category of a number: the first that lists it, else `other`."""
+        return next((name for name, numbers in self.plural.items() if number in numbers), "other")
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_bank(spec: Spec, language: str) -> Bank:
+    """Read and check one language's phrase bank and catalog.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown placeholder, form, class, measure or department; file and line named.
+    """
+    path = spec.path / "phrases" / f"{language}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise UserError("languages", language, f"has no phrase bank {path}", allowed=known, mend="Write one or leave the language out")
+    raw = load_yaml(path)
+    try:
+        bank = Bank.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "bank"
+        raise UserError(where, f"{path}:{line_of(path, first['loc'])}", first["msg"], mend="Mend that field") from None
+    products = _load_catalog(spec, bank, spec.path / "catalog" / f"{language}.csv")
+    patterns = {intent: _load_patterns(spec, bank, raw["intents"].get(intent, []), intent, path) for intent in spec.intents}
+    unknown = set(bank.intents) - set(spec.intents)
+    if unknown:
+        raise UserError("intents", sorted(unknown)[0], f"in {path} is not an intent of {spec.name}", allowed=list(spec.intents))
+    return bank.model_copy(update={"patterns": patterns, "products": products})
+
+
+def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
+    header = ["department", "class", *bank.forms, "measure"]
+    products, seen = [], set[str]()
+    if not path.is_file():
+        raise UserError("file", str(path), "does not exist", mend=f"Write it with the columns {','.join(header)}")
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        if next(reader, None) != header:
+            raise UserError("header", f"{path}:1", "does not fit the forms of the phrase bank", allowed=",".join(header))
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if len(row) != len(header):
+                raise UserError("row", where, f"has {len(row)} cells instead of {len(header)}", mend="Quote cells that hold a comma")
+            department, agreement, *forms, measures = (cell.strip() for cell in row)
+            keys = tuple(key for key in measures.split("/") if key)
+            if department not in spec.departments:
+                raise UserError("department", where, f"{department!r} is unknown", allowed=spec.departments)
+            for word, by_class in bank.agree.items():
+                if agreement not in by_class:
+                    raise UserError("class", where, f"{agreement!r} is unknown to agree.{word}", allowed=list(by_class))
+            for key in keys:
+                if key not in bank.measures:
+                    raise UserError("measure", where, f"{key!r} is unknown", allowed=list(bank.measures))
+            if not forms[0]:
+                raise UserError(bank.forms[0], where, "is empty", mend="The first form names the product")
+            if forms[0].casefold() in seen:
+                raise UserError(bank.forms[0], where, f"{forms[0]!r} stands twice", mend="Remove one of the rows")
+            seen.add(forms[0].casefold())
+            named = {name: form for name, form in zip(bank.forms, forms, strict=True) if form}
+            products.append(Product(department, agreement, named, keys))
+    return products
+
+
+def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path: Path) -> list[Pattern]:
+    if not lines:
+        raise UserError(f"intents.{intent}", str(path), "has no pattern", mend="Write at least one pattern for every intent")
+    allowed = _allowed_placeholders(spec, bank, intent)
+    patterns: dict[str, Pattern] = {}
+    for line in lines:
+        where = f"{path}:{line.line}"
+        try:
+            nodes = parse_pattern(line)
+        except ValueError as error:
+            raise UserError(f"intents.{intent}", where, str(error), mend="Mend that pattern") from None
+        for placeholder in _placeholders(nodes):
+            if placeholder.name not in allowed:
+                raise UserError(
+                    f"intents.{intent}", where, f"placeholder {{{placeholder.name}}} does not fit the intent", allowed=sorted(allowed)
+                )
+            if placeholder.form and placeholder.form not in bank.forms:
+                raise UserError(f"intents.{intent}", where, f"form {placeholder.form!r} is unknown", allowed=bank.forms)
+        digest = hashlib.sha256(f"{bank.language}\n{intent}\n{line}".encode()).hexdigest()[:8]
+        pattern = Pattern(f"{bank.language}.{intent}.{digest}", intent, str(line), nodes)
+        patterns[pattern.id] = pattern
+    return list(patterns.values())
+
+
+def _allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
+    slots = spec.intents[intent].slots
+    allowed = set(slots) | set(bank.agree)
+    has_product = any(isinstance(spec.slots[slot], CatalogSlot) for slot in slots)
+    if any(spec.slots[slot].type == "integer" for slot in slots):
+        allowed |= {DIGITS} | ({COUNTED} if has_product else set())
+    if not has_product:
+        allowed.add(MENTION)
+    return allowed
+
+
+_TOKEN = re.compile(r"[\[\]()|]|\{([^{}]*)\}|[^\[\]()|{}]+|.", re.DOTALL)
+
+
+def parse_pattern(text: str) -> tuple[Node, ...]:
+    """Parse a pattern into nodes.
+
+    Raises:
+        ValueError: brackets that do not balance, or an empty placeholder.
+    """
+    tokens = [match.group() for match in _TOKEN.finditer(text)]
+    position = 0
+
+    def sequence(closing: str) -> tuple[list[tuple[Node, ...]], str]:
+        nonlocal position
+        options: list[tuple[Node, ...]] = []
+        nodes: list[Node] = []
+        while position < len(tokens):
+            token = tokens[position]
+            position += 1
+            if token in ("[", "("):
+                inner, _ = sequence("]" if token == "[" else ")")
+                nodes.append(Choice((*inner, ()) if token == "[" else tuple(inner)))
+            elif token == closing:
+                return [*options, tuple(nodes)], token
+            elif token in ("]", ")"):
+                raise ValueError(f"unexpected {token!r} in {text!r}")
+            elif token == "|" and closing:
+                options.append(tuple(nodes))
+                nodes = []
+            elif re.fullmatch(r"\{[\w]+(\.[\w]+)?\}", token):
+                name, _, form = token[1:-1].partition(".")
+                nodes.append(Placeholder(name, form or None))
+            elif token[0] in "{}|":
+                raise ValueError(f"stray {token!r} in {text!r}")
+            else:
+                nodes.append(token)
+        if closing:
+            raise ValueError(f"missing {closing!r} in {text!r}")
+        return [*options, tuple(nodes)], ""
+
+    return sequence("")[0][0]
+
+
+def _placeholders(nodes: tuple[Node, ...]) -> Iterator[Placeholder]:
+    for node in nodes:
+        if isinstance(node, Placeholder):
+            yield node
+        elif isinstance(node, Choice):
+            for option in node.options:
+                yield from _placeholders(option)
+
+
+# --- expanding ---------------------------------------------------------------------------------------------------
+
+QUANTITIES = [1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10, 10, 11, 12, 12, 15, 20, 24, 30, 50]
+
+
+@dataclass
+class Segment:
+    """A piece of an utterance; `slot` names the slot whose value it is, if it is one."""
+
+    text: str
+    slot: str | None = None
+    protected: bool = False  # numbers and codes: noise must not change what they say
+
+
+def expand(pattern: Pattern, product: Product, bank: Bank, spec: Spec, rng: Random) -> tuple[list[Segment], dict[str, Any]]:
+    """Expand one pattern into the segments of an utterance and the values of its integer slots."""
+    flat = list(_choose(pattern.nodes, rng))
+    values: dict[str, Any] = {}
+    segments: list[Segment] = []
+    for node in flat:
+        segments.extend(_render(node, product, bank, spec, rng, values))
+    return segments, values
+
+
+def _choose(nodes: tuple[Node, ...], rng: Random) -> Iterator[str | Placeholder]:
+    for node in nodes:
+        if isinstance(node, Choice):
+            yield from _choose(rng.choice(node.options), rng)
+        else:
+            yield node
+
+
+def _render(node: str | Placeholder, product: Product, bank: Bank, spec: Spec, rng: Random, values: dict[str, Any]) -> list[Segment]:
+    if isinstance(node, str):
+        return [Segment(node)]
+    name = node.name
+    if name in bank.agree:
+        return [Segment(bank.agree[name][product.agreement])]
+    if name == MENTION:
+        return [Segment(product.form(node.form))]
+    if name == COUNTED:
+        return _counted(product, bank, spec, rng, values)
+    slot = spec.slots.get(name)
+    if isinstance(slot, CatalogSlot):
+        return [Segment(product.form(node.form), name)]
+    if isinstance(slot, CodeSlot):
+        return [Segment(_code(rng.choice(slot.formats), bank, rng), name, protected=True)]
+    number = rng.choice(QUANTITIES)
+    values[name if isinstance(slot, IntegerSlot) else spec.slot_of_type("integer")[0]] = number
+    words = bank.bare_numbers.get(number)
+    if name == DIGITS or not words or rng.random() < 0.5:
+        return [Segment(str(number), protected=True)]
+    return [Segment(rng.choice(words))]
+
+
+def _counted(product: Product, bank: Bank, spec: Spec, rng: Random, values: dict[str, Any]) -> list[Segment]:
+    number = rng.choice(QUANTITIES)
+    values[spec.slot_of_type("integer")[0]] = number
+    category = bank.category(number)
+    form = bank.counted.get(category, bank.counted["other"])
+    mass_noun = bool(product.measures) and bank.counted["other"] not in product.forms
+    segments, agreement = [], product.agreement
+    if product.measures and (mass_noun or rng.random() < 0.5):
+        measure = bank.measures[rng.choice(product.measures)]
+        agreement, form = measure.agreement, bank.measured
+        segments.append(Segment(" " + measure.form(category), protected=True))
+    words = bank.numbers.get(number)
+    if words and rng.random() < 0.5:
+        word = rng.choice(words)
+        text = word if isinstance(word, str) else word.get(agreement, next(iter(word.values())))
+        count = Segment(text)
+    else:
+        count = Segment(str(number), protected=True)
+    catalog = spec.slot_of_type("catalog")[0]
+    # "bouteille d'" joins the product without a space
+    space = "" if segments and segments[0].text.endswith("'") else " "
+    return [count, *segments, Segment(space), Segment(product.form(form), catalog)]
+
+
+def _code(form: str, bank: Bank, rng: Random) -> str:
+    before, word, after = form.partition("{word}")
+    filled = [
+        re.sub(r"9|A", lambda m: str(rng.randrange(10)) if m.group() == "9" else rng.choice("ABCDEFGHJKLMNPRSTUVWX"), part)
+        for part in (before, after)
+    ]
+    if filled[0].startswith("0") and not word:
+        filled[0] = str(rng.randrange(1, 10)) + filled[0][1:]
+    return filled[0] + (rng.choice(bank.coupon_words) if word else "") + filled[1]

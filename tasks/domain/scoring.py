@@ -1,0 +1,150 @@
+"""The answer's schema, its parsing and its scoring: the one home for what `correct` means."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.domain.spec import CatalogSlot, IntegerSlot, Spec
+
+Gold = Mapping[str, Any]  # {"intent": ..., slot: value, ...}
+
+
+def answer_text(gold: Gold) -> str:
+    """The one way an answer is written: compact JSON, `intent` first."""
+    ordered = {"intent": gold["intent"], **{key: value for key, value in gold.items() if key != "intent"}}
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A model's answer. `answer` is None when it could not be parsed, and `problem` says why."""
+
+    answer: dict[str, Any] | None
+    problem: str | None = None
+
+
+def parse_answer(text: str, spec: Spec) -> Parsed:
+    """Parse a model's output; never raises.
+
+    The first JSON object counts; text around it is ignored. Problems: `no_json`, `no_intent`, `unknown_intent`,
+    `unknown_slot`, `bad_value`.
+    """
+    start = text.find("{")
+    if start < 0:
+        return Parsed(None, "no_json")
+    try:
+        answer, _ = json.JSONDecoder().raw_decode(text[start:])
+    except (ValueError, RecursionError):
+        return Parsed(None, "no_json")
+    if not isinstance(answer, dict) or not isinstance(answer.get("intent"), str):
+        return Parsed(None, "no_intent")
+    if answer["intent"] not in spec.intents:
+        return Parsed(None, "unknown_intent")
+    for name, value in answer.items():
+        if name == "intent":
+            continue
+        if name not in spec.intents[answer["intent"]].slots:
+            return Parsed(None, "unknown_slot")
+        slot = spec.slots[name]
+        wanted = int if isinstance(slot, IntegerSlot) else str
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            return Parsed(None, "bad_value")
+    return Parsed(answer)
+
+
+_OUTER = re.compile(r"^[\W_]+|[\W_]+$")
+
+
+def normalise(value: Any) -> Any:
+    """How strings are compared: NFC, case folding, white space collapsed, outer punctuation stripped."""
+    if not isinstance(value, str):
+        return value
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", value).casefold())
+    return _OUTER.sub("", " ".join(folded.split()))
+
+
+def slots_of(answer: Gold | None) -> dict[str, Any]:
+    return {key: normalise(value) for key, value in (answer or {}).items() if key != "intent"}
+
+
+def exact_match(gold: Gold, answer: Gold | None) -> bool:
+    """Same intent and same slots after normalisation. An answer that could not be parsed is wrong."""
+    return answer is not None and gold["intent"] == answer["intent"] and slots_of(gold) == slots_of(answer)
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); (0, 1) without data."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = successes / n, z * z
+    centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
+
+
+def proportion(successes: int, n: int) -> dict[str, float | int]:
+    """`{"value", "low", "high", "n"}`: a proportion with its 95% interval."""
+    low, high = wilson_interval(successes, n)
+    return {"value": successes / n if n else 0.0, "low": low, "high": high, "n": n}
+
+
+def score(rows: Sequence[Mapping[str, Any]], outputs: Sequence[str], spec: Spec) -> dict[str, Any]:
+    """Score outputs against labelled rows.
+
+    Args:
+        rows: each with `gold` and optionally `language`; as many as `outputs`.
+        outputs: the raw text a model answered, in the order of the rows.
+
+    Returns:
+        `exact_match` (proportion), `intent_accuracy`, `json_valid`, `slot_f1` by slot, `by_language`, `by_intent`
+        (proportions), `problems` (counts of unparseable answers by reason) and `correct` (one bool a row).
+    """
+    if len(rows) != len(outputs):
+        raise ValueError(f"{len(rows)} rows, {len(outputs)} outputs")
+    parsed = [parse_answer(output, spec) for output in outputs]
+    correct = [exact_match(row["gold"], p.answer) for row, p in zip(rows, parsed, strict=True)]
+    intent_right = [p.answer is not None and p.answer["intent"] == row["gold"]["intent"] for row, p in zip(rows, parsed, strict=True)]
+    n = len(rows)
+    return {
+        "exact_match": proportion(sum(correct), n),
+        "intent_accuracy": sum(intent_right) / n if n else 0.0,
+        "json_valid": sum(p.answer is not None for p in parsed) / n if n else 0.0,
+        "slot_f1": {name: _slot_f1(name, rows, parsed) for name in spec.slots},
+        "by_language": _by((row.get("language", "?") for row in rows), correct),
+        "by_intent": _by((row["gold"]["intent"] for row in rows), correct),
+        "problems": dict(Counter(p.problem for p in parsed if p.problem)),
+        "correct": correct,
+    }
+
+
+def _by(groups: Iterable[str], correct: Sequence[bool]) -> dict[str, dict[str, float | int]]:
+    right, total = Counter[str](), Counter[str]()
+    for group, is_right in zip(groups, correct, strict=True):
+        total[group] += 1
+        right[group] += is_right
+    return {group: proportion(right[group], total[group]) for group in sorted(total)}
+
+
+def _slot_f1(name: str, rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> float | None:
+    """Micro F1 of one slot; None when neither labels nor answers have it."""
+    true_positive = labelled = answered = 0
+    for row, p in zip(rows, parsed, strict=True):
+        gold, answer = slots_of(row["gold"]).get(name), slots_of(p.answer).get(name)
+        labelled += gold is not None
+        answered += answer is not None
+        true_positive += gold is not None and gold == answer
+    return 2 * true_positive / (labelled + answered) if labelled + answered else None
+
+
+def text_contains_slots(text: str, gold: Gold, spec: Spec) -> bool:
+    """Whether every catalog slot of a label stands in the text as written (after normalisation)."""
+    haystack = normalise(text)
+    return all(
+        normalise(value) in haystack for name, value in gold.items() if name in spec.slots and isinstance(spec.slots[name], CatalogSlot)
+    )

@@ -1,0 +1,163 @@
+"""The offline generator: labelled utterances from phrase banks and catalogs, split by phrase pattern and by product."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, get_args
+
+from tasks.domain.bank import COUNTED, MENTION, Bank, Pattern, Product, Segment, expand
+from tasks.domain.noise import add_noise
+from tasks.domain.scoring import normalise
+from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec
+
+Split = Literal["train", "validation", "test", "hard"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses; at least two
+# Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
+PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def split_patterns(patterns: list[Pattern], most: int | None = None) -> dict[Split, list[Pattern]]:
+    """Share out one intent's patterns.
+
+    `hard` has patterns of its own, drawn by a hash of their text. The other splits share theirs, as in the paper's protocol (same generator, unseen
+    products): what they measure is the task, and their distance to `hard` is how far the model fitted the generator.
+
+    Args:
+        most: use only the first so many of the shared patterns; a phrase bank begins with the plainest.
+    """
+    held_out = min(max(2, round(HELD_OUT_PATTERNS * len(patterns))), len(patterns) // 2)
+    hard = sorted(patterns, key=lambda pattern: _hash(pattern.id))[:held_out]
+    shared = [pattern for pattern in patterns if pattern not in hard][:most]
+    return {"train": shared, "validation": shared, "test": shared, "hard": hard}
+
+
+def split_products(products: list[Product], spec: Spec) -> dict[Split, list[Product]]:
+    """Share out a catalog; the held-out departments are in `hard` only."""
+    parts: dict[Split, list[Product]] = {split: [] for split in SPLITS}
+    for product in products:
+        position = _hash(str(normalise(product.name))) / 2**64
+        drawn = next(split for split, below in PRODUCT_SHARES if position < below)
+        parts["hard" if product.department in spec.held_out_departments else drawn].append(product)
+    return parts
+
+
+@dataclass(frozen=True)
+class Style:
+    """How much is put around and onto an utterance."""
+
+    noise: tuple[str, ...]
+    noise_rate: float
+    decoration_rate: float
+
+
+class Generator:
+    """Makes row `index` of a split, the same whatever was made before it.
+
+    Args:
+        banks: the phrase bank of each language to use.
+        style: noise and decoration of each split.
+        seed: changes every row; the split of a pattern or product never depends on it.
+        most_patterns: how many patterns of an intent and language are used, besides those of `hard`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        banks: dict[str, Bank],
+        style: dict[Split, Style],
+        seed: int,
+        intents: list[str] | None = None,
+        most_patterns: int | None = None,
+    ) -> None:
+        self.spec, self.banks, self.style, self.seed = spec, banks, style, seed
+        self.intents = intents or list(spec.intents)
+        self._products = {language: split_products(bank.products, spec) for language, bank in banks.items()}
+        self._patterns = {
+            language: {intent: split_patterns(bank.patterns[intent], most_patterns) for intent in self.intents}
+            for language, bank in banks.items()
+        }
+
+    def row(self, split: Split, index: int, attempt: int = 0) -> dict[str, Any]:
+        """One labelled row. Languages and intents take turns; `attempt` gives another row for the same turn."""
+        languages = list(self.banks)
+        language = languages[index % len(languages)]
+        intent = self.intents[index // len(languages) % len(self.intents)]
+        rng = Random(f"{self.seed}/{split}/{index}/{attempt}")
+        pattern = rng.choice(self._patterns[language][intent][split])
+        product = rng.choice(self._products[language][split])
+        bank = self.banks[language]
+        segments, values = expand(pattern, product, bank, self.spec, rng)
+        style = self.style[split]
+        _decorate(segments, bank, style.decoration_rate, rng)
+        noise = add_noise(segments, list(style.noise), style.noise_rate, rng)
+        text, written = _join(segments)
+        names_product = any(
+            placeholder.name in (MENTION, COUNTED) or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
+            for placeholder in pattern.placeholders
+        )
+        return {
+            "text": text,
+            "gold": self._gold(intent, {**written, **values}),
+            "language": language,
+            "split": split,
+            "origin": pattern.id,
+            "product": product.name if names_product else None,
+            "noise": noise,
+        }
+
+    def _gold(self, intent: str, values: dict[str, Any]) -> dict[str, Any]:
+        gold: dict[str, Any] = {"intent": intent}
+        for name, use in self.spec.intents[intent].slots.items():
+            if name in values:
+                gold[name] = values[name].lstrip("#") if isinstance(values[name], str) else values[name]
+            elif isinstance(use, SlotDefault):
+                slot = self.spec.slots[name]
+                gold[name] = int(use.default) if isinstance(slot, IntegerSlot) else use.default
+        return gold
+
+
+def _decorate(segments: list[Segment], bank: Bank, rate: float, rng: Random) -> None:
+    """Greetings, thanks, hesitation and sentences that carry nothing, around and inside an utterance."""
+    if rng.random() < rate * 0.5:
+        segments.insert(0, Segment(rng.choice(bank.openers) + " "))
+    if rng.random() < rate * 0.4:
+        segments.append(Segment(" " + rng.choice(bank.closers)))
+    if rng.random() < rate * 0.25:
+        sentence = rng.choice(bank.chatter)
+        if rng.random() < 0.5:
+            segments.insert(0, Segment(sentence + " "))
+        else:
+            last = segments[-1].text.rstrip()
+            segments.append(Segment(("" if last.endswith((".", "!", "?")) else ".") + " " + sentence))
+    if rng.random() < rate * 0.15:
+        places = [
+            (segment, match.start())
+            for segment in segments
+            if segment.slot is None and not segment.protected
+            for match in re.finditer(r" (?=\w)", segment.text)
+        ]
+        if places:
+            segment, at = rng.choice(places)
+            segment.text = f"{segment.text[:at]} {rng.choice(bank.fillers)}{segment.text[at:]}"
+
+
+def _join(segments: list[Segment]) -> tuple[str, dict[str, str]]:
+    """The text with single spaces, and what stands in it for each written slot."""
+    text = ""
+    written: dict[str, str] = {}
+    for segment in segments:
+        piece = re.sub(r"\s+", " ", segment.text)
+        if text.endswith(" ") or not text:
+            piece = piece.lstrip()
+        if segment.slot:
+            written[segment.slot] = piece.strip()
+        text += piece
+    return re.sub(r" ([,.;!?])", r"\1", text).strip(), written

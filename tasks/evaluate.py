@@ -1,0 +1,76 @@
+"""Stage `evaluate`: exact match and its parts for one variant, in the runtime it will be deployed with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tasks import runtimes
+from tasks.core import hardware, progress
+from tasks.core.stage import StageConfig, stage
+from tasks.domain import prompt
+from tasks.domain.scoring import score
+from tasks.domain.spec import Spec, load_spec
+from tasks.quantize_gguf import MODEL_FILE
+from tasks.runtimes import Runtime, RuntimeName
+from tasks.synthesize import read_rows
+
+
+class EvaluateConfig(StageConfig):
+    """How a variant is asked."""
+
+    runtime: RuntimeName = "llama_cpp"
+    zero_shot: bool = Field(False, description="Give the long instructions: for a model that was not fine-tuned")
+    splits: tuple[str, ...] = ("test", "hard")
+    max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
+    parallel: int = Field(16, ge=1, le=256, description="Conversations answered at a time")
+
+
+def load_variant(runtime: RuntimeName, folder: Path) -> Runtime:
+    """Load an artefact of `merge`, `base_model`, `quantize_gptq` or `quantize_gguf` in its runtime."""
+    path = folder / MODEL_FILE if runtime == "llama_cpp" else folder
+    return runtimes.load(runtime, path, hardware.cores())
+
+
+def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max_tokens: int, parallel: int, note: str) -> list[str]:
+    """The raw answers to `texts`, in their order."""
+    conversations = [prompt.messages(spec, text, zero_shot=zero_shot) for text in texts]
+    answers = [""] * len(texts)
+    for completion in progress.track(model.generate(conversations, max_tokens, parallel), len(texts), note):
+        answers[completion.index] = completion.text
+    return answers
+
+
+@stage("evaluate", version=1, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
+def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
+    spec = load_spec(str(inputs["dataset"]))
+    model = load_variant(config.runtime, inputs["model"])
+    results: dict[str, Any] = {}
+    for split in config.splits:
+        rows = read_rows(inputs["dataset"] / f"{split}.jsonl")
+        answers = answer(
+            model,
+            [row["text"] for row in rows],
+            spec,
+            zero_shot=config.zero_shot,
+            max_tokens=config.max_tokens,
+            parallel=config.parallel,
+            note=split,
+        )
+        result = score(rows, answers, spec)
+        correct = result.pop("correct")
+        with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for row, text, right in zip(rows, answers, correct, strict=True):
+                file.write(
+                    json.dumps(
+                        {"id": row["id"], "text": row["text"], "gold": row["gold"], "output": text, "correct": right}, ensure_ascii=False
+                    )
+                    + "\n"
+                )
+        results[split] = result
+    return results

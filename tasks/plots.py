@@ -1,0 +1,299 @@
+"""The plots of a report: each one a small figure, as PNG bytes and as an SVG that follows the colours of the page."""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+INK, MUTED, GRID, PAPER = "#1b2330", "#5b6675", "#d9dee5", "#fefefe"
+# Okabe and Ito's palette, told apart with every common colour vision deficiency; the markers repeat the colours.
+FORMATS = {"hf": ("#0072b2", "o"), "gptq": ("#d55e00", "s"), "gguf": ("#009e73", "D"), "awq": ("#cc79a7", "^"),
+           "api": ("#e69f00", "P")}  # fmt: skip
+# The page declares these variables once for light and once for dark; only the PNG files keep the literal colours.
+PAGE_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--rule", PAPER: "--paper"}
+PAGE_COLOURS |= {colour: f"--{name}" for name, (colour, _) in FORMATS.items()}
+RING: dict[str, Any] = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgewidth": 1.1}
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "frameon": False, "fontsize": 9, "labelcolor": INK}
+LEADER = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5}
+RADII = (10, 16, 24, 34, 46, 60, 76, 94, 114)  # points between a marker and its label; from the third on, with a line
+WINDOW = 0.25  # this far below the best exact match, a variant must not squeeze the useful ones into one line
+
+
+class Plot(NamedTuple):
+    """One drawn plot: `name` is the PNG's file name without its ending, `caption` says how to read it."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    svg: str
+
+
+class _Point(NamedTuple):
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+    format: str
+    gpu: bool
+    base: bool
+    pareto: bool
+    recommended: bool
+
+
+def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
+    """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
+    key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
+           "figures. Star: recommended. A triangle on the lower edge lies below the axis.")  # fmt: skip
+    latency = [("p50", "performance.latency_ms.p50", FORMATS["hf"][0]),
+               ("p95", "performance.latency_ms.p95", FORMATS["api"][0])]  # fmt: skip
+    return [
+        _save("accuracy_memory", f"Upper left is better. {key}",
+              _scatter("Exact match against memory", report, "performance.rss_mb", "Memory (RSS), MB", -1)),
+        _save("accuracy_speed", f"Upper right is better. {key}",
+              _scatter("Exact match against speed", report, "performance.requests_s", "Requests per second", 1)),
+        _save("latency", "Shorter is better. Half of the requests take at most p50, 95 of 100 at most p95.",
+              _bars("Latency of one request, ms", report, latency)),
+        _save("size", "Shorter is better.", _bars("Size on disk, MB", report, [("", "size_mb", "")])),
+        _save("languages", "Brighter is better; all that lies far below the rest is equally dark; n/m: not measured.",
+              _languages("Exact match by language, %", report)),
+    ]  # fmt: skip
+
+
+def figure_at(node: Any, path: str) -> float | None:
+    """The number at a dotted `path` in nested mappings, or its "value" where an interval is stored; else None."""
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    value = node.get("value") if isinstance(node, Mapping) else node
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _scatter(title: str, report: Mapping[str, Any], path: str, xlabel: str, better: int) -> Figure:
+    """Exact match against the figure at `path`, of which more (`better` 1) or less (-1) is better."""
+    figure, axes = _new_figure(title, 4.7)
+    points = list(_points(report, path))
+    if not points:
+        return _not_measured(figure)
+    top, floor = max(p.high for p in points), _floor([p.y for p in points])
+    bottom = min(p.low for p in points if p.y >= floor)
+    pad = max(0.06 * (top - bottom), 0.004)
+    bottom -= 2.2 * pad  # room for labels, and for the triangles of what lies below
+    edge = bottom + 0.5 * pad
+    axes.set(xlabel=xlabel, ylabel="Exact match (test split)", ylim=(bottom, top + pad))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%" if 0 <= y <= 1 else ""))
+    _scale_x(axes, [p.x for p in points])
+    axes.grid(True, color=GRID, linewidth=0.7)
+    fronts = [_front([p for p in points if p.gpu == gpu], better) for gpu in (False, True)]
+    for front, dashes in zip(fronts, ("-", "--"), strict=True):
+        axes.plot([p.x for p in front], [p.y for p in front], dashes, color=MUTED, linewidth=1.1, zorder=1)
+    for point in points:
+        _draw_point(axes, point, edge)
+    used = [name for name in FORMATS if any(p.format == name for p in points)]
+    handles = [Line2D([], [], color=FORMATS[n][0], marker=FORMATS[n][1], linestyle="none", label=n) for n in used]
+    handles.append(Line2D([], [], label="Pareto front", color=INK, linestyle="none", **RING))
+    figure.legend(handles=handles, **LEGEND)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the labels are placed for this layout; another pass would move the axes
+    _place_labels(figure, points, fronts, edge)
+    return figure
+
+
+def _points(report: Mapping[str, Any], path: str) -> Iterator[_Point]:
+    for variant in report.get("variants") or []:
+        x, y = figure_at(variant, path), figure_at(variant, "quality.exact_match")
+        low, high = (figure_at(variant, f"quality.exact_match.{end}") for end in ("low", "high"))
+        if x and x > 0 and y is not None:
+            yield _Point(_label(variant, report), x, y, y if low is None else low, y if high is None else high,
+                         str(variant.get("format")), str(variant.get("device")).startswith(("cuda", "gpu")),
+                         variant.get("role") == "base", variant.get("name") in (report.get("pareto") or []),
+                         _is_recommended(variant, report))  # fmt: skip
+
+
+def _front(points: Sequence[_Point], better: int) -> list[_Point]:
+    """The points no other point beats in both figures, by x. The base model is shown for contrast and takes no part."""
+    front: list[_Point] = []
+    for point in sorted(points, key=lambda p: (-better * p.x, -p.y)):
+        if not point.base and (not front or point.y > front[-1].y):
+            front.append(point)
+    return front
+
+
+def _floor(values: Sequence[float]) -> float:
+    """The lowest value that counts: the least one within `WINDOW` of the best, unless hardly any is that good."""
+    near = [value for value in values if value >= max(values) - WINDOW]
+    return min(near) if len(near) >= 3 else min(values)
+
+
+def _draw_point(axes: Axes, point: _Point, edge: float) -> None:
+    colour, marker = FORMATS.get(point.format, (MUTED, "X"))
+    y, below = max(point.y, edge), point.y < edge
+    if not below:
+        axes.errorbar([point.x], [point.y], yerr=[[point.y - point.low], [point.high - point.y]], fmt="none",
+                      ecolor=colour, elinewidth=1, capsize=2, alpha=0.7)  # fmt: skip
+    if point.pareto:
+        axes.plot([point.x], [y], color=INK, **RING)
+    axes.plot([point.x], [y], "v" if below else marker, color=colour, markersize=7, markeredgecolor=PAPER, zorder=3)
+
+
+def _place_labels(figure: Figure, points: Sequence[_Point], fronts: Sequence[list[_Point]], edge: float) -> None:
+    """Put each label where it covers no label, marker, interval or line, as near to its point as that allows."""
+    axes, scale = figure.axes[0], figure.dpi / 72
+    frame, to_pixels = axes.get_window_extent(), axes.transData.transform
+    ends = [((p.x, p.y), (q.x, q.y)) for front in fronts for p, q in pairwise(front)]
+    ends += [((p.x, p.low), (p.x, p.high)) for p in points if p.y >= edge]
+    lines: Any = np.vstack([np.linspace(to_pixels(a), to_pixels(b), 40) for a, b in ends] or [np.empty((0, 2))])
+    centres, leaders = to_pixels([(p.x, max(p.y, edge)) for p in points]), lines[:0]
+    solid = [Bbox([centre, centre]).padded(7 * scale) for centre in centres]
+    for point, centre in sorted(zip(points, centres, strict=True), key=lambda pair: -pair[0].recommended):
+        words = point.label if point.y >= edge else f"{point.label} {point.y:.0%}"
+        font = FontProperties(size=8.5, weight="bold" if point.recommended else "normal")
+        size = Text(0, 0, words, figure=figure, fontproperties=font).get_window_extent().size
+        crowded = (np.hypot(*(centres - centre).T) < 12 * scale).sum() > 1  # then only a line says whose label it is
+        best: tuple[float, Any, int, Bbox, Any] = (math.inf, centre, 0, frame, leaders)
+        for radius, angle in product(RADII[2:] if crowded else RADII, np.radians(range(0, 360, 15))):
+            offset, side = radius * np.array([np.cos(angle), np.sin(angle)]), round(np.cos(angle))
+            corner = centre + scale * offset - size * np.array([0.5 - 0.5 * side, 0.5])
+            box = Bbox([corner, corner + size])
+            leader = np.linspace(centre + offset * 10 * scale / radius, centre + scale * offset, 20 * (radius > 16))
+            cost = radius + 300 * box.count_overlaps(solid) + 30 * min(_hits(box, lines), 3) + 60 * _hits(box, leaders)
+            cost += 40 * min(sum(_hits(other, leader) for other in solid), 3)
+            cost += 40 * _touches(leader, leaders) + 3 * _touches(leader, lines)
+            cost += 900 * (_hits(frame, np.array([box.min, box.max])) < 2)
+            best = min(best, (cost, offset, side, box, leader), key=lambda choice: choice[0])
+        _, offset, side, box, leader = best
+        solid.append(box.padded(4))
+        leaders = np.vstack([leaders, leader])
+        axes.annotate(words, (point.x, max(point.y, edge)), offset, textcoords="offset points", va="center", zorder=4,
+                      ha=("center", "left", "right")[side], color=INK, fontproperties=font,
+                      arrowprops=LEADER | {"relpos": (0.5 - 0.5 * side, 0.5)} if len(leader) else None)  # fmt: skip
+
+
+def _touches(line: Any, pixels: Any) -> int:
+    """How many pixels of a line, of shape (n, 2), come within 3 of any other of `pixels`."""
+    return sum(bool(np.hypot(*(pixels - step).T).min(initial=np.inf) < 3) for step in line)
+
+
+def _hits(box: Bbox, pixels: Any) -> int:
+    """How many of the `pixels`, an array of shape (n, 2), lie in the box."""
+    return int(((pixels >= box.min) & (pixels <= box.max)).all(axis=1).sum())
+
+
+def _bars(title: str, report: Mapping[str, Any], series: Sequence[tuple[str, str, str]]) -> Figure:
+    """Horizontal bars, one group per variant; `series` holds (label, path, colour), no colour meaning the format's."""
+    variants = list(reversed(report.get("variants") or []))
+    figure, axes = _new_figure(title, 1.2 + 0.42 * max(len(variants), 4))
+    values = np.array([[figure_at(variant, path) for _, path, _ in series] for variant in variants], dtype=float)
+    if np.isnan(values).all():
+        return _not_measured(figure)
+    height = 0.72 / len(series)
+    for (row, i), value in np.ndenumerate(values):
+        variant, y = variants[row], row + height * ((len(series) - 1) / 2 - i)
+        colour = series[i][2] or FORMATS.get(variant.get("format"), (MUTED,))[0]
+        axes.barh([y], [value], 0.92 * height, color=colour)
+        words = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        if math.isnan(value):
+            words = "failed" * (i == 0) if variant.get("error") else f"{series[i][0]} not measured".strip()
+        axes.text(np.nan_to_num(value), y, f" {words}", va="center", fontsize=8, color=INK)
+    axes.set(xlim=(0, 1.14 * np.nanmax(values) or 1), ylim=(-0.6, len(variants) - 0.4))
+    axes.set_yticks(range(len(variants)), [_label(v, report) for v in variants])
+    axes.grid(True, axis="x", color=GRID, linewidth=0.7)
+    if len(series) > 1:
+        figure.legend(handles=[Line2D([], [], color=c, linewidth=6, label=label) for label, _, c in series], **LEGEND)
+    return figure
+
+
+def _languages(title: str, report: Mapping[str, Any]) -> Figure:
+    variants = report.get("variants") or []
+    figure, axes = _new_figure(title, 1.2 + 0.4 * max(len(variants), 4))
+    scores = [(v.get("quality") or {}).get("by_language") or {} for v in variants]
+    languages = list(dict.fromkeys(language for score in scores for language in score if language[-7:] != "_reason"))
+    values = np.array([[figure_at({"x": score.get(k)}, "x") for k in languages] for score in scores], dtype=float)
+    if np.isnan(values).all():
+        return _not_measured(figure)
+    known = values[~np.isnan(values)].tolist()
+    low, high = max(min(_floor(known), max(known) - 0.02), 0.0), max(*known, 0.02)
+    axes.pcolormesh(values, cmap="cividis", vmin=low, vmax=high, edgecolors=PAPER, linewidth=1.5)
+    for (row, column), value in np.ndenumerate(values):
+        words, colour = f"{100 * value:.1f}", "#ffffff" if value < (low + high) / 2 else "#000000"
+        if math.isnan(value):
+            words, colour = "failed" if variants[row].get("error") else "n/m", MUTED
+        axes.text(column + 0.5, row + 0.5, words, ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set_xticks([i + 0.5 for i in range(len(languages))], [_short(language) for language in languages])
+    axes.set_yticks([i + 0.5 for i in range(len(variants))], [_label(v, report) for v in variants])
+    axes.invert_yaxis()
+    axes.xaxis.tick_top()
+    return figure
+
+
+def _scale_x(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    if high > 4 * low:
+        axes.set(xscale="log", xlim=(low / 1.35, high * 1.35))
+        axes.xaxis.set(major_locator=LogLocator(subs=(1.0, 2.0, 5.0)), minor_locator=NullLocator(),
+                       major_formatter=FuncFormatter(lambda x, _: f"{x:g}"))  # fmt: skip
+    else:
+        pad = 0.15 * (high - low) or 0.2 * high
+        axes.set_xlim(max(0.0, low - pad), high + pad)
+
+
+def _is_recommended(variant: Mapping[str, Any], report: Mapping[str, Any]) -> bool:
+    choice = report.get("recommendation") or {}
+    return bool(variant.get("name")) and variant["name"] in (choice.get("cpu"), choice.get("gpu"))
+
+
+def _label(variant: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    return ("★ " if _is_recommended(variant, report) else "") + _short(variant.get("name"))
+
+
+def _short(label: object) -> str:
+    text = " ".join(str(label).split())
+    text = text if len(text) <= 24 else f"{text[:23]}…"
+    return text.replace("$", r"\$")  # a bare pair of $ would be read as mathematics, and may fail
+
+
+def _new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.0, height_in), dpi=100, layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot(facecolor=PAPER, axisbelow=True)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=INK, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _not_measured(figure: Figure) -> Figure:
+    figure.axes[0].set_axis_off()
+    figure.text(0.5, 0.5, "not measured", ha="center", va="center", color=MUTED, fontsize=12)
+    return figure
+
+
+def _save(name: str, caption: str, figure: Figure) -> Plot:
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", backend="agg", dpi=160)
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):  # the same report gives the same bytes
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return Plot(name, figure.axes[0].get_title(loc="left"), caption, png.getvalue(), _for_page(svg.getvalue()))
+
+
+def _for_page(svg: str) -> str:
+    """An SVG file as an inline element: no prologue, comments, metadata or group ids, colours as page variables."""
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r"\n\s*", "\n", svg)

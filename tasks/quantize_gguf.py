@@ -1,0 +1,85 @@
+"""Stages `convert_gguf` and `quantize_gguf`: Hugging Face folder -> F16 GGUF -> smaller formats, by llama.cpp's own tools."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tasks.core import hardware, settings
+from tasks.core.stage import StageConfig, stage
+from tasks.domain.errors import UserError
+
+GgufFormat = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"]
+GGUF_FORMATS: tuple[str, ...] = get_args(GgufFormat)
+MODEL_FILE = "model.gguf"
+
+
+class ConvertGgufConfig(StageConfig):
+    """Nothing to choose: every format is made from F16."""
+
+
+class QuantizeGgufConfig(StageConfig):
+    format: GgufFormat
+
+
+def converter() -> Path:
+    """llama.cpp's converter, of the same commit as the runtime.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    script = settings.load_settings().llama_cpp / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise UserError("CARTWRIGHT_LLAMA_CPP", str(script.parent), "has no convert_hf_to_gguf.py", mend="Run `make install`")
+    return script
+
+
+@stage("convert_gguf", version=1, libraries=("llama-cpp-python", "transformers", "torch"))
+def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Convert `inputs["model"]` into `model.gguf` with 16-bit weights."""
+    script = converter()
+    environment = {**settings.child_environment(), "PYTHONPATH": str(script.parent / "gguf-py")}
+    output = out_dir / MODEL_FILE
+    subprocess.run(
+        [sys.executable, str(script), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output)], check=True, env=environment
+    )
+    return {"format": "F16", **describe(output)}
+
+
+@stage("quantize_gguf", version=1, libraries=("llama-cpp-python",))
+def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Quantize the F16 file `inputs["gguf"]` into `model.gguf`."""
+    import llama_cpp.llama_cpp as api
+
+    source, output = inputs["gguf"] / MODEL_FILE, out_dir / MODEL_FILE
+    if config.format == "F16":
+        os.link(source, output)
+        return {"format": "F16", **describe(output)}
+    parameters = api.llama_model_quantize_default_params()
+    parameters.nthread = hardware.cores()
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{config.format}")
+    code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    if code:
+        raise RuntimeError(f"llama_model_quantize returned {code} for {config.format}")
+    return {"format": config.format, **describe(output)}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a GGUF file really holds: number of tensors by type, and bits per weight over all of them.
+
+    llama.cpp falls back to another type where a dimension does not fit, so the name of a format is not enough.
+    """
+    import gguf
+
+    tensors = gguf.GGUFReader(str(path)).tensors
+    bits = sum(int(tensor.n_bytes) * 8 for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+    return {
+        "tensor_types": dict(Counter(tensor.tensor_type.name for tensor in tensors)),
+        "bits_per_weight": round(bits, 3),
+        "size_mb": round(path.stat().st_size / 1e6, 3),
+    }

@@ -1,0 +1,103 @@
+"""Stage `quantize_gptq`: GPTQ (Frantar et al. 2022, arXiv 2210.17323) through transformers and optimum, kernels by GPTQModel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tasks.core import hardware, progress
+from tasks.core.stage import StageConfig, stage
+from tasks.domain import prompt
+from tasks.domain.errors import UserError
+from tasks.domain.scoring import answer_text
+from tasks.domain.spec import load_spec
+from tasks.synthesize import read_rows
+from tasks.tokenization import encode_example
+
+GROUP_SIZES = (128, 64, 32, 16)
+
+
+class QuantizeGptqConfig(StageConfig):
+    """One GPTQ variant."""
+
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Weights that share a scale; 0 takes the largest of 128, 64, 32, 16 that divides the model's dimensions",
+    )
+    calibration_rows: int = Field(128, ge=8, le=4096, description="Templated training rows the rounding is fitted to")
+    damp_percent: float = Field(0.05, gt=0, lt=1)
+    seed: int = Field(7, ge=0)
+
+
+def choose_group_size(wanted: int, dimensions: list[int]) -> int:
+    """The group size to use: it must divide every dimension of the quantized layers.
+
+    Raises:
+        UserError: the wanted one does not.
+    """
+    fitting = [size for size in GROUP_SIZES if all(dimension % size == 0 for dimension in dimensions)]
+    if not wanted and fitting:
+        return fitting[0]
+    if not wanted or any(dimension % wanted for dimension in dimensions):
+        raise UserError(
+            "gptq.group_size",
+            wanted,
+            f"does not divide the model's dimensions {sorted(set(dimensions))}",
+            allowed=fitting or "none of 128, 64, 32, 16",
+        )
+    return wanted
+
+
+@stage("quantize_gptq", version=1, libraries=("torch", "transformers", "optimum", "gptqmodel"))
+def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
+    import torch
+    from optimum.gptq import quantizer as optimum_quantizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig, set_seed
+
+    set_seed(config.seed)
+    torch.set_num_threads(hardware.cores())
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
+    group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]])
+    spec = load_spec(str(inputs["dataset"]))
+    rows = read_rows(inputs["dataset"] / "train.jsonl")
+    chosen = Random(config.seed).sample(rows, min(config.calibration_rows, len(rows)))
+    pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"])) for row in chosen]
+    calibration = [tokenizer.decode(question + answer) for question, answer in pairs]
+
+    _report_progress(optimum_quantizer)
+    settings = GPTQConfig(
+        bits=config.bits,
+        group_size=group_size,
+        dataset=calibration,
+        tokenizer=tokenizer,
+        desc_act=False,
+        sym=True,
+        damp_percent=config.damp_percent,
+    )
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        inputs["model"], dtype=torch.float16, device_map={"": device}, quantization_config=settings
+    )
+    model.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+    weights = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
+    return {"bits": config.bits, "group_size": group_size, "calibration_rows": len(calibration), "size_mb": round(weights / 1e6, 3)}
+
+
+def _report_progress(module: Any) -> None:
+    """Send optimum's bar over the model's blocks to ours; it offers no callback."""
+
+    def bar(blocks: Any, desc: str = "", leave: bool = True, **_: Any) -> Iterator[Any]:
+        return iter(blocks) if not leave else progress.track(blocks, len(blocks), "blocks")
+
+    module.tqdm = bar

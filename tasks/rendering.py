@@ -1,0 +1,299 @@
+"""A finished report as files: `report.json` for machines, `report.html` and `report.md` for people, and the plots."""
+
+import json
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+Json: TypeAlias = dict[str, Any]
+TEMPLATES = Path(__file__).parent / "templates"
+ROLES = {"base": "base model", "reference": "16-bit reference"}
+VERDICTS = {
+    "promote": "Promote: the new model takes the champion's place.",
+    "hold": "Hold: the champion stays.",
+    "inconclusive": "Inconclusive: the test cannot tell the two models apart, so the champion stays.",
+}
+
+
+def render(report: Json, out_dir: Path) -> None:
+    """Write `report.json`, `report.html`, `report.md` and one PNG per plot into `out_dir`, which is made if need be.
+
+    `report` follows the report contract of DESIGN.md: rates are shares (0 to 1), sizes MB, times ms or s as named.
+    Any figure may be None or absent; a sibling `<name>_reason`, or the variant's `notes`, then tells why.
+    """
+    from tasks.plots import draw_plots  # matplotlib takes a second to load
+
+    report = json_safe(report)
+    plots = {plot.name: plot for plot in draw_plots(report)}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
+    for plot in plots.values():
+        (out_dir / f"{plot.name}.png").write_bytes(plot.png)
+    for name in ("report.html", "report.md"):
+        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=name.endswith("html"),
+                                  undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        environment.filters["md"] = escape_markdown
+        page = environment.get_template(f"{name}.j2").render(_Page(report).sections(), plots=plots)
+        (out_dir / name).write_text(page.strip() + "\n", encoding="utf-8")
+
+
+def json_safe(value: Any) -> Any:
+    """A copy of `value` that JSON can hold: floats rounded, NaN and infinity as None, the rest as text."""
+    if isinstance(value, Mapping):
+        lost = [key for key, item in value.items() if isinstance(item, float) and not math.isfinite(item)]
+        reasons = {f"{key}_reason": "the measurement gave no finite number" for key in lost}
+        return reasons | {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_safe(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):  # numpy's scalars too
+        number = float(value)
+        number = round(number, 4) if abs(number) >= 1 else float(f"{number:.6g}")
+        return number if math.isfinite(number) else None
+    return str(value)
+
+
+def escape_markdown(text: object) -> str:
+    """`text` as one line that cannot end a table cell, open a link or become HTML."""
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", line)
+
+
+def _number(value: float) -> str:
+    size = abs(value)
+    if float(value).is_integer() or size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.1f} s" if minutes < 1 else f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+
+
+FORMS: dict[str, Callable[[float], str]] = {
+    "number": _number,
+    "time": _duration,
+    "percent": lambda value: f"{100 * value:.1f}%",
+    "points": lambda value: f"{100 * value:+.1f}",
+    "ratio": lambda value: f"{value:.2f}\u00d7",
+}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return _number(value) if isinstance(value, int | float) else "none" if value is None else str(value)
+
+
+def _look(node: Any, path: str | Sequence[str]) -> tuple[Any, Json, str]:
+    """The value at `path` (dotted, or a sequence), the mapping around it, and the nearest reason for its absence."""
+    reason, parent = "", {}
+    for key in path.split(".") if isinstance(path, str) else path:
+        parent = node if isinstance(node, dict) else {}
+        node, reason = parent.get(key), str(parent.get(f"{key}_reason") or reason)
+    if isinstance(node, dict) and "value" in node:
+        return node["value"], node, str(node.get("value_reason") or reason)
+    return node, parent, reason
+
+
+def _labels(counts: Any) -> list[str]:
+    found = counts if isinstance(counts, dict) else {}
+    return [key for key in found if not (key.endswith("_reason") and key.removesuffix("_reason") in found)]
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | str = ""  # what its column is sorted by
+    detail: str = ""  # its interval
+    hint: str = ""  # the sample size, or the reason why it is missing
+    note: int = 0  # the number of that reason; 0 for a measured figure
+
+
+class Row(NamedTuple):
+    head: str
+    cells: Sequence[Cell]
+    badges: Sequence[str] = ()
+    sub: str = ""
+    error: str = ""  # a row with an error has no cells
+
+
+class Column(NamedTuple):
+    label: str
+    path: str  # dotted
+    form: str = "number"
+    help: str = ""
+    optional: bool = False  # without any value, it is named under "not run" instead of filling a column
+
+
+class Table(NamedTuple):
+    head: str  # the title of the first column, which names the rows
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+
+
+VARIANT_COLUMNS = [
+    Column("Exact match", "quality.exact_match", "percent", "Right intent and all slots right; 95% interval"),
+    Column("Hard exact match", "quality.hard_exact_match", "percent", "The same on unseen patterns, with more noise"),
+    Column("Intent accuracy", "quality.intent_accuracy", "percent", "Right intent, whatever the slots"),
+    Column("JSON valid", "quality.json_valid", "percent", "Share of answers that can be read"),
+    Column("Size, MB", "size_mb", "number", "Size on disk"),
+    Column("Bits", "bits", "number", "Bits per weight"),
+    Column("Load, s", "performance.load_s", "number", "Time until the model can answer"),
+    Column("Latency p50, ms", "performance.latency_ms.p50", "number", "Half of the requests take at most this long"),
+    Column("Latency p95, ms", "performance.latency_ms.p95", "number", "95 of 100 requests take at most this long"),
+    Column("Prefill, tok/s", "performance.prefill_tok_s", "number", "Speed of reading the prompt"),
+    Column("Decode, tok/s", "performance.decode_tok_s", "number", "Speed of writing the answer"),
+    Column("Requests/s", "performance.requests_s", "number", "One request at a time"),
+    Column("Requests/s, batched", "performance.requests_s_batched", "number", "Several requests at once"),
+    Column("RSS, MB", "performance.rss_mb", "number", "Memory of the process"),
+    Column("Speedup", "speedup_vs_fp16", "ratio", "Times as fast as the 16-bit reference"),
+    Column("RAM reduction", "ram_reduction_vs_fp16", "percent", "Memory saved against the 16-bit reference"),
+    Column("VRAM, MB", "performance.vram_mb", "number", "Memory on the GPU", optional=True),
+    Column("Energy, J per request", "performance.energy_j_per_request", optional=True),
+    Column("USD per 1,000 requests", "performance.usd_per_1k_requests", optional=True),
+]
+FIDELITY_COLUMNS = [
+    Column("Verdict", "fidelity.verdict", "text", "What all checks together say"),
+    Column("Change, points", "quality.vs_reference.delta", "points", "Exact match minus the reference's; 95% interval"),
+    Column("McNemar p", "quality.vs_reference.mcnemar_p", "number", "How often chance alone gives such a change"),
+    Column("Same next token", "fidelity.top1_agreement", "percent", "How often both prefer the same token", True),
+    Column("Mean KLD", "fidelity.mean_kld", "number", "Divergence of the token probabilities; 0 is none", True),
+    Column("p99 KLD", "fidelity.p99_kld", "number", "99 of 100 tokens diverge less than this", True),
+    Column("Weight error", "fidelity.weight_rel_error", "percent", "Relative error of the weights", True),
+    Column("Fine-tuning kept", "fidelity.delta_retained", "percent", "What is left of the change by fine-tuning", True),
+    Column("Same prompt", "fidelity.prompt_ids_match", "text", "Both read the same prompt tokens", True),
+]
+GATE = [Column("Champion", "champion"), Column("Challenger", "challenger"), Column("Change, points", "delta", "points"),
+        Column("Lower bound, points", "low", "points"), Column("Margin, points", "margin", "points")]  # fmt: skip
+TILES = [c for c in VARIANT_COLUMNS if c.label in ("Exact match", "Size, MB", "Speedup", "RAM reduction")]
+DATA = [Column("Duplicates removed", "duplicates_removed"), Column("Teacher", "teacher"), Column("SHA-256", "sha256")]
+TRAINING = [
+    Column("Base model", "base_model"), Column("Examples", "examples"), Column("Epochs", "epochs"),
+    Column("Tokens", "tokens"), Column("Tokens per second", "tokens_per_s"), Column("Time", "wall_s", "time"),
+    Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
+    Column("Final loss", "final_loss"),
+]  # fmt: skip
+MACHINE = [Column("Processor", "cpu"), Column("Cores", "cores"), Column("RAM, GB", "ram_gb"), Column("GPU", "gpu"),
+           Column("Python", "python")]  # fmt: skip
+STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"),
+          Column("Key", "key", "text")]  # fmt: skip
+PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]
+
+
+class _Page:
+    """What the templates print: tables of finished text, and the numbered reasons for what is missing."""
+
+    def __init__(self, report: Json) -> None:
+        self.report = report
+        self.reasons: list[str] = []
+        self.variants: list[Json] = report.get("variants") or []
+        self.choice: Json = report.get("recommendation") or {}
+        self.names = {self.choice.get("cpu"), self.choice.get("gpu")} - {None}
+        self.recommended = [v for v in self.variants if v.get("name") in self.names]
+
+    def sections(self) -> Json:
+        """The sections, in the order in which a missing figure is to be numbered."""
+        report, data, gate = self.report, self.report.get("dataset") or {}, self.report.get("gate") or {}
+        compared = [v for v in self.variants if v.get("role") != "reference" and not v.get("error")]
+        heads = {"by_language": "Language", "by_intent": "Intent", "slot_f1": "Slot, F1"}
+        counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "rejected": "Reason for rejection"}
+        stages = [{**stage, "key": (stage.get("key") or "")[:12] or None} for stage in report.get("stages") or []]
+        return {
+            "report": report,
+            "choices": self._facts(self.choice, [Column("CPU", "cpu"), Column("GPU", "gpu")]),
+            "why": _text(self.choice.get("why") or ""),
+            "constraints": _text(self.choice.get("constraints") or ""),
+            "gate": self._facts(gate, GATE) if gate else [],
+            "verdict": self._cell(report, "gate.verdict", otherwise="no gate was run"),
+            "verdicts": VERDICTS,
+            "checks": gate.get("checks") or [],
+            "tiles": {_text(v.get("name")): self._facts(v, TILES) for v in self.recommended},
+            "variants": self._variants(VARIANT_COLUMNS, self.variants),
+            "notes": {_text(v.get("name")): v["notes"] for v in self.variants if v.get("notes")},
+            "fidelity": self._variants(FIDELITY_COLUMNS, compared),
+            "breakdowns": [self._breakdown(head, key) for key, head in heads.items()],
+            "paper": self._table("Claim of the paper", PAPER, report.get("paper") or [], "claim"),
+            "counts": [self._counts(head, data, key) for key, head in counted.items()],
+            "data": self._facts(data, DATA),
+            "training": self._facts(report.get("training"), TRAINING),
+            "stages": self._table("Stage", STAGES, stages, "name"),
+            "machine": self._facts(report.get("environment"), MACHINE),
+            "wall": self._cell(report, "wall_s", "time"),
+            "not_run": self._not_run(),
+            "reasons": self.reasons,
+        }
+
+    def _cell(self, node: Any, path: str | Sequence[str], form: str = "number", otherwise: str = "") -> Cell:
+        value, around, reason = _look(node, path)
+        if value is None:
+            reason = reason or otherwise or "no reason was recorded"
+            if reason not in self.reasons:
+                self.reasons.append(reason)
+            return Cell("not measured", hint=reason, note=self.reasons.index(reason) + 1)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return Cell(_text(value), _text(value))
+        show, ends = FORMS.get(form, _number), [around.get(end) for end in ("low", "high")]
+        if None in ends or value not in (around.get("value"), around.get("delta")):  # not the figure the ends belong to
+            return Cell(show(value), value)
+        detail = " to ".join(show(end) for end in ends if end is not None).replace("%", "")
+        return Cell(show(value), value, detail, f"n = {around['n']}" if around.get("n") else "")
+
+    def _facts(self, node: Any, columns: Iterable[Column]) -> list[tuple[Column, Cell]]:
+        return [(column, self._cell(node, column.path, column.form)) for column in columns]
+
+    def _table(self, head: str, columns: list[Column], nodes: list[Json], name: str) -> Table:
+        rows = [Row(_text(node.get(name)), [self._cell(node, c.path, c.form) for c in columns]) for node in nodes]
+        return Table(head, columns, rows)
+
+    def _variants(self, columns: list[Column], variants: list[Json]) -> Table:
+        kept = [c for c in columns if not c.optional or any(_look(v, c.path)[0] is not None for v in variants)]
+        rows = []
+        for variant in variants:
+            name, role, error, notes = (variant.get(key) or "" for key in ("name", "role", "error", "notes"))
+            cells = [] if error else [self._cell(variant, c.path, c.form, " ".join(notes)) for c in kept]
+            badges = ["recommended"] * (name in self.names) + ["Pareto"] * (name in (self.report.get("pareto") or []))
+            sub = [_text(variant[key]) for key in ("format", "runtime", "device") if variant.get(key)]
+            sub += [f"{variant['threads']} threads"] if variant.get("threads") else []
+            badges += [ROLES[role]] if role in ROLES else []
+            rows.append(Row(_text(name), cells, badges, " · ".join(sub), _text(error)))
+        return Table("Variant", kept, rows)
+
+    def _breakdown(self, head: str, key: str) -> Table:
+        shown = self.recommended + [v for v in self.variants if v.get("role") == "base" and v not in self.recommended]
+        labels = dict.fromkeys(label for v in shown for label in _labels(_look(v, ["quality", key])[0]))
+        rows = [Row(label, [self._cell(v, ["quality", key, label], "percent") for v in shown]) for label in labels]
+        return Table(head, [Column(_text(v.get("name")), "") for v in shown], rows)
+
+    def _counts(self, head: str, data: Json, key: str) -> Table:
+        counts = data.get(key)
+        if not isinstance(counts, dict):
+            return Table(head, [Column("Rows", "")], [Row("all", [self._cell(data, key)])])
+        nested = list(dict.fromkeys(part for count in counts.values() for part in _labels(count)))
+        rows = [Row(label, [self._cell(counts, [label, part]) for part in nested] or [self._cell(counts, [label])])
+                for label in _labels(counts)]  # fmt: skip
+        return Table(head, [Column(part, "") for part in nested] or [Column("Rows", "")], rows)
+
+    def _not_run(self) -> list[str]:
+        lines = [_text(line) for line in self.report.get("not_run") or []]
+        if not any(str(v.get("device")).startswith(("cuda", "gpu")) for v in self.variants):
+            lines.append("No variant was measured on a GPU.")
+        lines += [f"{v.get('name')} failed: {_text(v['error'])}" for v in self.variants if v.get("error")]
+        for column in VARIANT_COLUMNS + FIDELITY_COLUMNS:
+            found = [_look(v, column.path) for v in self.variants if not v.get("error")]
+            if column.optional and all(value is None for value, _, _ in found):
+                reasons = [reason or "no reason was recorded" for _, _, reason in found] or ["no variant"]
+                lines.append(f"{column.label}: not measured ({max(reasons, key=reasons.count)}).")
+        return lines

@@ -1,0 +1,89 @@
+"""The report of a run: gathers what stages found into the report contract, writes it, and points `reports/latest` at it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.config import RunConfig
+from tasks.core import hardware
+from tasks.core.artifacts import Manifest
+from tasks.core.runner import Runner
+from tasks.core.settings import Settings
+from tasks.core.source import git_state
+from tasks.domain.errors import UserError
+from tasks.rendering import render
+
+
+def write_report(
+    run: Runner, config: RunConfig, started: str, decision: Manifest, dataset: Manifest, adapter: Manifest, gate: dict[str, Any]
+) -> tuple[Path, bool]:
+    """Write `reports/<run>/`, log it to MLflow, and point `reports/latest` at it.
+
+    Returns:
+        The folder, and whether no stage of the run computed anything.
+    """
+    decided = json.loads((run.store.path(decision.kind, decision.key) / "decision.json").read_text(encoding="utf-8"))
+    finished = datetime.now(UTC)
+    report = {
+        "run_id": run.run_id,
+        "profile": config.profile,
+        "git": git_state(),
+        "started": started,
+        "finished": finished.isoformat(timespec="seconds"),
+        "wall_s": round((finished - datetime.fromisoformat(started)).total_seconds(), 1),
+        "environment": hardware.environment(),
+        "stages": run.stages,
+        "dataset": {"sha256": dataset.digest, **dataset.metrics},
+        "training": training_facts(adapter, config),
+        **decided,
+        "gate": gate,
+        "not_run": not_run(),
+    }
+    folder = run.settings.reports / run.run_id
+    render(report, folder)
+    point_latest(run.settings, folder)
+    run.tracker.log_files(run.tracker.parent, folder, "report")
+    run.tracker.log_summary(report)
+    return folder, all(stage["state"] == "cached" for stage in run.stages)
+
+
+def training_facts(adapter: Manifest, config: RunConfig) -> dict[str, Any]:
+    """The `training` of the report."""
+    names = ("examples", "epochs", "tokens", "tokens_per_s", "trainable_params", "final_loss", "validation_loss", "precision", "steps")
+    facts = {name: adapter.metrics.get(name) for name in names}
+    if facts["tokens_per_s"] is None:
+        facts["tokens_per_s_reason"] = "training was interrupted and taken up again, so its speed was not measured as a whole"
+    return {"base_model": config.base_model.source, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
+
+
+def not_run() -> list[str]:
+    """What this machine could not measure, in words."""
+    if hardware.gpu():
+        return []
+    return ["There was no GPU: GPTQ was made and evaluated on the CPU, and neither GPU memory nor GPU speed was measured."]
+
+
+def point_latest(settings: Settings, folder: Path) -> None:
+    """Let `reports/latest` be a link to `folder`, replaced in one step."""
+    link = settings.reports / "latest"
+    new = settings.reports / f".latest-{os.getpid()}-{time.monotonic_ns()}"
+    new.symlink_to(folder.name)
+    new.replace(link)
+
+
+def latest_report(settings: Settings, run_id: str = "latest") -> Path:
+    """The folder of a finished report.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = settings.reports / run_id
+    if not (folder / "report.json").is_file():
+        known = sorted(path.name for path in settings.reports.glob("*/") if path.name != "latest") or "none yet"
+        raise UserError("run", run_id, f"has no report in {settings.reports}", allowed=known, mend="Run `cartwright run` first")
+    return folder.resolve()

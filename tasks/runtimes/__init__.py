@@ -1,0 +1,54 @@
+"""One small class per way to run a model; all of them answer the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from tasks.domain.prompt import Message
+
+RuntimeName = Literal["transformers", "llama_cpp"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up."""
+
+    index: int
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    total_s: float
+
+
+class Runtime(Protocol):
+    """A loaded model. Decoding is greedy and stops at the end of the turn."""
+
+    device: str
+    threads: int
+
+    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
+        """Answer every conversation, `parallel` at a time, in the order in which they are finished."""
+        ...
+
+    def prefill_tokens_per_s(self, tokens: int) -> float:
+        """Speed of reading a prompt of `tokens` tokens, tokens/s."""
+        ...
+
+    def decode_tokens_per_s(self, tokens: int) -> float:
+        """Speed of writing `tokens` tokens one after the other, tokens/s."""
+        ...
+
+
+def load(runtime: RuntimeName, path: Path, threads: int, dtype: str = "float16") -> Runtime:
+    """Load the model at `path`: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one)."""
+    if runtime == "llama_cpp":
+        from tasks.runtimes.llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads)
+    from tasks.runtimes.transformers import TransformersRuntime
+
+    return TransformersRuntime(path, threads, dtype)

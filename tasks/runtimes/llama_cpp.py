@@ -1,0 +1,216 @@
+"""GGUF files through llama.cpp: continuous batching over parallel sequences, the shared prompt prefix evaluated once."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as api
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from tasks.domain.prompt import Message
+from tasks.runtimes import Completion
+
+BATCH = 2048  # most tokens one call of llama_decode takes
+
+
+@api.llama_log_callback
+def _silent(level: int, text: bytes, user_data: Any) -> None:
+    """llama.cpp writes hundreds of lines while loading; failures are raised instead."""
+
+
+api.llama_log_set(_silent, ctypes.c_void_p(0))
+
+
+@dataclass
+class _Sequence:
+    """A conversation in progress: which tokens are still to be read, which were written."""
+
+    index: int
+    prompt: list[int]
+    started: float
+    first_token_s: float = 0.0
+    written: list[int] = field(default_factory=list)
+
+
+class LlamaCppRuntime:
+    """A GGUF file on the CPU.
+
+    Raises:
+        ValueError: llama.cpp cannot load the file.
+    """
+
+    device = "cpu"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.threads = threads
+        api.llama_backend_init()
+        parameters = api.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot load {path}")
+        self._vocab = api.llama_model_get_vocab(self._model)
+        self._vocab_size = api.llama_vocab_n_tokens(self._vocab)
+        self._context: Any = None
+        self._shape = (0, 0)
+        template = api.llama_model_chat_template(self._model, None)
+        if not template:
+            raise ValueError(f"{path} has no chat template")
+        self._formatter = Jinja2ChatFormatter(
+            template.decode(),
+            eos_token=self._piece(api.llama_vocab_eos(self._vocab)),
+            bos_token=self._piece(api.llama_vocab_bos(self._vocab)),
+        )
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._context:
+            api.llama_free(self._context)
+            self._context = None
+        if self._model:
+            api.llama_model_free(self._model)
+            self._model = None
+
+    # Tokens ------------------------------------------------------------------------------------------------------
+
+    def _piece(self, token: int) -> str:
+        return self.decode([token], special=True) if token >= 0 else ""
+
+    def encode(self, conversation: list[Message]) -> list[int]:
+        """Token ids of a prompt; the template brings the special tokens, none is added."""
+        text = self._formatter(messages=conversation).prompt.encode()  # type: ignore[arg-type]
+        room = (api.llama_token * (len(text) + 8))()
+        count = api.llama_tokenize(self._vocab, text, len(text), room, len(room), False, True)
+        if count < 0:
+            raise ValueError(f"llama.cpp cannot tokenize {text[:60]!r}")
+        return list(room[:count])
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; special tokens are left out unless asked for."""
+        ids = (api.llama_token * len(tokens))(*tokens)
+        room = ctypes.create_string_buffer(len(tokens) * 64 + 64)
+        count = api.llama_detokenize(self._vocab, ids, len(tokens), room, len(room), False, special)
+        return room.raw[: max(count, 0)].decode("utf-8", errors="replace")
+
+    # Generation --------------------------------------------------------------------------------------------------
+
+    def _make_context(self, parallel: int, tokens: int) -> None:
+        """A context for `parallel` sequences (and the shared prefix) with `tokens` places in all; kept while it fits."""
+        if self._context and self._shape[0] == parallel and self._shape[1] >= tokens:
+            api.llama_memory_clear(api.llama_get_memory(self._context), True)
+            return
+        if self._context:
+            api.llama_free(self._context)
+        parameters = api.llama_context_default_params()
+        parameters.n_ctx = -(-tokens // 256) * 256
+        parameters.n_batch = BATCH
+        parameters.n_seq_max = parallel + 1
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.kv_unified = True  # sequences share the cells of their common prefix
+        parameters.no_perf = True
+        self._context = api.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise MemoryError(f"llama.cpp cannot make a context of {tokens} tokens for {parallel} sequences")
+        self._shape = (parallel, parameters.n_ctx)
+
+    def _evaluate(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Run one batch of (token, position, sequence, wants logits); the likeliest next token of each that wants it."""
+        batch = api.llama_batch_init(len(entries), 0, 1)
+        try:
+            batch.n_tokens = len(entries)
+            for i, (token, position, sequence, wants) in enumerate(entries):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wants
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = sequence
+            code = api.llama_decode(self._context, batch)
+            if code:
+                raise RuntimeError(f"llama_decode returned {code} for {len(entries)} tokens")
+        finally:
+            api.llama_batch_free(batch)
+        return [
+            int(np.argmax(np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, i), (self._vocab_size,))))
+            for i, entry in enumerate(entries)
+            if entry[3]
+        ]
+
+    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
+        """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
+        prompts = [self.encode(conversation) for conversation in conversations]
+        prefix = _common_prefix(prompts)
+        longest = max(map(len, prompts), default=0)
+        self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens))
+        memory = api.llama_get_memory(self._context)
+        if prefix:
+            for start in range(0, len(prefix), BATCH):
+                self._evaluate([(token, start + i, 0, False) for i, token in enumerate(prefix[start : start + BATCH])])
+        waiting = list(enumerate(prompts))[::-1]
+        free = list(range(parallel, 0, -1))
+        running: dict[int, _Sequence] = {}
+        while waiting or running:
+            entries: list[tuple[int, int, int, bool]] = []
+            owners: list[int] = []
+            for slot, sequence in running.items():
+                entries.append((sequence.written[-1], len(sequence.prompt) + len(sequence.written) - 1, slot, True))
+                owners.append(slot)
+            while waiting and free and len(entries) + len(waiting[-1][1]) - len(prefix) <= BATCH:
+                index, prompt = waiting.pop()
+                slot = free.pop()
+                running[slot] = _Sequence(index, prompt, time.perf_counter())
+                api.llama_memory_seq_cp(memory, 0, slot, 0, len(prefix))
+                rest = prompt[len(prefix) :]
+                entries.extend((token, len(prefix) + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
+                owners.append(slot)
+            if not entries:
+                raise ValueError(f"conversation {waiting[-1][0]} has more than {BATCH} tokens")
+            for slot, token in zip(owners, self._evaluate(entries), strict=True):
+                sequence = running[slot]
+                sequence.first_token_s = sequence.first_token_s or time.perf_counter() - sequence.started
+                sequence.written.append(token)
+                ended = api.llama_vocab_is_eog(self._vocab, token)
+                if ended or len(sequence.written) >= max_tokens:
+                    text = self.decode(sequence.written[:-1] if ended else sequence.written)
+                    yield Completion(
+                        sequence.index,
+                        text,
+                        len(sequence.prompt),
+                        len(sequence.written),
+                        sequence.first_token_s,
+                        time.perf_counter() - sequence.started,
+                    )
+                    api.llama_memory_seq_rm(memory, slot, -1, -1)
+                    del running[slot]
+                    free.append(slot)
+
+    # Fixed lengths -----------------------------------------------------------------------------------------------
+
+    def prefill_tokens_per_s(self, tokens: int) -> float:
+        """See `Runtime`. As llama-bench's `pp`: one prompt from an empty cache."""
+        self._make_context(1, tokens)
+        started = time.perf_counter()
+        self._evaluate([(i % self._vocab_size, i, 1, i == tokens - 1) for i in range(tokens)])
+        return tokens / (time.perf_counter() - started)
+
+    def decode_tokens_per_s(self, tokens: int) -> float:
+        """See `Runtime`. As llama-bench's `tg`: token after token from an empty cache."""
+        self._make_context(1, tokens + 1)
+        self._evaluate([(0, 0, 1, True)])
+        started = time.perf_counter()
+        for position in range(1, tokens + 1):
+            self._evaluate([(position % self._vocab_size, position, 1, True)])
+        return tokens / (time.perf_counter() - started)
+
+
+def _common_prefix(prompts: list[list[int]]) -> list[int]:
+    """Tokens with which all prompts begin; at least one token of each is left, since its logits are needed."""
+    if not prompts:
+        return []
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    return first[: min(length, limit)]

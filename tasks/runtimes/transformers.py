@@ -1,0 +1,108 @@
+"""Hugging Face folders through transformers, GPTQ ones included (their kernels are GPTQModel's)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.domain.prompt import Message
+from tasks.runtimes import Completion
+from tasks.tokenization import encode, prompt_text
+
+
+class TransformersRuntime:
+    """A model in transformers, on the first CUDA device if there is one."""
+
+    def __init__(self, path: Path, threads: int, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch = torch
+        self.threads = threads
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(threads)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}).eval()
+        self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+
+    @property
+    def kernel(self) -> str:
+        """Class of the layer that multiplies by quantized weights, `Linear` if none does."""
+        names = {type(module).__name__ for module in self._model.modules()}
+        return next((name for name in sorted(names) if name.endswith("Linear") and name != "Linear"), "Linear")
+
+    def encode(self, conversation: list[Message]) -> list[int]:
+        return encode(self._tokenizer, prompt_text(self._tokenizer, conversation))
+
+    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
+        """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
+        prompts = sorted(((i, self.encode(conversation)) for i, conversation in enumerate(conversations)), key=lambda item: len(item[1]))
+        for start in range(0, len(prompts), parallel):
+            yield from self._batch(prompts[start : start + parallel], max_tokens)
+
+    def _batch(self, prompts: list[tuple[int, list[int]]], max_tokens: int) -> Iterator[Completion]:
+        torch = self._torch
+        longest = max(len(ids) for _, ids in prompts)
+        input_ids = torch.tensor([[self._pad] * (longest - len(ids)) + ids for _, ids in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in prompts], device=self.device)
+        clock = _FirstToken()
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                pad_token_id=self._pad,
+                logits_processor=[clock],
+            )
+        total = time.perf_counter() - clock.started
+        for (index, ids), written in zip(prompts, output[:, longest:].tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(written) if token == self._tokenizer.eos_token_id), len(written))
+            text = self._tokenizer.decode(written[:length], skip_special_tokens=True)
+            yield Completion(index, text, len(ids), length, clock.first - clock.started, total)
+
+    def prefill_tokens_per_s(self, tokens: int) -> float:
+        """See `Runtime`: one forward pass from an empty cache."""
+        torch = self._torch
+        input_ids = (torch.arange(tokens, device=self.device) % self._model.config.vocab_size)[None]
+        with torch.inference_mode():
+            self._synchronize()
+            started = time.perf_counter()
+            self._model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+            self._synchronize()
+            return tokens / (time.perf_counter() - started)
+
+    def decode_tokens_per_s(self, tokens: int) -> float:
+        """See `Runtime`: forward passes of one token each on a growing cache."""
+        torch = self._torch
+        with torch.inference_mode():
+            output = self._model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device), use_cache=True)
+            self._synchronize()
+            started = time.perf_counter()
+            for token in range(1, tokens + 1):
+                output = self._model(
+                    input_ids=torch.tensor([[token % self._model.config.vocab_size]], device=self.device),
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+                output.logits[0, -1].argmax().item()
+            self._synchronize()
+            return tokens / (time.perf_counter() - started)
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            self._torch.cuda.synchronize()
+
+
+class _FirstToken:
+    """A logits processor that changes nothing and remembers when the first logits came."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first = 0.0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.first = self.first or time.perf_counter()
+        return scores

@@ -1,0 +1,30 @@
+"""Conversations to token ids: the same for training, calibration and every transformers runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.domain.prompt import Message
+
+
+def prompt_text(tokenizer: Any, conversation: list[Message]) -> str:
+    """The conversation as the model sees it, up to where its answer starts. The template comes from the tokenizer."""
+    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+
+def encode_example(tokenizer: Any, conversation: list[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the completion, which ends with the token that ends a turn.
+
+    Both are tokenized apart, so that training sees the boundary that generation will see.
+    """
+    prompt = prompt_text(tokenizer, conversation)
+    whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": answer}], tokenize=False)
+    rest = whole[len(prompt) :] if whole.startswith(prompt) else answer
+    end = rest.find(tokenizer.eos_token)
+    completion = rest[:end] if end >= 0 else rest.rstrip()
+    return encode(tokenizer, prompt), [*encode(tokenizer, completion), tokenizer.eos_token_id]
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of text that already has its special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
