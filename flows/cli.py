@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -215,7 +216,7 @@ def doctor() -> None:
 
 def _checks(settings: environment.Settings) -> Iterator[tuple[bool, str, str]]:
     from tasks.base_model import offline_gguf
-    from tasks.config import load_config, profiles, resolve
+    from tasks.config import profiles
     from tasks.core import hardware
     from tasks.core.artifacts import Store
     from tasks.quantize_gguf import converter
@@ -243,7 +244,13 @@ def _checks(settings: environment.Settings) -> Iterator[tuple[bool, str, str]]:
     yield free > 6, "disk", f"{free:.0f} GB free; a quick run takes about 4"
     for profile in profiles():
         if profile != "paper":  # its base model is on a hub
-            yield attempt(f"profile {profile}", lambda profile=profile: resolve(load_config(profile)) and "valid")
+            yield attempt(f"profile {profile}", functools.partial(_valid_profile, profile))
+
+
+def _valid_profile(profile: str) -> str:
+    from tasks.config import load_config, resolve
+
+    return "valid, key " + resolve(load_config(profile)).key()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.config import RunConfig
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
+from tasks.core.child import tied
 from tasks.core.display import Display
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
@@ -111,23 +111,25 @@ def prefect_api(settings: Settings) -> Iterator[None]:
         port = _free_port()
         with log.open("ab") as output:
             server = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tasks.core.child",
-                    "--exec",
-                    "prefect",
-                    "server",
-                    "start",
+                tied(
+                    "uvicorn",
+                    "--factory",
+                    "prefect.server.api.server:create_app",
                     "--host",
                     "127.0.0.1",
                     "--port",
                     str(port),
-                    "--no-ui",
-                ],
+                    "--log-level",
+                    "error",
+                ),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment.child_environment(),
+                env={
+                    **environment.child_environment(),
+                    "PREFECT_UI_ENABLED": "false",
+                    "PREFECT__SERVER_EPHEMERAL": "1",
+                    "PREFECT__SERVER_FINAL": "1",
+                },
                 start_new_session=True,
             )
         try:

@@ -36,6 +36,9 @@ class FinetuneConfig(StageConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     max_length: int = Field(256, ge=16, le=8192, description="Longer rows are left out, and counted")
     checkpoints: int = Field(10, ge=1, le=1000, description="How often training is saved, and evaluated on `validation`")
+    compile: bool = Field(
+        True, description="Compile the layers with torch.compile where the machine has a C++ compiler: half as fast again on a CPU"
+    )
     seed: int = Field(7, ge=0)
 
 
@@ -105,6 +108,19 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     return loss / (items if items is not None else wanted.sum())
 
 
+def compile_layers(model: Any) -> bool:
+    """Compile each decoder layer in place; one compilation serves all of them, since they are alike.
+
+    Returns:
+        Whether there was a C++ compiler to do it.
+    """
+    if not shutil.which("c++") and not shutil.which("g++"):
+        return False
+    for layer in model.get_base_model().get_decoder().layers:
+        layer.compile(dynamic=True)
+    return True
+
+
 @stage("finetune", version=1, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
@@ -138,6 +154,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         model,
         LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    compiled = compile_layers(model) if config.compile else False
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -238,5 +255,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "final_loss": report.loss,
         "validation_loss": evaluation["eval_loss"],
         "precision": precision,
+        "compiled": compiled,
         "history": [{key: entry[key] for key in ("step", "loss", "eval_loss", "learning_rate") if key in entry} for entry in history],
     }

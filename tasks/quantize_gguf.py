@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tasks.core import hardware, settings
+from tasks.core.child import tied
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 
@@ -46,7 +46,7 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
     environment = {**settings.child_environment(), "PYTHONPATH": str(script.parent / "gguf-py")}
     output = out_dir / MODEL_FILE
     subprocess.run(
-        [sys.executable, str(script), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output)], check=True, env=environment
+        tied("python", str(script), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output)), check=True, env=environment
     )
     return {"format": "F16", **describe(output)}
 

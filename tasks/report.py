@@ -32,6 +32,7 @@ def write_report(
     report = {
         "run_id": run.run_id,
         "profile": config.profile,
+        "config": config.model_dump(mode="json"),
         "git": git_state(),
         "started": started,
         "finished": finished.isoformat(timespec="seconds"),

@@ -114,9 +114,12 @@ class Store:
         Returns:
             (manifest, None) if it is whole, (None, None) if there is none, (None, why) if it is damaged.
         """
-        folder = self.path(kind, key)
-        if not self.is_local and not (folder / MANIFEST).is_file():
+        if not self.is_local and self._find_here(kind, key)[0] is None:
             self._download(kind, key)
+        return self._find_here(kind, key)
+
+    def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
+        folder = self.path(kind, key)
         try:
             manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
         except FileNotFoundError:
@@ -125,7 +128,8 @@ class Store:
             return None, f"{folder / MANIFEST} cannot be read ({error.error_count()} problems)"
         if (manifest.kind, manifest.key) != (kind, key):
             return None, f"{folder / MANIFEST} belongs to {manifest.kind} {manifest.key}"
-        return (None, damage) if (damage := _damage(folder, manifest)) else (manifest, None)
+        damage = _damage(folder, manifest)
+        return (None, damage) if damage else (manifest, None)
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
         """Turn a finished folder into an artefact: manifest written and flushed, folder renamed, copy uploaded."""

@@ -1,7 +1,7 @@
 """A stage in a process of its own: memory is given back, a measurement is not disturbed, and no child outlives its parent.
 
 The parent writes a request, starts `python -m tasks.core.child`, and reads one JSON event a line from a pipe.
-The child's output goes to a log file. `python -m tasks.core.child --exec PROGRAM ...` ties another program to its parent.
+The child's output goes to a log file. `python -m tasks.core.child --exec PID PROGRAM ...` ties another program to its parent.
 """
 
 from __future__ import annotations
@@ -140,16 +140,20 @@ def _main(descriptor: int) -> int:
     return 0
 
 
-def _exec(command: list[str]) -> None:
-    """Become another program of this environment that dies with its parent."""
-    die_with_parent(os.getppid())
+def tied(program: str, *arguments: str) -> list[str]:
+    """The command line that runs a program of this environment so that it dies with the process that starts it."""
+    return [sys.executable, "-m", "tasks.core.child", "--exec", str(os.getpid()), program, *arguments]
+
+
+def _exec(parent: int, command: list[str]) -> None:
+    die_with_parent(parent)
     program = Path(sys.executable).parent / command[0]
     os.execv(program, [str(program), *command[1:]])
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--exec":
-        _exec(sys.argv[2:])
+        _exec(int(sys.argv[2]), sys.argv[3:])
     code = _main(int(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

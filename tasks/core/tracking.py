@@ -19,6 +19,7 @@ from tasks.core.settings import Settings
 from tasks.domain.errors import UserError
 
 Kind = Literal["pipeline", "stage", "variant"]
+Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
 CHAMPION = "champion"
 
@@ -75,7 +76,7 @@ class Tracker:
             self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id
 
     def _search(self, condition: str) -> list[Any]:
-        return list(self.client.search_runs([self.experiment_id], condition, max_results=10))
+        return list(self.client.search_runs([self.experiment_id], condition, max_results=1000))
 
     @property
     def run_name(self) -> str:
@@ -131,11 +132,6 @@ class Tracker:
         for run in self._search(f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"):
             self.client.set_terminated(run.info.run_id, status)
         self.client.set_terminated(self.parent, status)
-
-
-def _metric_name(name: str) -> str:
-    """MLflow allows letters, digits, `_ - . : /` and spaces in the name of a metric."""
-    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in name)
 
     # Models ------------------------------------------------------------------------------------------------------
 
@@ -204,6 +200,11 @@ def _metric_name(name: str) -> str:
         self.client.set_registered_model_alias(name, CHAMPION, version)
 
 
+def _metric_name(name: str) -> str:
+    """MLflow allows letters, digits, `_ - . : /` and spaces in the name of a metric."""
+    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in name)
+
+
 def _serving_requirements(runtime: str) -> list[str]:
     from tasks.core.hardware import versions
 
@@ -212,7 +213,7 @@ def _serving_requirements(runtime: str) -> list[str]:
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
 
 
-def champion_files(settings: Settings, name: str) -> tuple[Path, RuntimeName]:
+def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime]:
     """Path of the champion's model and the runtime that loads it.
 
     Raises:

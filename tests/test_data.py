@@ -1,0 +1,225 @@
+"""Phrase banks, generator, noise, splits and the leakage check."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tasks.domain.bank import Segment, load_bank, parse_pattern
+from tasks.domain.errors import UserError
+from tasks.domain.noise import KINDS
+from tasks.domain.scoring import normalise, text_contains_slots
+from tasks.domain.spec import DOMAINS_DIR, load_spec
+from tasks.domain.utterances import SPLITS, split_patterns, split_products
+from tasks.synthesize import LeakError, SynthesizeConfig, check_leakage, make_generator, read_rows, synthesize
+
+pytestmark = pytest.mark.fast
+SPEC = load_spec("ecommerce")
+SMALL = SynthesizeConfig(train_rows=600, validation_rows=72, test_rows=144, hard_rows=144)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("dataset")
+    return folder, synthesize.function(SMALL, {}, folder)
+
+
+@pytest.mark.parametrize("language", SPEC.languages)
+def test_banks_are_large_enough(language: str) -> None:
+    bank = load_bank(SPEC, language)
+    assert all(len(patterns) >= 12 for patterns in bank.patterns.values())
+    assert len(bank.products) >= 150
+    assert {product.department for product in bank.products} == set(SPEC.departments)
+
+
+@pytest.mark.parametrize("language", SPEC.languages)
+def test_every_pattern_expands_into_a_label_that_stands_in_the_text(language: str) -> None:
+    generator = make_generator(SMALL.model_copy(update={"languages": (language,), "noise_rate": 0.0}))
+    required = {name: {slot for slot, use in intent.slots.items() if use != "optional"} for name, intent in SPEC.intents.items()}
+    for index in range(600):
+        row = generator.row("train", index)
+        assert required[row["gold"]["intent"]] <= set(row["gold"]), row
+        assert text_contains_slots(row["text"], row["gold"], SPEC), row
+        assert "{" not in row["text"] and "  " not in row["text"], row
+
+
+def test_splits_share_no_product_and_hard_has_patterns_of_its_own(dataset: tuple[Path, dict[str, Any]]) -> None:
+    rows = {split: read_rows(dataset[0] / f"{split}.jsonl") for split in SPLITS}
+    products = {split: {row["product"] for row in rows[split]} - {None} for split in SPLITS}
+    for a in SPLITS:
+        for b in SPLITS:
+            assert a == b or not products[a] & products[b], (a, b)
+    patterns = {split: {row["origin"] for row in rows[split]} for split in SPLITS}
+    assert not patterns["hard"] & (patterns["train"] | patterns["validation"] | patterns["test"])
+
+
+def test_held_out_departments_are_in_hard_only() -> None:
+    parts = split_products(load_bank(SPEC, "en").products, SPEC)
+    held_out = set(SPEC.held_out_departments)
+    assert {product.department for product in parts["hard"]} == held_out
+    assert all(product.department not in held_out for split in ("train", "validation", "test") for product in parts[split])
+
+
+def test_a_brand_is_in_one_split_in_every_language() -> None:
+    where: dict[str, set[str]] = {}
+    for language in SPEC.languages:
+        for split, products in split_products(load_bank(SPEC, language).products, SPEC).items():
+            for product in products:
+                where.setdefault(normalise(product.name), set()).add(split)
+    assert all(len(splits) == 1 for splits in where.values())
+
+
+def test_limit_takes_the_first_patterns_and_leaves_hard_alone() -> None:
+    patterns = load_bank(SPEC, "en").patterns["view_cart"]
+    limited, whole = split_patterns(patterns, 12), split_patterns(patterns)
+    assert len(limited["train"]) == 12 and limited["hard"] == whole["hard"]
+    assert not set(limited["train"]) & set(limited["hard"])
+
+
+def test_rows_are_balanced_and_counted(dataset: tuple[Path, dict[str, Any]]) -> None:
+    folder, card = dataset
+    rows = read_rows(folder / "test.jsonl")
+    assert card["counts"]["test"] == len(rows) == 144
+    assert Counter(row["language"] for row in rows) == dict.fromkeys(SPEC.languages, 24)
+    assert set(Counter(row["gold"]["intent"] for row in rows).values()) == {12}
+    assert card["rejected"]["duplicate"] > 0
+
+
+def test_dataset_is_the_same_in_every_process(tmp_path: Path) -> None:
+    digests = set()
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        out.mkdir()
+        code = "import sys, pathlib; from tasks.synthesize import *; synthesize.function(SynthesizeConfig(train_rows=96, test_rows=24, hard_rows=24, validation_rows=24), {}, pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", code, str(out)], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        digests.add((out / "train.jsonl").read_bytes())
+    assert len(digests) == 1
+
+
+def test_a_planted_leak_fails_and_names_the_rows(dataset: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "leak"
+    shutil.copytree(dataset[0], folder)
+    victim = read_rows(folder / "test.jsonl")[5]
+    with (folder / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**victim, "id": "train-planted", "text": victim["text"] + "!", "product": None, "origin": "x"}) + "\n")
+    with pytest.raises(LeakError, match="test-5 ~ train-planted"):
+        check_leakage(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
+    changed = 0
+    for seed in range(200):
+        segments = [
+            Segment("Bitte legen Sie "),
+            Segment("12", protected=True),
+            Segment(" "),
+            Segment("grüne Äpfel", "product"),
+            Segment(", danke schön."),
+        ]
+        before = "".join(segment.text for segment in segments)
+        KINDS[kind](segments, Random(seed))
+        text = "".join(segment.text for segment in segments)
+        changed += text != before
+        assert any(segment.protected and segment.text == "12" for segment in segments)
+    assert changed > 100
+
+
+def test_seed_changes_rows_but_no_split() -> None:
+    a, b = make_generator(SMALL), make_generator(SMALL.model_copy(update={"seed": 8}))
+    assert [a.row("train", i)["text"] for i in range(20)] != [b.row("train", i)["text"] for i in range(20)]
+    assert {a.row("hard", i)["origin"] for i in range(500)} & {b.row("hard", i)["origin"] for i in range(500)}
+
+
+# --- broken files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> Path:
+    """A copy of the domain to break."""
+    folder = tmp_path / "shop"
+    shutil.copytree(DOMAINS_DIR / "ecommerce", folder)
+    return folder
+
+
+def edit(path: Path, old: str, new: str) -> int:
+    """Replace the first occurrence and return its line."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    return text[: text.index(old)].count("\n") + 1
+
+
+def test_a_copy_of_the_domain_needs_no_code(domain: Path) -> None:
+    row = make_generator(SMALL.model_copy(update={"domain": str(domain)})).row("train", 0)
+    assert row == make_generator(SMALL).row("train", 0)
+
+
+def test_broken_yaml_names_file_and_line(domain: Path) -> None:
+    line = edit(domain / "spec.yaml", "languages: [", "languages: [[")
+    with pytest.raises(UserError, match="not valid YAML") as error:
+        load_spec(str(domain))
+    assert "spec.yaml:" in str(error.value)
+    assert int(str(error.value).split("spec.yaml:")[1].split("'")[0]) >= line
+
+
+def test_wrong_spec_field_names_its_line(domain: Path) -> None:
+    line = edit(domain / "spec.yaml", "product: {type: catalog}", "product: {type: catalogue}")
+    with pytest.raises(UserError, match=rf"slots.product.*spec.yaml:{line}"):
+        load_spec(str(domain))
+
+
+def test_unknown_field_of_the_spec_is_named(domain: Path) -> None:
+    (domain / "spec.yaml").write_text((domain / "spec.yaml").read_text() + "colour: red\n")
+    with pytest.raises(UserError, match="colour"):
+        load_spec(str(domain))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("show {product} in my cart", "does not fit the intent"),
+        ("show (my cart", "missing '\\)'"),
+        ("show my cart]", "unexpected '\\]'"),
+        ("show {} cart", "stray"),
+    ],
+)
+def test_a_wrong_pattern_names_file_and_line(domain: Path, pattern: str, problem: str) -> None:
+    path = domain / "phrases" / "en.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(lines) if line.strip() == "view_cart:") + 1
+    lines[at] = f'    - "{pattern}"'
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=problem) as error:
+        load_bank(load_spec(str(domain)), "en")
+    assert f"en.yaml:{at + 1}" in str(error.value)
+
+
+def test_a_wrong_catalog_row_names_file_and_line(domain: Path) -> None:
+    path = domain / "catalog" / "en.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[10] = lines[10].replace(lines[10].split(",")[0], "spaceships", 1)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=r"spaceships.*groceries") as error:
+        load_bank(load_spec(str(domain)), "en")
+    assert "en.csv:11" in str(error.value)
+
+
+def test_a_language_without_bank_is_named(domain: Path) -> None:
+    (domain / "phrases" / "it.yaml").unlink()
+    with pytest.raises(UserError, match="has no phrase bank"):
+        make_generator(SMALL.model_copy(update={"domain": str(domain)}))
+
+
+def test_nested_choices_parse() -> None:
+    nodes = parse_pattern("(a|b [c (d|e)]) {product.pl}")
+    assert len(nodes) == 3

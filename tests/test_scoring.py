@@ -1,0 +1,94 @@
+"""Parsing and scoring of answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tasks.domain.scoring import answer_text, exact_match, parse_answer, proportion, score, wilson_interval
+from tasks.domain.spec import load_spec
+
+pytestmark = pytest.mark.fast
+SPEC = load_spec("ecommerce")
+
+
+def test_answer_is_compact_json_with_the_intent_first() -> None:
+    assert answer_text({"product": "Öl", "intent": "search_product"}) == '{"intent":"search_product","product":"Öl"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no_json"),
+        ("hello", "no_json"),
+        ('{"intent":"view_cart"', "no_json"),
+        ("[1]", "no_json"),
+        ('{"a":1}', "no_intent"),
+        ('{"intent":5}', "no_intent"),
+        ('{"intent":"fly"}', "unknown_intent"),
+        ('{"intent":"view_cart","product":"x"}', "unknown_slot"),
+        ('{"intent":"add_to_cart","product":"x","quantity":"2"}', "bad_value"),
+        ('{"intent":"add_to_cart","product":"x","quantity":true}', "bad_value"),
+        ('{"intent":"add_to_cart","product":3,"quantity":2}', "bad_value"),
+        ("{" * 5000, "no_json"),
+        ('{"a":' * 50_000, "no_json"),
+    ],
+)
+def test_unparseable_answers_are_named(text: str, problem: str) -> None:
+    parsed = parse_answer(text, SPEC)
+    assert parsed.answer is None and parsed.problem == problem
+
+
+def test_text_around_the_answer_is_ignored() -> None:
+    assert parse_answer('Sure: {"intent":"view_cart"} ok', SPEC).answer == {"intent": "view_cart"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "same"),
+    [
+        ({"product": "Red  SHOES."}, True),
+        ({"product": "red shoe"}, False),
+        ({"product": "red shoes", "quantity": 3}, False),
+        ({}, False),
+    ],
+)
+def test_strings_are_compared_folded(mine: dict[str, object], same: bool) -> None:
+    gold = {"intent": "add_to_cart", "product": "red shoes", "quantity": 2}
+    answer = {"intent": "add_to_cart", "quantity": 2, **mine} if mine else None
+    assert exact_match(gold, answer) is same
+
+
+def test_composed_and_decomposed_letters_are_equal() -> None:
+    assert exact_match({"intent": "search_product", "product": "caf\u00e9"}, {"intent": "search_product", "product": "cafe\u0301"})
+
+
+def test_wilson_interval_against_published_values() -> None:
+    # Newcombe 1998 (doi:10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E), table I, method 3
+    low, high = wilson_interval(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    low, high = wilson_interval(0, 20)
+    assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
+
+
+def test_score_counts_every_row() -> None:
+    rows = [
+        {"gold": {"intent": "view_cart"}, "language": "en"},
+        {"gold": {"intent": "search_product", "product": "milk"}, "language": "de"},
+        {"gold": {"intent": "search_product", "product": "milk"}, "language": "de"},
+    ]
+    outputs = ['{"intent":"view_cart"}', '{"intent":"search_product","product":"oat milk"}', "no idea"]
+    result = score(rows, outputs, SPEC)
+    assert result["exact_match"] == proportion(1, 3)
+    assert result["intent_accuracy"] == pytest.approx(2 / 3)
+    assert result["json_valid"] == pytest.approx(2 / 3)
+    assert result["slot_f1"]["product"] == 0.0
+    assert result["by_language"]["de"]["n"] == 2
+    assert result["problems"] == {"no_json": 1}
+    assert result["correct"] == [True, False, False]
+    json.dumps(result)
+
+
+def test_score_refuses_another_number_of_outputs() -> None:
+    with pytest.raises(ValueError, match="1 rows, 2 outputs"):
+        score([{"gold": {"intent": "view_cart"}}], ["", ""], SPEC)
