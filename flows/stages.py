@@ -110,12 +110,12 @@ def release(run: Run, decision: Manifest, dataset: Manifest, adapter: Manifest, 
     """Registry, gate and report; the folder of the report."""
     call, config = runner(run), run.config
     challenger = models.get(recommended_cpu(decision) or "")
-    champion = champion_artefact(call.tracker, call.store, config.register)
+    champion = champion_artefact(call.tracker, call.store, config.registry)
     asked = None
     if champion and challenger and champion.digest != challenger.digest:
         how = {"runtime": "llama_cpp" if champion.kind == "quantize_gguf" else "transformers"}
         asked = call(evaluate, config.evaluate.model_copy(update=how), "evaluate champion", model=champion, dataset=dataset)
-    verdict = call.act("register", lambda: register_variants(call, config.register, decision, dataset, models, evaluations, asked))
+    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluations, asked))
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, adapter, verdict))
 
 

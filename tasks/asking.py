@@ -53,7 +53,7 @@ def find_model(settings: Settings, name: str) -> Found:
     if name == "champion":
         from tasks.core.tracking import champion_files
 
-        folder, runtime = champion_files(settings, report["config"]["register"]["name"])
+        folder, runtime = champion_files(settings, report["config"]["registry"]["name"])
         return Found(folder, runtime, spec, dataset)
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}

@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
-    register: RegisterConfig = RegisterConfig()
+    registry: RegisterConfig = RegisterConfig()
 
     def key(self) -> str:
         """Hash of the whole configuration: what makes two pipeline runs the same one."""

@@ -36,6 +36,9 @@ class FinetuneConfig(StageConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     max_length: int = Field(256, ge=16, le=8192, description="Longer rows are left out, and counted")
     checkpoints: int = Field(10, ge=1, le=1000, description="How often training is saved, and evaluated on `validation`")
+    unpack: bool = Field(
+        True, description="Hold the NF4 weights unpacked in 16 bits: the same values and faster, for four times their memory"
+    )
     compile: bool = Field(
         True, description="Compile the layers with torch.compile where the machine has a C++ compiler: half as fast again on a CPU"
     )
@@ -108,6 +111,33 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     return loss / (items if items is not None else wanted.sum())
 
 
+def unpack_nf4(model: Any) -> None:
+    """Replace every packed NF4 layer by a plain one that holds the same (quantized) values in the compute type.
+
+    What is trained is unchanged: QLoRA computes with dequantized values anyway, once per product. Here it is once in all.
+    Packed layers also cannot be compiled: bitsandbytes repacks them when gradients are off.
+    """
+    import bitsandbytes as bnb
+    import torch
+
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            continue
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain = torch.nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype
+        )
+        plain.weight = torch.nn.Parameter(weight.reshape(layer.out_features, layer.in_features), requires_grad=False)
+        plain.bias = layer.bias
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, plain)
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
 def compile_layers(model: Any) -> bool:
     """Compile each decoder layer in place; one compilation serves all of them, since they are alike.
 
@@ -150,6 +180,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
         attn_implementation="eager" if device == "cpu" else "sdpa",
     )
+    if config.method == "qlora" and config.unpack:
+        unpack_nf4(model)
     model = get_peft_model(
         model,
         LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"),

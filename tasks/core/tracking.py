@@ -7,6 +7,7 @@ which is local to a thread.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ class Tracker:
         import mlflow
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
         settings.home.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(settings.mlflow_uri)
         self.uri = settings.mlflow_uri

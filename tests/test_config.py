@@ -1,0 +1,127 @@
+"""Profiles, overrides, and the message for whatever does not fit: exit code 2, no traceback, nothing started."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.base_model import BaseModelConfig, resolve
+from tasks.config import PROFILES, load_config, parse_overrides, profiles
+from tasks.domain.errors import UserError
+from tasks.quantize_gptq import choose_group_size
+
+pytestmark = pytest.mark.fast
+Cartwright = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_every_profile_is_valid() -> None:
+    assert profiles() == ["paper", "quick", "smoke", "standard"]
+    assert len(list(PROFILES.iterdir())) == len([load_config(name) for name in profiles()])
+
+
+def test_overrides_change_the_key_and_nothing_else_does() -> None:
+    assert load_config("quick").key() == load_config("quick").key()
+    changed = load_config("quick", parse_overrides(["train.epochs=2", "gguf=[F16, Q4_0]"]))
+    assert changed.key() != load_config("quick").key()
+    assert changed.train.epochs == 2 and changed.gguf == ("F16", "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "quik"], "profile = 'quik': is unknown. Allowed: paper, quick, smoke, standard."),
+        (["--set", "train.epocs=2"], "train.epocs = 2: is an unknown field. Allowed: method, precision, epochs"),
+        (["--set", "trian.epochs=2"], "trian = {'epochs': 2}: is an unknown field. Allowed: profile, base_model"),
+        (["--set", "train.epochs=0"], "train.epochs = 0: Input should be greater than 0"),
+        (["--set", "train.epochs=many"], "train.epochs = 'many'"),
+        (["--set", "train.method=full"], "train.method = 'full': Input should be 'qlora' or 'lora'. Allowed: 'qlora' or 'lora'"),
+        (["--set", "gguf=[F16,Q9_9]"], "gguf.1 = 'Q9_9'"),
+        (["--set", "gguf=[]"], "gguf = []"),
+        (["--set", "data.intents=[fly]"], "data.intents = 'fly': is unknown. Allowed: search_product"),
+        (["--set", "data.languages=[en,xx]"], "data.languages = 'xx': is unknown. Allowed: en, de"),
+        (["--set", "data.held_out_noise=[rain]"], "unknown noise 'rain'"),
+        (["--set", "data.domain=toys"], "domain = 'toys': has no spec.yaml. Allowed: ecommerce"),
+        (["--set", "data.test_rows=1"], "data.test_rows = 1: Input should be greater than or equal to 12"),
+        (["--set", "base_model.source=nowhere"], "base_model.source = 'nowhere': does not exist"),
+        (["--set", "base_model.source=/nowhere/model.gguf"], "does not exist"),
+        (["--set", "train.epochs"], "is not of the form field=value"),
+        (["--set", "gptq=[{bits: 5}]"], "gptq.0.bits = 5"),
+    ],
+)
+def test_bad_input_stops_before_any_work(cartwright: Cartwright, home: Path, arguments: list[str], message: str) -> None:
+    result = cartwright("run", "--profile", "smoke", *arguments) if arguments[0] != "--profile" else cartwright("run", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
+    assert not home.exists()
+
+
+def test_an_unwritable_home_stops_before_any_work(cartwright: Cartwright, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = cartwright("run", "--profile", "smoke", CARTWRIGHT_HOME=str(tmp_path / "file" / "home"))
+    assert result.returncode == 2 and "cannot be written" in result.stderr and "Traceback" not in result.stderr
+
+
+def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template: bool = True, weights: bool = True) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"} if template else {}))
+    if weights:
+        (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
+    good = model_folder(tmp_path / "good")
+    revision = resolve(BaseModelConfig(source=str(good))).revision
+    (good / "model.safetensors").write_bytes(b"Weights")
+    assert revision != resolve(BaseModelConfig(source=str(good))).revision
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"architecture": "BertForMaskedLM"}, "BertForMaskedLM, not a causal language model"),
+        ({"template": False}, "has no chat template"),
+        ({"weights": False}, "has no .safetensors weights"),
+    ],
+)
+def test_an_unusable_base_model_folder_is_refused(tmp_path: Path, options: dict[str, object], problem: str) -> None:
+    folder = model_folder(tmp_path / "model", **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=problem):
+        resolve(BaseModelConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)])
+def test_a_damaged_gguf_base_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a readable GGUF file"):
+        resolve(BaseModelConfig(source=str(path)))
+
+
+def test_group_size_divides_the_dimensions() -> None:
+    assert choose_group_size(0, [576, 1536]) == 64
+    assert choose_group_size(0, [2048, 8192]) == 128
+    assert choose_group_size(32, [576, 1536]) == 32
+    with pytest.raises(UserError, match=r"gptq.group_size = 128: does not divide.*Allowed: 64, 32, 16"):
+        choose_group_size(128, [576, 1536])
+
+
+def test_help_explains_itself(cartwright: Cartwright) -> None:
+    text = cartwright("run", "--help").stdout
+    assert "--profile" in text and "--set" in text and "not run again" in text
+    commands = cartwright("--help").stdout
+    assert all(name in commands for name in ("run", "evaluate", "predict", "report", "doctor"))
+
+
+def test_commands_before_any_run_say_what_to_do(cartwright: Cartwright) -> None:
+    for arguments in (["report"], ["predict", "hello"], ["evaluate"]):
+        result = cartwright(*arguments)
+        assert result.returncode == 2 and "Run `cartwright run` first" in result.stderr

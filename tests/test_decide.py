@@ -1,0 +1,128 @@
+"""Pareto front, recommendation, paired comparison and the gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.core.artifacts import Manifest
+from tasks.decide import DecideConfig, compare_with_paper, paired_difference, pareto_front, recommend
+from tasks.register import RegisterConfig, gate
+
+pytestmark = pytest.mark.fast
+
+
+def variant(
+    name: str, exact: float, speed: float, rss: float, role: str = "candidate", runtime: str = "llama_cpp", size: float = 100.0
+) -> dict[str, Any]:
+    return {
+        "name": name, "role": role, "format": name.split("-")[0], "runtime": runtime, "device": "cpu", "bits": 4.5, "size_mb": size, "kernel": "Linear",
+        "quality": {"exact_match": {"value": exact}},
+        "performance": {"requests_s": speed, "rss_mb": rss, "latency_ms": {"p95": 1000 / speed}},
+        "speedup_vs_fp16": speed, "speedup_vs_fp16_batched": speed, "ram_reduction_vs_fp16": 1 - rss / 700,
+    }  # fmt: skip
+
+
+VARIANTS = [
+    variant("base-fp16", 0.0, 99.0, 1.0, role="base", runtime="transformers"),
+    variant("tuned-fp16", 0.96, 1.0, 700, role="reference", runtime="transformers", size=270),
+    variant("gptq-4bit", 0.955, 1.5, 600, runtime="transformers", size=120),
+    variant("gguf-Q8_0", 0.96, 4.0, 300, size=145),
+    variant("gguf-Q4_K_M", 0.952, 5.0, 220, size=105),
+    variant("gguf-Q4_0", 0.90, 6.0, 200, size=92),
+    {**variant("gguf-Q2_K", 0.9, 9.0, 100), "quality": None, "performance": None, "error": "failed"},
+]
+
+
+def test_pareto_front_leaves_out_what_is_beaten_in_everything() -> None:
+    assert pareto_front(VARIANTS) == ["gguf-Q8_0", "gguf-Q4_K_M", "gguf-Q4_0"]
+
+
+def test_recommendation_is_the_fastest_within_the_accuracy_limit() -> None:
+    choice = recommend(VARIANTS, DecideConfig())
+    assert (choice["cpu"], choice["gpu"]) == ("gguf-Q4_K_M", "gptq-4bit")
+    assert "not measured" in choice["why"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ({"max_accuracy_loss": 0.1}, "gguf-Q4_0"),
+        ({"max_accuracy_loss": 0.0}, "gguf-Q8_0"),
+        ({"max_rss_mb": 150}, None),
+        ({"max_size_mb": 110}, "gguf-Q4_K_M"),
+        ({"max_latency_p95_ms": 1}, None),
+    ],
+)
+def test_limits_decide(limits: dict[str, float], wanted: str | None) -> None:
+    assert recommend(VARIANTS, DecideConfig.model_validate(limits))["cpu"] == wanted
+
+
+def test_without_a_reference_nothing_is_recommended() -> None:
+    choice = recommend([v for v in VARIANTS if v["role"] != "reference"], DecideConfig())
+    assert choice["cpu"] is None and "reference" in choice["why"]
+
+
+def test_paper_claims_that_were_not_measured_are_null() -> None:
+    claims = {claim["claim"]: claim for claim in compare_with_paper(VARIANTS)}
+    assert claims["GPTQ 4-bit against FP16: GPU memory"]["ours"] is None
+    assert claims["Best GGUF by speed"]["ours"] == "Q4_0"
+
+
+def test_paired_difference_against_counted_values() -> None:
+    # 10 rows won, 2 lost of 100: McNemar's exact p is twice the binomial tail P(X <= 2; 12, 1/2) = 2 * 79 / 4096
+    mine = [True] * 10 + [False] * 2 + [True] * 88
+    theirs = [False] * 10 + [True] * 2 + [True] * 88
+    result = paired_difference(mine, theirs)
+    assert result["delta"] == pytest.approx(0.08)
+    assert result["mcnemar_p"] == pytest.approx(2 * 79 / 4096)
+    assert 0.0 < result["low"] < 0.08 < result["high"] < 0.16
+    assert paired_difference([True], [True])["mcnemar_p"] == 1.0
+
+
+def evaluation(folder: Path, correct: int) -> Path:
+    folder.mkdir()
+    (folder / "test.jsonl").write_text("".join(json.dumps({"correct": i < correct}) + "\n" for i in range(200)))
+    return folder
+
+
+def manifest(digest: str) -> Manifest:
+    return Manifest(
+        kind="quantize_gguf",
+        key="k",
+        version=1,
+        config={},
+        inputs={},
+        files={},
+        digest=digest,
+        metrics={},
+        libraries={},
+        hardware="",
+        wall_s=0,
+        peak_rss_mb=None,
+        created="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "verdict"), [(190, 190, "promote"), (188, 190, "promote"), (187, 190, "hold"), (195, 190, "promote")]
+)
+def test_gate_allows_a_loss_of_one_point(tmp_path: Path, mine: int, theirs: int, verdict: str) -> None:
+    champion = {"version": "3", "cartwright.digest": "old"}
+    result = gate(
+        RegisterConfig(), champion, manifest("new"), "gguf-Q4_0", evaluation(tmp_path / "a", mine), evaluation(tmp_path / "b", theirs)
+    )
+    assert result["verdict"] == verdict
+    assert result["delta"] == pytest.approx((mine - theirs) / 200)
+
+
+def test_gate_without_comparison_never_passes(tmp_path: Path) -> None:
+    mine = evaluation(tmp_path / "a", 100)
+    config, champion = RegisterConfig(), {"version": "3", "cartwright.digest": "old"}
+    assert gate(config, None, manifest("new"), "x", mine, None)["verdict"] == "promote"
+    assert gate(config, champion, manifest("new"), "x", mine, None)["verdict"] == "inconclusive"
+    assert gate(config, champion, manifest("old"), "x", mine, mine)["verdict"] == "hold"
+    assert gate(config, champion, None, None, None, None)["verdict"] == "hold"

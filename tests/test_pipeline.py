@@ -1,0 +1,256 @@
+"""The whole DAG on the tiny random model: what a run leaves behind, what a second one does, and how it survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "CARTWRIGHT_HOME": str(home)}
+
+
+def run(home: Path, *arguments: str, profile: str = "smoke") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", "run", "--profile", profile, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(home), cwd=REPOSITORY)
+
+
+def call(home: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments], input=stdin, capture_output=True, text=True, env=environment(home), cwd=REPOSITORY
+    )
+
+
+def latest(home: Path) -> dict[str, Any]:
+    return json.loads((home / "reports" / "latest" / "report.json").read_text())
+
+
+def states(home: Path) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in latest(home)["stages"]}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    """A home in which `smoke` ran once. Tests that change it work on a copy."""
+    home = tmp_path_factory.mktemp("pipeline") / "home"
+    result = run(home)
+    assert result.returncode == 0, result.stdout + result.stderr
+    yield home, result
+
+
+@pytest.fixture
+def copy(first: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A copy of the first run's store; MLflow and reports begin anew, since they hold absolute paths."""
+    home = tmp_path / "copy"
+    home.mkdir()
+    shutil.copytree(first[0] / "store", home / "store")
+    shutil.copytree(first[0] / "prefect", home / "prefect")
+    return home
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(home):
+            found.append(process)
+    return found
+
+
+def test_the_end_says_where_to_look(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    home, result = first
+    out = result.stdout
+    page = next(line.removeprefix("Report: ") for line in out.splitlines() if line.startswith("Report: "))
+    assert Path(page).is_file() and (home / "reports" / "latest" / "report.html").samefile(page)
+    assert "Recommendation: gguf-" in out and "Gate: promote" in out
+    assert f"PREFECT_HOME={home / 'prefect'}" in out and "mlflow ui" in out
+    noise = ("Warning", "INFO", "Loading", "torchao", "GPT-QModel", "Traceback")
+    assert not [word for word in noise if word in out + result.stderr]
+
+
+def test_the_report_keeps_its_contract(first: tuple[Path, Any]) -> None:
+    report = latest(first[0])
+    assert {
+        "run_id",
+        "profile",
+        "git",
+        "started",
+        "finished",
+        "wall_s",
+        "environment",
+        "stages",
+        "dataset",
+        "training",
+        "variants",
+        "pareto",
+        "recommendation",
+        "gate",
+        "paper",
+    } <= set(report)
+    assert [v["name"] for v in report["variants"]] == ["base-fp16", "tuned-fp16", "gptq-4bit", "gguf-F16", "gguf-Q8_0", "gguf-Q4_0"]
+    for variant in report["variants"]:
+        assert not variant.get("error")
+        assert {"value", "low", "high", "n"} == set(variant["quality"]["exact_match"])
+        assert variant["quality"]["exact_match"]["n"] == report["dataset"]["counts"]["test"] == 36
+        performance = variant["performance"]
+        for figure in ("load_s", "prefill_tok_s", "decode_tok_s", "requests_s", "requests_s_batched", "rss_mb"):
+            assert performance[figure] > 0, (variant["name"], figure)
+        assert performance["latency_ms"]["p50"] <= performance["latency_ms"]["p95"] <= performance["latency_ms"]["p99"]
+        assert performance["vram_mb"] is None and variant["size_mb"] > 0
+    by_name = {v["name"]: v for v in report["variants"]}
+    assert by_name["tuned-fp16"]["speedup_vs_fp16"] == 1
+    assert by_name["gguf-Q4_0"]["size_mb"] < by_name["gguf-Q8_0"]["size_mb"] < by_name["gguf-F16"]["size_mb"]
+    assert by_name["gguf-Q4_0"]["tensor_types"]["Q4_0"] > 0
+    assert by_name["gptq-4bit"]["kernel"].endswith("Linear") and by_name["gptq-4bit"]["kernel"] != "Linear"
+    assert report["training"]["examples"] == report["dataset"]["counts"]["train"] > 0
+    assert {stage["state"] for stage in report["stages"]} == {"computed"}
+    assert {path.suffix for path in (first[0] / "reports" / "latest").iterdir()} >= {".json", ".html", ".md", ".png"}
+
+
+def test_mlflow_holds_every_stage_variant_and_the_champion(first: tuple[Path, Any]) -> None:
+    """In a process of its own: MLflow keeps the tracking address for good."""
+    code = """
+import sys, mlflow, json
+from mlflow import MlflowClient
+mlflow.set_tracking_uri(sys.argv[1])
+client = MlflowClient()
+experiment = client.get_experiment_by_name("ecommerce/tiny-random")
+runs = client.search_runs([experiment.experiment_id], max_results=1000)
+kinds = {}
+for run in runs: kinds.setdefault(run.data.tags["cartwright.kind"], []).append(run)
+assert {run.info.status for run in runs} == {"FINISHED"}
+assert len(kinds["pipeline"]) == 1
+parent = kinds["pipeline"][0]
+assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for kind in ("stage", "variant") for run in kinds[kind])
+names = [set(run.data.metrics) for run in kinds["variant"]]
+assert len(names) == 6 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
+training = next(run for run in kinds["stage"] if run.info.run_name == "finetune")
+assert len(client.get_metric_history(training.info.run_id, "loss")) >= 2
+assert client.list_artifacts(parent.info.run_id, "report")
+version = client.get_model_version_by_alias("shop-intent", "champion")
+assert version.tags["cartwright.variant"].startswith("gguf-")
+model = mlflow.pyfunc.load_model("models:/shop-intent@champion")
+answers = model.predict(["add two red shoes to my cart", "where is my order?"])
+assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+assert len(client.search_logged_models([experiment.experiment_id])) == 4
+import pathlib
+folder = pathlib.Path(mlflow.artifacts.download_artifacts("models:/shop-intent@champion"))
+assert not list(folder.rglob("*.pkl"))
+print("fine")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, f"sqlite:///{first[0] / 'mlflow.db'}"], capture_output=True, text=True, env=environment(first[0])
+    )
+    assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None:
+    home = first[0]
+    answers = call(home, "predict", "--model", "champion", stdin='{"text": "two milk"}\n{"txt": 1}\nplain words\n{broken\n')
+    lines = [json.loads(line) for line in answers.stdout.splitlines()]
+    assert [line["text"] for line in lines] == ["two milk", "plain words"]
+    assert "line 2: has no `text`" in answers.stderr and "line 4: is not JSON" in answers.stderr
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"text": "my cart", "gold": {"intent": "view_cart"}}\nnonsense\n{"text": "x", "gold": {"intent": "fly"}}\n')
+    scored = call(home, "evaluate", "--data", str(data), "--model", "gguf-F16", "--output", str(tmp_path / "out.json"))
+    assert scored.returncode == 0, scored.stderr
+    assert "line 2" in scored.stderr and "line 3" in scored.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["exact_match"]["n"] == 1
+    wrong = call(home, "predict", "--model", "gguf-Q9", "hello")
+    assert wrong.returncode == 2 and "gguf-Q8_0" in wrong.stderr
+    assert "# " in call(home, "report").stdout
+
+
+def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path, Any]) -> None:
+    home = first[0]
+    result = run(home)
+    assert result.returncode == 0, result.stderr
+    assert "Nothing to compute" in result.stdout
+    assert set(states(home).values()) == {"cached"}
+    with sqlite3.connect(home / "prefect" / "prefect.db") as database:
+        last = database.execute(
+            "select id from flow_run where name is not null and flow_id = (select id from flow where name = 'retrain') order by created desc limit 1"
+        ).fetchone()
+        rows = database.execute(
+            "select state_name, count(*) from task_run where flow_run_id in (select id from flow_run where created >= (select created from flow_run where id = ?)) group by state_name",
+            last,
+        ).fetchall()
+    assert dict(rows) == {"Cached": len(states(home))}
+    with sqlite3.connect(home / "mlflow.db") as database:
+        cached = database.execute("select count(*) from tags where key = 'cartwright.cached' and value = 'true'").fetchone()[0]
+        logged = database.execute("select count(*) from logged_models").fetchone()[0]
+    assert cached == len([name for name in states(home) if name not in ("register", "report")])
+    assert logged == 4  # the same content is not logged twice
+    assert "Gate: hold (the challenger is the champion already)" in result.stdout
+
+
+def test_changing_one_field_recomputes_exactly_what_depends_on_it(copy: Path) -> None:
+    assert run(copy, "--set", "benchmark.requests=6").returncode == 0
+    computed = {name for name, state in states(copy).items() if state == "computed"}
+    assert computed == {f"benchmark {v['name']}" for v in latest(copy)["variants"]} | {"decide", "register", "report"}
+
+
+def test_deleted_and_corrupted_artefacts_are_rebuilt(copy: Path) -> None:
+    (merged,) = (copy / "store" / "merge").iterdir()
+    shutil.rmtree(merged)
+    (adapter,) = (copy / "store" / "finetune").iterdir()
+    weights = adapter / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    found = states(copy)
+    assert found["finetune"] == found["merge"] == "computed"
+    assert found["synthesize"] == found["base_model"] == "cached"
+    assert "Rebuilding finetune" in result.stdout + result.stderr
+
+
+def test_a_variant_that_fails_fails_alone(copy: Path) -> None:
+    # 48 does not divide the tiny model's dimensions, which only the stage can know
+    result = run(copy, "--set", "gptq=[{bits: 4, calibration_rows: 16},{bits: 4, group_size: 48}]")
+    assert result.returncode == 0, result.stderr
+    variants = {v["name"]: v for v in latest(copy)["variants"]}
+    assert "does not divide" in variants["gptq-4bit-g48"]["error"]
+    assert not variants["gptq-4bit"].get("error") and not variants["gguf-Q4_0"].get("error")
+    assert "gptq-4bit-g48" in (copy / "reports" / "latest" / "report.md").read_text()
+
+
+def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:
+    longer = ("--set", "train.epochs=12", "--set", "train.checkpoints=12", "--set", "gguf=[Q4_0]", "--set", "gptq=[]")
+    command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke", *longer]
+    process = subprocess.Popen(command, env=environment(copy), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while not list((copy / "store" / ".partial").glob("finetune-*/checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    assert processes_of(copy) == []
+
+    result = run(copy, *longer)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = states(copy)
+    assert found["synthesize"] == found["base_model"] == "cached" and found["finetune"] == "computed"
+    key = next(stage["key"] for stage in latest(copy)["stages"] if stage["name"] == "finetune")
+    manifest = json.loads((copy / "store" / "finetune" / key / "manifest.json").read_text())
+    assert manifest["metrics"]["resumed_from_step"] >= 1
+    assert not any("checkpoint" in name for name in manifest["files"])
+    with sqlite3.connect(copy / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs where status != 'FINISHED'").fetchone()[0] == 0
+        parents = database.execute("select count(*) from tags where key = 'cartwright.kind' and value = 'pipeline'").fetchone()[0]
+    assert parents == 1  # the interrupted run was taken up again
+    assert processes_of(copy) == []
+    assert list((copy / "store" / ".partial").iterdir()) == []

@@ -1,0 +1,39 @@
+"""The real 135M model through real training, merging, conversion and both runtimes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_pipeline import latest, run
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_real_model_end_to_end(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    small = {
+        "data.train_rows": 480, "data.validation_rows": 24, "data.test_rows": 60, "data.hard_rows": 12, "data.languages": "[en]", "data.patterns_per_intent": 4,
+        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "gguf": "[F16,Q8_0]", "gptq": "[]",
+        "evaluate.max_tokens": 40, "benchmark.requests": 5, "benchmark.batched_requests": 16, "benchmark.repeats": 1,
+    }  # fmt: skip
+    result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = latest(home)
+    variants = {v["name"]: v for v in report["variants"]}
+    assert report["training"]["trainable_params"] == 4_884_480
+    exact = {name: v["quality"]["exact_match"]["value"] for name, v in variants.items()}
+    assert exact["base-fp16"] < 0.1 < 0.4 < exact["tuned-fp16"], exact
+
+    def answers(name: str) -> list[str]:
+        key = next(stage["key"] for stage in report["stages"] if stage["name"] == f"evaluate {name}")
+        return [json.loads(line)["output"] for line in (home / "store" / "evaluate" / key / "test.jsonl").read_text().splitlines()]
+
+    reference = answers("tuned-fp16")
+    for name in ("gguf-F16", "gguf-Q8_0"):
+        same = sum(a == b for a, b in zip(answers(name), reference, strict=True))
+        assert same >= 0.9 * len(reference), (name, same)
+    assert variants["gguf-Q8_0"]["performance"]["rss_mb"] < variants["tuned-fp16"]["performance"]["rss_mb"]
+    assert max(stage["peak_rss_mb"] or 0 for stage in report["stages"]) < 6000
