@@ -74,7 +74,7 @@ def run(
 
     Stages that ran before with the same inputs are not run again. Stop it at any time: the same command goes on.
     """
-    from tasks.config import dump, load_config, parse_overrides, resolve
+    from tasks.config import disk_needed, dump, load_config, parse_overrides, resolve
     from tasks.core.child import StageError
 
     overrides = parse_overrides(change)
@@ -85,7 +85,7 @@ def run(
     settings = environment.load_settings()
     from tasks.core.artifacts import Store
 
-    Store(settings.store_uri, settings.home).check_writable()
+    Store(settings.store_uri, settings.home).check_writable(disk_needed(config))
     from flows.session import prefect_api
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")

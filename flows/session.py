@@ -141,6 +141,7 @@ def prefect_api(settings: Settings) -> Iterator[None]:
     try:
         yield
     finally:
+        _send_what_is_queued()
         environment.set_prefect_api(None)
         server.terminate()
         try:
@@ -148,6 +149,15 @@ def prefect_api(settings: Settings) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _send_what_is_queued() -> None:
+    """Let Prefect's background threads deliver logs and events while there is still a server to take them."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.drain_all(timeout=5)
+    EventsWorker.drain_all(timeout=5)
 
 
 def _free_port() -> int:

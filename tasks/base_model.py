@@ -60,6 +60,16 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     return config.model_copy(update={"revision": revision})
 
 
+def size_16bit(config: BaseModelConfig) -> int:
+    """About how many bytes the model takes with 16-bit weights; 0 where that is not known before it is fetched."""
+    if config.source == TINY:
+        return 10_000_000
+    path = offline_gguf() if config.source == OFFLINE else Path(config.source)
+    if path.suffix == ".gguf":
+        return 4 * path.stat().st_size  # as if it had 4 bits a weight
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
 def _check_gguf(path: Path) -> str:
     if not path.is_file():
         raise UserError("base_model.source", str(path), "does not exist", mend="Give the path of a .gguf file")

@@ -106,7 +106,7 @@ def _explained(error: ValidationError) -> UserError:
     context = first.get("ctx", {})
     if first["type"] == "extra_forbidden":
         model = _model_at(location[:-1])
-        names = [name for name in model.model_fields] if model else None
+        names = list(model.model_fields) if model else None
         return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
     allowed = context.get("expected")
     message = first["msg"].removeprefix("Value error, ")
@@ -146,6 +146,13 @@ def resolve(config: RunConfig) -> RunConfig:
             "base_model": resolve_base_model(config.base_model),
         }
     )
+
+
+def disk_needed(config: RunConfig) -> int:
+    """About how many bytes a run adds to the disk: base, merged model and checkpoints, every variant, and MLflow's copies."""
+    from tasks.base_model import size_16bit
+
+    return size_16bit(config.base_model) * (3 + len(config.gguf) + len(config.gptq))
 
 
 def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:

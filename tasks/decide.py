@@ -51,14 +51,15 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
     for variant in variants:
         _compare(variant, reference, inputs)
+    recommendation = recommend(variants, config)
     decision = {
         "variants": variants,
         "pareto": pareto_front(variants),
-        "recommendation": recommend(variants, config),
+        "recommendation": recommendation,
         "paper": compare_with_paper(variants),
     }
     (out_dir / "decision.json").write_text(json.dumps(decision, indent=2, ensure_ascii=False), encoding="utf-8")
-    return {"recommended_cpu": decision["recommendation"]["cpu"], "variants": len(variants), "failed": len(config.failed)}
+    return {"recommended_cpu": recommendation["cpu"], "variants": len(variants), "failed": len(config.failed)}
 
 
 def recommended_cpu(decision: Manifest) -> str | None:

@@ -117,13 +117,15 @@ def unpack_nf4(model: Any) -> None:
     What is trained is unchanged: QLoRA computes with dequantized values anyway, once per product. Here it is once in all.
     Packed layers also cannot be compiled: bitsandbytes repacks them when gradients are off.
     """
-    import bitsandbytes as bnb
     import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, bnb.nn.Linear4bit):
+        if not isinstance(layer, Linear4bit):
             continue
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        packed: Any = layer.weight
+        weight = dequantize_4bit(packed.data, packed.quant_state)
         plain = torch.nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype
         )
@@ -155,6 +157,7 @@ def compile_layers(model: Any) -> bool:
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import torch
+    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from torch.utils.data import Sampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -172,7 +175,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         inputs["base_model"],
         dtype=dtype,
         device_map={"": device},
@@ -231,7 +234,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             progress.metrics(values, state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}")
+            progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
 
     arguments = TrainingArguments(
         output_dir=str(out_dir / "checkpoints"),
@@ -260,8 +263,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     trainer = CompletionTrainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(validation),
         data_collator=lambda batch: pad(batch, tokenizer.pad_token_id),
         callbacks=[report],
     )

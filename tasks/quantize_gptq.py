@@ -72,7 +72,7 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     rows = read_rows(inputs["dataset"] / "train.jsonl")
     chosen = Random(config.seed).sample(rows, min(config.calibration_rows, len(rows)))
     pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"])) for row in chosen]
-    calibration = [tokenizer.decode(question + answer) for question, answer in pairs]
+    calibration = [str(tokenizer.decode(question + answer)) for question, answer in pairs]
 
     _report_progress(optimum_quantizer)
     settings = GPTQConfig(

@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.child import StageError
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
-from tests.tiny_stages import AddConfig, CountConfig, add, count, resumed
+from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed
 
 pytestmark = pytest.mark.fast
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -228,5 +227,27 @@ def test_remote_store_hands_artefacts_over(tmp_path: Path) -> None:
 
 def test_an_unwritable_store_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="may need"):
+        Store((tmp_path / "store").as_uri(), tmp_path).check_writable(10**18)
     with pytest.raises(UserError, match="cannot be written"):
         Store((tmp_path / "file" / "store").as_uri(), tmp_path).check_writable()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny_disk: Path, tmp_path: Path) -> None:
+    store = Store((tiny_disk / "store").as_uri(), tiny_disk)
+    kept, _ = seam.run(count, CountConfig(), {}, store, tmp_path / "logs")
+    with pytest.raises(UserError, match=r"the disk is full.*finished stages are kept"):
+        seam.run(fill, FillConfig(megabytes=4), {}, store, tmp_path / "logs")
+    assert seam.run(count, CountConfig(), {}, store, tmp_path / "logs") == (kept, "cached")
+    assert seam.run(fill, FillConfig(megabytes=0), {}, store, tmp_path / "logs")[1] == "computed"

@@ -70,3 +70,14 @@ def parent(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> di
     progress.metrics({"grandchild": float(grandchild.pid), "pid": float(os.getpid())}, 0)
     grandchild.wait()
     return {}
+
+
+class FillConfig(StageConfig):
+    megabytes: int
+
+
+@stage("fill", version=1)
+def fill(config: FillConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Write so many megabytes."""
+    (out_dir / "data").write_bytes(b"0" * config.megabytes * 1_000_000)
+    return {}

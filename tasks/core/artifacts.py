@@ -153,8 +153,8 @@ class Store:
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def check_writable(self) -> None:
-        """Raise UserError unless this machine's part of the store takes a file."""
+    def check_writable(self, needed: int = 0) -> None:
+        """Raise UserError unless this machine's part of the store takes a file and has `needed` bytes free."""
         folder = self._artefacts
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +169,11 @@ class Store:
                 f"cannot be written ({error.strerror})",
                 mend="Free space, mend the permissions, or set CARTWRIGHT_HOME",
             ) from None
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            problem = f"has {free / 1e9:.1f} GB free, and the run may need {needed / 1e9:.1f} GB"
+            mend = "Free space, make fewer formats, or set CARTWRIGHT_HOME to a larger disk"
+            raise UserError("store", str(folder), problem, mend=mend)
 
     # Remote storage ----------------------------------------------------------------------------------------------
 

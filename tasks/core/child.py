@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -60,7 +61,7 @@ def run_isolated(
     log.parent.mkdir(parents=True, exist_ok=True)
     function = stage.function
     request = {
-        "module": function.__module__,  # type: ignore[attr-defined]
+        "module": function.__module__,
         "stage": stage.name,
         "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in inputs.items()},
@@ -132,6 +133,16 @@ def _main(descriptor: int) -> int:
     except UserError as error:
         send({"user_error": str(error), "field": error.field})
         return 2
+    except OSError as error:
+        traceback.print_exc()
+        if error.errno == errno.ENOSPC:
+            full = UserError(
+                "store", request["out_dir"], "the disk is full", mend="Free space and run the same command again; finished stages are kept"
+            )
+            send({"user_error": str(full), "field": "store"})
+            return 2
+        send({"error": f"{type(error).__name__}: {error}"})
+        return 1
     except Exception as error:
         traceback.print_exc()
         send({"error": f"{type(error).__name__}: {error}"})

@@ -20,15 +20,15 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._label = ""
-        self._started = self._last_line = 0.0
+        self._last_line = 0.0
+        self._begun: tuple[float, int] | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text)
 
     def start(self, label: str) -> None:
         """A stage begins to compute."""
-        self._label, self._started = label, time.monotonic()
-        self._last_line = self._started
+        self._label, self._last_line, self._begun = label, time.monotonic(), None
         if self.console.is_terminal:
             columns = (
                 SpinnerColumn(),
@@ -53,9 +53,13 @@ class Display:
         done, total, note = event["done"], event["total"], event["note"]
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S and done:
-            self._last_line = time.monotonic()
-            left = (self._last_line - self._started) / done * (total - done)
+            return
+        now = time.monotonic()
+        if self._begun is None and done:
+            self._begun = (now, done)  # loading and compiling come before the first unit and would spoil the estimate
+        if now - self._last_line >= PLAIN_INTERVAL_S and self._begun and done > self._begun[1]:
+            self._last_line = now
+            left = (now - self._begun[0]) / (done - self._begun[1]) * (total - done)
             self.say(f"       {self._label}  {done}/{total}  about {left:.0f} s left  {note}")
 
     def finish(self, label: str, state: str, wall_s: float, detail: str = "") -> None:

@@ -126,10 +126,15 @@ def _compute(
     out_dir.mkdir(parents=True, exist_ok=True)
     folders = {name: store.path(manifest.kind, manifest.key) for name, manifest in inputs.items()}
     started = time.monotonic()
-    if stage.isolated:
-        outcome = child.run_isolated(stage, config, folders, out_dir, log_dir / f"{stage.name}-{key[:8]}.log", on_event)
-    else:
-        outcome = child.Outcome(stage.function(config, folders, out_dir), None)
+    try:
+        if stage.isolated:
+            outcome = child.run_isolated(stage, config, folders, out_dir, log_dir / f"{stage.name}-{key[:8]}.log", on_event)
+        else:
+            outcome = child.Outcome(stage.function(config, folders, out_dir), None)
+    except BaseException:
+        if not stage.resumable:  # what is half made is of no use, and may be what filled the disk
+            shutil.rmtree(out_dir, ignore_errors=True)
+        raise
     files = describe_files(out_dir)
     manifest = Manifest(
         kind=stage.name,

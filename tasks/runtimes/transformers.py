@@ -60,7 +60,7 @@ class TransformersRuntime:
         total = time.perf_counter() - clock.started
         for (index, ids), written in zip(prompts, output[:, longest:].tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(written) if token == self._tokenizer.eos_token_id), len(written))
-            text = self._tokenizer.decode(written[:length], skip_special_tokens=True)
+            text = str(self._tokenizer.decode(written[:length], skip_special_tokens=True))
             yield Completion(index, text, len(ids), length, clock.first - clock.started, total)
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
