@@ -12,6 +12,7 @@ from tasks.benchmark import benchmark
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
 from tasks.decide import BASE, REFERENCE, Variant, decide, recommended_cpu
+from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
 from tasks.merge import merge
@@ -49,7 +50,7 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
         variants.append(Variant(name=name, format="gptq", bits=config.bits, runtime="transformers", role="candidate"))
         try:
             models[name] = runner(run)(quantize_gptq, config, f"quantize {name}", model=tuned, dataset=dataset)
-        except StageError as error:
+        except (StageError, UserError) as error:
             failed[name] = str(error)
     return variants, models, failed
 
@@ -66,7 +67,7 @@ def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed]
         )
         try:
             models[name] = runner(run)(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", gguf=converted)
-        except StageError as error:
+        except (StageError, UserError) as error:
             failed[name] = str(error)
     return variants, models, failed
 
@@ -87,7 +88,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
             benchmarks[variant.name] = call(
                 benchmark, config.benchmark.model_copy(update=how), f"benchmark {variant.name}", model=models[variant.name], dataset=dataset
             )
-        except StageError as error:
+        except (StageError, UserError) as error:
             failed[variant.name] = str(error)
     return evaluations, benchmarks, failed
 

@@ -20,6 +20,7 @@ from tasks.synthesize import read_rows
 from tasks.tokenization import encode_example
 
 GROUP_SIZES = (128, 64, 32, 16)
+BATCH = 8  # calibration rows at a time
 
 
 class QuantizeGptqConfig(StageConfig):
@@ -72,7 +73,10 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     rows = read_rows(inputs["dataset"] / "train.jsonl")
     chosen = Random(config.seed).sample(rows, min(config.calibration_rows, len(rows)))
     pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"])) for row in chosen]
-    calibration = [str(tokenizer.decode(question + answer)) for question, answer in pairs]
+    # Rows of like length share a batch, so that there is little padding.
+    calibration = [
+        str(tokenizer.decode(question + answer)) for question, answer in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    ]
 
     _report_progress(optimum_quantizer)
     settings = GPTQConfig(
@@ -83,11 +87,21 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
         desc_act=False,
         sym=True,
         damp_percent=config.damp_percent,
+        batch_size=BATCH,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        inputs["model"], dtype=torch.float16, device_map={"": device}, quantization_config=settings
+    on_gpu = torch.cuda.is_available()
+    # Few CPUs multiply float16 themselves: the rounding is fitted in float32 there, and saved in float16.
+    dtype = torch.float16 if on_gpu else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        inputs["model"], dtype=dtype, device_map={"": "cuda:0" if on_gpu else "cpu"}, quantization_config=settings
     )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    for buffer in model.buffers():
+        if buffer.dtype == torch.float32 and buffer.dim() > 1:  # scales; rotary frequencies stay exact
+            buffer.data = buffer.data.half()
+    model.config.dtype = torch.float16
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     weights = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))

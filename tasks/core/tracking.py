@@ -6,6 +6,8 @@ which is local to a thread.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import time
@@ -171,20 +173,12 @@ class Tracker:
         """Register a logged model once per content; its version, and whether it was there already."""
         import mlflow
 
-        self._ensure_registered_model(name)
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
                 return str(version.version), True
-        made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
+        with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
+            made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
         return str(made.version), False
-
-    def _ensure_registered_model(self, name: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.client.get_registered_model(name)
-        except MlflowException:
-            self.client.create_registered_model(name)
 
     def champion(self, name: str) -> dict[str, str] | None:
         """Version and tags of the registered model's champion, or None."""

@@ -52,6 +52,7 @@ SlotUse = Literal["always", "optional"] | SlotDefault
 class Intent(_Frozen):
     slots: dict[str, SlotUse] = {}
     fallback: bool = False
+    weight: int = Field(1, ge=1, le=100)  # how often its turn comes in training; evaluation is balanced
 
 
 class Spec(_Frozen):

@@ -79,6 +79,7 @@ class Generator:
     ) -> None:
         self.spec, self.banks, self.style, self.seed = spec, banks, style, seed
         self.intents = intents or list(spec.intents)
+        self._turns = [intent for intent in self.intents for _ in range(spec.intents[intent].weight)]
         self._products = {language: split_products(bank.products, spec) for language, bank in banks.items()}
         self._patterns = {
             language: {intent: split_patterns(bank.patterns[intent], most_patterns) for intent in self.intents}
@@ -89,7 +90,8 @@ class Generator:
         """One labelled row. Languages and intents take turns; `attempt` gives another row for the same turn."""
         languages = list(self.banks)
         language = languages[index % len(languages)]
-        intent = self.intents[index // len(languages) % len(self.intents)]
+        turns = self._turns if split == "train" else self.intents
+        intent = turns[index // len(languages) % len(turns)]
         rng = Random(f"{self.seed}/{split}/{index}/{attempt}")
         pattern = rng.choice(self._patterns[language][intent][split])
         product = rng.choice(self._products[language][split])
