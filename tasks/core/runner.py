@@ -71,7 +71,9 @@ class Runner:
                 self.tracker.log(child_run[0], event["metrics"], step=event["step"])
 
         try:
-            manifest, state = seam.run(stage, config, inputs, self.store, self.settings.home / "logs" / self.run_id, on_event, on_start)
+            manifest, state = seam.run(
+                stage, config, inputs, self.store, self.settings.home / "logs" / self.run_id, on_event, on_start, self.display.say
+            )
         except BaseException as error:
             self.display.finish(label, "failed", time.monotonic() - started, str(error) if isinstance(error, StageError) else "")
             if child_run:

@@ -93,6 +93,7 @@ def run(
     log_dir: Path,
     on_event: Callable[[Event], None] = lambda event: None,
     on_start: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = logger.warning,
 ) -> tuple[Manifest, State]:
     """Give the artefact of a stage: the stored one if it is whole, else a new one.
 
@@ -106,7 +107,7 @@ def run(
         if manifest:
             return manifest, "cached"
         if damage:
-            logger.warning("Rebuilding %s: %s", stage.name, damage)
+            warn(f"Rebuilding {stage.name}: {damage}")
         on_start()
         return _compute(stage, config, inputs, store, log_dir, key, on_event), "computed"
 
