@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+WRONG_SHOWN = 10
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -157,10 +158,11 @@ def evaluate(
     for title in ("by_language", "by_intent"):
         for name, part in figures[title].items():
             print(f"  {name:<20}{part['value']:>7.1%}  of {part['n']}")
-    for row, text, right in list(zip(rows, answers, correct, strict=True))[:]:
-        if not right:
-            print(f"  wrong: {row['text']!r} -> {text}")
-            break
+    wrong = [(row, text) for row, text, right in zip(rows, answers, correct, strict=True) if not right]
+    for row, text in wrong[:WRONG_SHOWN]:
+        print(f"  wrong: {row['text']!r} -> {text}")
+    if len(wrong) > WRONG_SHOWN:
+        print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers")
     if output:
         output.write_text(json.dumps(figures, indent=2), encoding="utf-8")
 

@@ -62,9 +62,8 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
     """
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
+    (settings.home / "locks").mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home / "locks" / f"run-{config.key()}.lock")
-    lock_folder = settings.home / "locks"
-    lock_folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -72,7 +71,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
     with lock:
         now = datetime.now(UTC)
         git = git_state()
-        name = f"{now:%Y%m%d-%H%M%S}-{config.profile}"
+        name = f"{now:%Y%m%d-%H%M%S}-{config.profile}-{config.key()[:4]}"
         tags = {
             "cartwright.profile": config.profile,
             "mlflow.source.git.commit": str(git["commit"] or ""),

@@ -22,7 +22,7 @@ from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import load_variant
-from tasks.runtimes import Runtime, RuntimeName
+from tasks.runtimes import Dtype, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
 
@@ -30,6 +30,7 @@ class BenchmarkConfig(StageConfig):
     """What is measured."""
 
     runtime: RuntimeName = "llama_cpp"
+    dtype: Dtype = Field("float16", description="What transformers computes in; GGUF files decide for themselves")
     zero_shot: bool = False
     requests: int = Field(30, ge=5, le=10_000, description="Requests answered one at a time")
     batched_requests: int = Field(64, ge=5, le=10_000, description="Requests answered `parallel` at a time")
@@ -49,7 +50,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     conversations = [prompt.messages(spec, rows[i % len(rows)]["text"], zero_shot=config.zero_shot) for i in range(config.batched_requests)]
     total = config.requests + 2 * config.repeats + 2
     started = time.perf_counter()
-    model = load_variant(config.runtime, inputs["model"])
+    model = load_variant(config.runtime, inputs["model"], config.dtype)
     load_s = time.perf_counter() - started
 
     for conversation in conversations[: config.warmup]:

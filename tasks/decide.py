@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.artifacts import MANIFEST, Manifest
 from tasks.core.stage import StageConfig, stage
-from tasks.runtimes import RuntimeName
+from tasks.runtimes import Dtype, RuntimeName
 
-BASE, REFERENCE = "base-fp16", "tuned-fp16"
+BASE, REFERENCE = "base-bf16", "tuned-fp16"
 PAPER = "Licardo and Tanković, arXiv 2510.21970"
 
 
@@ -25,6 +25,7 @@ class Variant(BaseModel):
     format: Literal["hf", "gptq", "gguf"]
     bits: float
     runtime: RuntimeName
+    dtype: Dtype = "float16"
     role: Literal["base", "reference", "candidate"]
 
 

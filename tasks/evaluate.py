@@ -16,7 +16,7 @@ from tasks.domain import prompt
 from tasks.domain.scoring import score
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.runtimes import Runtime, RuntimeName
+from tasks.runtimes import Dtype, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
 
@@ -24,16 +24,17 @@ class EvaluateConfig(StageConfig):
     """How a variant is asked."""
 
     runtime: RuntimeName = "llama_cpp"
+    dtype: Dtype = Field("float16", description="What transformers computes in; GGUF files decide for themselves")
     zero_shot: bool = Field(False, description="Give the long instructions: for a model that was not fine-tuned")
     splits: tuple[str, ...] = ("test", "hard")
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
     parallel: int = Field(16, ge=1, le=256, description="Conversations answered at a time")
 
 
-def load_variant(runtime: RuntimeName, folder: Path) -> Runtime:
+def load_variant(runtime: RuntimeName, folder: Path, dtype: Dtype) -> Runtime:
     """Load an artefact of `merge`, `base_model`, `quantize_gptq` or `quantize_gguf` in its runtime."""
     path = folder / MODEL_FILE if runtime == "llama_cpp" else folder
-    return runtimes.load(runtime, path, hardware.cores())
+    return runtimes.load(runtime, path, hardware.cores(), dtype)
 
 
 def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max_tokens: int, parallel: int, note: str) -> list[str]:
@@ -49,7 +50,7 @@ def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
-    model = load_variant(config.runtime, inputs["model"])
+    model = load_variant(config.runtime, inputs["model"], config.dtype)
     results: dict[str, Any] = {}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")

@@ -27,7 +27,7 @@ def variant(
 
 
 VARIANTS = [
-    variant("base-fp16", 0.0, 99.0, 1.0, role="base", runtime="transformers"),
+    variant("base-bf16", 0.0, 99.0, 1.0, role="base", runtime="transformers"),
     variant("tuned-fp16", 0.96, 1.0, 700, role="reference", runtime="transformers", size=270),
     variant("gptq-4bit", 0.955, 1.5, 600, runtime="transformers", size=120),
     variant("gguf-Q8_0", 0.96, 4.0, 300, size=145),

@@ -25,7 +25,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     variants = {v["name"]: v for v in report["variants"]}
     assert report["training"]["trainable_params"] == 4_884_480
     exact = {name: v["quality"]["exact_match"]["value"] for name, v in variants.items()}
-    assert exact["base-fp16"] < 0.1 < 0.4 < exact["tuned-fp16"], exact
+    assert exact["base-bf16"] < 0.1 < 0.4 < exact["tuned-fp16"], exact
 
     def answers(name: str) -> list[str]:
         key = next(stage["key"] for stage in report["stages"] if stage["name"] == f"evaluate {name}")

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from tasks.domain.prompt import Message
 
 RuntimeName = Literal["transformers", "llama_cpp"]
+Dtype = Literal["float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,20 @@ class Runtime(Protocol):
         ...
 
 
-def load(runtime: RuntimeName, path: Path, threads: int, dtype: str = "float16") -> Runtime:
+def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """Tokens with which all of several prompts begin, so that they need to be read only once; none for a single prompt.
+
+    At least one token of each prompt is left, since its logits are needed.
+    """
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
+    return first[: min(length, limit)]
+
+
+def load(runtime: RuntimeName, path: Path, threads: int, dtype: Dtype = "float16") -> Runtime:
     """Load the model at `path`: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one)."""
     if runtime == "llama_cpp":
         from tasks.runtimes.llama_cpp import LlamaCppRuntime

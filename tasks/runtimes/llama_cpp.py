@@ -14,7 +14,7 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tasks.domain.prompt import Message
-from tasks.runtimes import Completion
+from tasks.runtimes import Completion, common_prefix
 
 BATCH = 2048  # most tokens one call of llama_decode takes
 
@@ -142,7 +142,7 @@ class LlamaCppRuntime:
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
         prompts = [self.encode(conversation) for conversation in conversations]
-        prefix = _common_prefix(prompts)
+        prefix = common_prefix(prompts)
         longest = max(map(len, prompts), default=0)
         self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens))
         memory = api.llama_get_memory(self._context)
@@ -204,13 +204,3 @@ class LlamaCppRuntime:
         for position in range(1, tokens + 1):
             self._evaluate([(position % self._vocab_size, position, 1, True)])
         return tokens / (time.perf_counter() - started)
-
-
-def _common_prefix(prompts: list[list[int]]) -> list[int]:
-    """Tokens with which all prompts begin; at least one token of each is left, since its logits are needed."""
-    if not prompts:
-        return []
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
-    return first[: min(length, limit)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.domain.prompt import Message
-from tasks.runtimes import Completion
+from tasks.runtimes import Completion, common_prefix
 from tasks.tokenization import encode, prompt_text
+
+
+WORTH_SHARING = 64  # tokens of a common prefix from which a copy of its cache is cheaper than reading it again
 
 
 class TransformersRuntime:
@@ -25,6 +29,7 @@ class TransformersRuntime:
         torch.set_num_threads(threads)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}).eval()
+        self._shared: tuple[list[int], Any] = ([], None)
         self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
 
     @property
@@ -39,15 +44,35 @@ class TransformersRuntime:
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
         prompts = sorted(((i, self.encode(conversation)) for i, conversation in enumerate(conversations)), key=lambda item: len(item[1]))
+        prefix = common_prefix([ids for _, ids in prompts])
+        if len(prefix) < WORTH_SHARING:
+            prefix = []
         for start in range(0, len(prompts), parallel):
-            yield from self._batch(prompts[start : start + parallel], max_tokens)
+            yield from self._batch(prompts[start : start + parallel], prefix, max_tokens)
 
-    def _batch(self, prompts: list[tuple[int, list[int]]], max_tokens: int) -> Iterator[Completion]:
+    def _read(self, prefix: list[int], copies: int) -> Any:
+        """A cache that holds `prefix` for so many sequences."""
+        if not prefix:
+            return None
+        if self._shared[0] != prefix:
+            with self._torch.inference_mode():
+                read = self._model(input_ids=self._torch.tensor([prefix], device=self.device), use_cache=True, logits_to_keep=1)
+            self._shared = (prefix, read.past_key_values)
+        cache = copy.deepcopy(self._shared[1])
+        cache.batch_repeat_interleave(copies)
+        return cache
+
+    def _batch(self, prompts: list[tuple[int, list[int]]], prefix: list[int], max_tokens: int) -> Iterator[Completion]:
         torch = self._torch
+        shared = len(prefix)
         longest = max(len(ids) for _, ids in prompts)
-        input_ids = torch.tensor([[self._pad] * (longest - len(ids)) + ids for _, ids in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for _, ids in prompts], device=self.device)
+        # The padding stands between the shared prefix, which is read already, and the rest.
+        input_ids = torch.tensor([prefix + [self._pad] * (longest - len(ids)) + ids[shared:] for _, ids in prompts], device=self.device)
+        mask = torch.tensor(
+            [[1] * shared + [0] * (longest - len(ids)) + [1] * (len(ids) - shared) for _, ids in prompts], device=self.device
+        )
         clock = _FirstToken()
+        cache = self._read(prefix, len(prompts))
         with torch.inference_mode():
             output = self._model.generate(
                 input_ids=input_ids,
@@ -56,6 +81,7 @@ class TransformersRuntime:
                 do_sample=False,
                 pad_token_id=self._pad,
                 logits_processor=[clock],
+                past_key_values=cache,
             )
         total = time.perf_counter() - clock.started
         for (index, ids), written in zip(prompts, output[:, longest:].tolist(), strict=True):
