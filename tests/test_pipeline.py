@@ -212,7 +212,7 @@ def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path
 def test_changing_one_field_recomputes_exactly_what_depends_on_it(copy: Path) -> None:
     assert run(copy, "--set", "benchmark.requests=6").returncode == 0
     computed = {name for name, state in states(copy).items() if state == "computed"}
-    assert computed == {f"benchmark {v['name']}" for v in latest(copy)["variants"]} | {
+    assert computed == {f"benchmark {v['name']}" for v in latest(copy)["variants"] if v["role"] != "base"} | {
         "decide",
         "register",
     }  # the report does not list itself

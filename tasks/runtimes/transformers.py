@@ -12,7 +12,6 @@ from tasks.domain.prompt import Message
 from tasks.runtimes import Completion, common_prefix
 from tasks.tokenization import encode, prompt_text
 
-
 WORTH_SHARING = 64  # tokens of a common prefix from which a copy of its cache is cheaper than reading it again
 
 
