@@ -59,7 +59,10 @@ def _fail(message: str, code: int) -> None:
 @app.command()
 def run(
     profile: Annotated[
-        str, typer.Option(help="What to run: smoke (a minute, tests), quick (minutes), standard (about an hour), paper (needs a GPU).")
+        str,
+        typer.Option(
+            help="What to run: smoke (a minute, tests), quick (minutes), standard (three times the data of quick), paper (needs a GPU)."
+        ),
     ] = "quick",
     change: Annotated[
         list[str],

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import settings as environment
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -35,21 +33,3 @@ def cartwright(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=variables, check=check, cwd=REPOSITORY)
 
     return call
-
-
-@pytest.fixture(scope="session")
-def settings_of() -> Callable[[Path], environment.Settings]:
-    """Settings for a home, without touching the environment for longer than needed."""
-
-    def make(folder: Path) -> environment.Settings:
-        before = os.environ.get("CARTWRIGHT_HOME")
-        os.environ["CARTWRIGHT_HOME"] = str(folder)
-        try:
-            return environment.load_settings()
-        finally:
-            if before is None:
-                del os.environ["CARTWRIGHT_HOME"]
-            else:
-                os.environ["CARTWRIGHT_HOME"] = before
-
-    return make
