@@ -131,12 +131,14 @@ def prefect_api(settings: Settings) -> Iterator[None]:
                 },
                 start_new_session=True,
             )
+        environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
         try:
+            _import_meanwhile()
             _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log)
         except BaseException:
             server.kill()
+            environment.set_prefect_api(None)
             raise
-    environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
     try:
         yield
     finally:
@@ -157,6 +159,14 @@ def _send_what_is_queued() -> None:
 
     APILogWorker.drain_all(timeout=5)
     EventsWorker.drain_all(timeout=5)
+
+
+def _import_meanwhile() -> None:
+    """What the run imports anyway takes as long as the server needs to start; with two cores the wait costs nothing."""
+    import flows.retrain  # noqa: F401
+    from tasks.core import tracking
+
+    tracking.preload()
 
 
 def _free_port() -> int:

@@ -80,7 +80,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
     for variant in variants:
         if variant.name in failed:
             continue
-        how = {"runtime": variant.runtime, "dtype": variant.dtype, "zero_shot": variant.role == "base"}
+        how = {"runtime": variant.runtime, "zero_shot": variant.role == "base"}
         # The base model reads long instructions with every request, and its speed is nobody's choice.
         few = {"requests": 5, "batched_requests": 8} if variant.role == "base" else {}
         try:
@@ -89,7 +89,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
             )
             benchmarks[variant.name] = call(
                 benchmark,
-                config.benchmark.model_copy(update=how | few),
+                config.benchmark.model_copy(update=how | few | {"dtype": variant.dtype}),
                 f"benchmark {variant.name}",
                 model=models[variant.name],
                 dataset=dataset,

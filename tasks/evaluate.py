@@ -24,7 +24,9 @@ class EvaluateConfig(StageConfig):
     """How a variant is asked."""
 
     runtime: RuntimeName = "llama_cpp"
-    dtype: Dtype = Field("float16", description="What transformers computes in; GGUF files decide for themselves")
+    dtype: Dtype = Field(
+        "auto", description="What transformers computes in (GGUF files decide for themselves); `auto`: what is quickest here"
+    )
     zero_shot: bool = Field(False, description="Give the long instructions: for a model that was not fine-tuned")
     splits: tuple[str, ...] = ("test", "hard")
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
@@ -46,7 +48,7 @@ def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max
     return answers
 
 
-@stage("evaluate", version=1, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
+@stage("evaluate", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
@@ -24,10 +24,16 @@ class FinetuneConfig(StageConfig):
     """How the adapter is trained."""
 
     method: Literal["qlora", "lora"] = Field("qlora", description="`qlora` keeps the base weights in NF4 with double quantization")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="`auto`: bf16 where the machine computes it natively")
+    precision: Literal["auto", "int8", "bf16", "fp32"] = Field(
+        "auto",
+        description="What products with frozen weights are computed in; `auto`: bf16 where the machine has it, else fp32, and int8 on a CPU that has both bf16 and VNNI",
+    )
     epochs: float = Field(1.0, gt=0, le=100)
     batch_size: int = Field(16, ge=1, le=1024)
-    learning_rate: float = Field(1e-3, gt=0, le=1)
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of the LoRA matrices A, and of B too unless `lora_plus_ratio` is above 1")
+    lora_plus_ratio: float = Field(
+        16.0, ge=1, le=256, description="Learning rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA"
+    )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.05, ge=0, le=0.9)
     weight_decay: float = Field(0.0, ge=0, le=1)
@@ -44,12 +50,26 @@ class FinetuneConfig(StageConfig):
     )
     seed: int = Field(7, ge=0)
 
+    @property
+    def unpacks(self) -> bool:
+        return self.method == "qlora" and self.unpack
 
-def dtype_name(precision: str) -> str:
-    """`bf16` or `fp32`: what `auto` means on this machine."""
-    if precision != "auto":
-        return precision
-    return "bf16" if hardware.native_bf16() or hardware.gpu() else "fp32"
+    @model_validator(mode="after")
+    def _int8_has_weights_to_round(self) -> FinetuneConfig:
+        if self.precision == "int8" and not self.unpacks:
+            raise ValueError("`precision: int8` needs `method: qlora` and `unpack: true`. Allowed otherwise: auto, bf16, fp32")
+        return self
+
+
+def resolve_precision(config: FinetuneConfig) -> str:
+    """`int8`, `bf16` or `fp32`: what `auto` means on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    if hardware.gpu():
+        return "bf16"
+    if not hardware.native_bf16():
+        return "fp32"
+    return "int8" if config.unpacks and hardware.native_int8() else "bf16"
 
 
 def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_length: int) -> list[dict[str, Any]]:
@@ -111,35 +131,6 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     return loss / (items if items is not None else wanted.sum())
 
 
-def unpack_nf4(model: Any) -> None:
-    """Replace every packed NF4 layer by a plain one that holds the same (quantized) values in the compute type.
-
-    What is trained is unchanged: QLoRA computes with dequantized values anyway, once per product. Here it is once in all.
-    Packed layers also cannot be compiled: bitsandbytes repacks them when gradients are off.
-    """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, Linear4bit):
-            continue
-        packed: Any = layer.weight
-        weight = dequantize_4bit(packed.data, packed.quant_state)
-        plain = torch.nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype
-        )
-        plain.weight = torch.nn.Parameter(weight.reshape(layer.out_features, layer.in_features), requires_grad=False)
-        plain.bias = layer.bias
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, plain)
-    for attribute in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
 def compile_layers(model: Any) -> bool:
     """Compile each decoder layer in place; one compilation serves all of them, since they are alike.
 
@@ -153,20 +144,23 @@ def compile_layers(model: Any) -> bool:
     return True
 
 
-@stage("finetune", version=1, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True)
+@stage("finetune", version=2, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
     from torch.utils.data import Sampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    from tasks.frozen import unpack_nf4
+
     set_seed(config.seed)
     torch.set_num_threads(hardware.cores())
-    precision = dtype_name(config.precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision = resolve_precision(config)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "train.jsonl")
@@ -183,8 +177,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
         attn_implementation="eager" if device == "cpu" else "sdpa",
     )
-    if config.method == "qlora" and config.unpack:
-        unpack_nf4(model)
+    if config.unpacks:
+        unpack_nf4(model, int8=precision == "int8")
     model = get_peft_model(
         model,
         LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -214,8 +208,20 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return BucketSampler()
 
+        def create_optimizer(self, *_: Any) -> Any:
+            if self.optimizer is None:
+                self.optimizer = create_loraplus_optimizer(
+                    model,
+                    torch.optim.AdamW,
+                    lr=config.learning_rate,
+                    loraplus_lr_ratio=config.lora_plus_ratio,
+                    loraplus_weight_decay=config.weight_decay,
+                    fused=True,
+                )
+            return self.optimizer
+
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
                 loss = completion_loss(model, inputs, num_items_in_batch)
             return (loss, {}) if return_outputs else loss
 
@@ -244,8 +250,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=int(config.warmup_ratio * total_steps),
-        weight_decay=config.weight_decay,
-        bf16=precision == "bf16",
+        bf16=precision != "fp32",
         use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=every,

@@ -12,7 +12,7 @@ MAX_TOKENS = 96
 
 
 class ShopIntent(PythonModel):
-    """`predict(["2 milk please"])` gives `['{"intent":"add_to_cart",...}']`."""
+    """`predict(["2 milk please"])` gives `['{"intent":"add_to_cart",...}']`; what is no valid answer is given as the model wrote it."""
 
     def load_context(self, context: Any) -> None:
         from tasks import runtimes
@@ -24,11 +24,13 @@ class ShopIntent(PythonModel):
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
         from tasks.domain import prompt
+        from tasks.domain.scoring import compact_json, parse_answer
 
         conversations = [prompt.messages(self._spec, text) for text in model_input]
         answers = [""] * len(conversations)
         for completion in self._model.generate(conversations, MAX_TOKENS, min(16, max(1, len(conversations)))):
-            answers[completion.index] = completion.text
+            answer = parse_answer(completion.text, self._spec).answer
+            answers[completion.index] = compact_json(answer) if answer else completion.text
         return answers
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tasks.domain.scoring import answer_text, exact_match, parse_answer, proportion, score, wilson_interval
+from tasks.domain.scoring import answer_text, compact_json, exact_match, parse_answer, proportion, score, wilson_interval
 from tasks.domain.spec import load_spec
 
 pytestmark = pytest.mark.fast
@@ -14,7 +14,13 @@ SPEC = load_spec("ecommerce")
 
 
 def test_answer_is_compact_json_with_the_intent_first() -> None:
-    assert answer_text({"product": "Öl", "intent": "search_product"}) == '{"intent":"search_product","product":"Öl"}'
+    assert compact_json({"product": "Öl", "intent": "search_product"}) == '{"intent":"search_product","product":"Öl"}'
+
+
+def test_what_a_model_is_taught_is_parsed_into_the_label() -> None:
+    gold = {"intent": "add_to_cart", "product": "tamna čokolada", "quantity": 2}
+    assert answer_text(gold) == '{"intent":"add_to_cart","product":" tamna čokolada","quantity":2}'
+    assert parse_answer(answer_text(gold), SPEC).answer == gold
 
 
 @pytest.mark.parametrize(

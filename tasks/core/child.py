@@ -76,7 +76,7 @@ def run_isolated(
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
-            env=settings.child_environment(),
+            env=settings.child_environment(stage.reuse_memory),
             start_new_session=True,  # a signal to its group reaches its own children too
         )
     os.close(writing)

@@ -56,6 +56,22 @@ def native_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
+def native_int8() -> bool:
+    """Whether the CPU multiplies and sums 8-bit integers in one instruction, twice as many of them as bfloat16."""
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
+
+
+@functools.cache
+def cpu_generation() -> str:
+    """Family and model: virtual machines call very different processors by one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines[:40])}
+    return "/".join(facts[name] for name in ("cpu family", "model", "stepping") if name in facts)
+
+
 @functools.cache
 def gpu() -> str | None:
     """Name of the first CUDA device, or None. Looks at the driver's files, so that torch need not be imported."""
@@ -68,7 +84,7 @@ def gpu() -> str | None:
 
 def hardware_class() -> str:
     """What two measurements must share to be comparable; part of the key of every measurement."""
-    return f"{cpu_model()}|{cores()} cores|{gpu() or 'no GPU'}"
+    return f"{cpu_model()} {cpu_generation()}|{cores()} cores|{gpu() or 'no GPU'}"
 
 
 def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:

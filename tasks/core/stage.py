@@ -47,6 +47,7 @@ class Stage:
         measures: the result depends on the machine, so its class is part of the key.
         resumable: an interrupted attempt's files are kept in `out_dir` for the next one.
         isolated: runs in a child process of its own.
+        reuse_memory: the child keeps the memory it frees, since it will want as much again a moment later.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     measures: bool = False
     resumable: bool = False
     isolated: bool = True
+    reuse_memory: bool = False
 
     @property
     def config_type(self) -> type[StageConfig]:
@@ -75,12 +77,19 @@ class Stage:
 
 
 def stage(
-    name: str, *, version: int, libraries: tuple[str, ...] = (), measures: bool = False, resumable: bool = False, isolated: bool = True
+    name: str,
+    *,
+    version: int,
+    libraries: tuple[str, ...] = (),
+    measures: bool = False,
+    resumable: bool = False,
+    isolated: bool = True,
+    reuse_memory: bool = False,
 ) -> Callable[[StageFunction], Stage]:
     """Turn a plain stage function into a `Stage`; the function stays reachable as `.function`."""
 
     def wrap(function: StageFunction) -> Stage:
-        return Stage(name, version, function, libraries, measures, resumable, isolated)
+        return Stage(name, version, function, libraries, measures, resumable, isolated, reuse_memory)
 
     return wrap
 

@@ -50,6 +50,11 @@ def as_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def preload() -> None:
+    """Import what a tracker needs, which takes seconds, while there is something else to wait for."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 class Tracker:
     """The MLflow side of one pipeline run.
 

@@ -263,7 +263,10 @@ def _placeholders(nodes: tuple[Node, ...]) -> Iterator[Placeholder]:
 
 # --- expanding ---------------------------------------------------------------------------------------------------
 
-QUANTITIES = [1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10, 10, 11, 12, 12, 15, 20, 24, 30, 50]
+# How often each is ordered: mostly a few, large ones seldom and round.
+QUANTITIES = [number for number, times in {
+    1: 6, 2: 12, 3: 10, 4: 7, 5: 6, 6: 5, 7: 2, 8: 2, 9: 1, 10: 4, 11: 1, 12: 3, 15: 1, 20: 2, 24: 1, 30: 1, 50: 1
+}.items() for _ in range(times)]  # fmt: skip
 
 
 @dataclass

@@ -17,8 +17,17 @@ Gold = Mapping[str, Any]  # {"intent": ..., slot: value, ...}
 
 
 def answer_text(gold: Gold) -> str:
-    """The one way an answer is written: compact JSON, `intent` first."""
-    ordered = {"intent": gold["intent"], **{key: value for key, value in gold.items() if key != "intent"}}
+    """How a model is taught to write an answer: `compact_json`, with a space before everything that is copied from the text.
+
+    Tokenizers cut a word after a space otherwise than after a quote ("tamna": ` tam|na` and `t|am|na`). With the space the
+    model copies the very tokens of the text, which is learnt a third faster; `parse_answer` takes it away again.
+    """
+    return compact_json({name: f" {value}" if isinstance(value, str) and name != "intent" else value for name, value in gold.items()})
+
+
+def compact_json(answer: Gold) -> str:
+    """The one way an answer is given to others: compact JSON, `intent` first."""
+    ordered = {"intent": answer["intent"], **{name: value for name, value in answer.items() if name != "intent"}}
     return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -56,7 +65,7 @@ def parse_answer(text: str, spec: Spec) -> Parsed:
         wanted = int if isinstance(slot, IntegerSlot) else str
         if not isinstance(value, wanted) or isinstance(value, bool):
             return Parsed(None, "bad_value")
-    return Parsed(answer)
+    return Parsed({name: value.strip() if isinstance(value, str) else value for name, value in answer.items()})
 
 
 _OUTER = re.compile(r"^[\W_]+|[\W_]+$")

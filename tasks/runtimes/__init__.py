@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 from tasks.domain.prompt import Message
 
 RuntimeName = Literal["transformers", "llama_cpp"]
-Dtype = Literal["float16", "bfloat16", "float32"]
+# `auto`: float16 on a GPU, bfloat16 on a CPU that has it, else float32. A CPU without float16 emulates it several times slower.
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
-def load(runtime: RuntimeName, path: Path, threads: int, dtype: Dtype = "float16") -> Runtime:
+def load(runtime: RuntimeName, path: Path, threads: int, dtype: Dtype = "auto") -> Runtime:
     """Load the model at `path`: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one)."""
     if runtime == "llama_cpp":
         from tasks.runtimes.llama_cpp import LlamaCppRuntime

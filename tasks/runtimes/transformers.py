@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.core import hardware
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion, common_prefix
 from tasks.tokenization import encode, prompt_text
@@ -26,6 +27,8 @@ class TransformersRuntime:
         self.threads = threads
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(threads)
+        if dtype == "auto":
+            dtype = "float16" if self.device == "cuda" else "bfloat16" if hardware.native_bf16() else "float32"
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}).eval()
         self._shared: tuple[list[int], Any] = ([], None)
