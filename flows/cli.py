@@ -133,8 +133,8 @@ def evaluate(
     model: ModelOption = "recommended",
     output: Annotated[Path | None, typer.Option(help="Save the figures as JSON.")] = None,
 ) -> None:
-    """Score a model on labelled rows: exact match with its 95% interval, by language and intent."""
-    from tasks.asking import ask, find_model, read_labelled
+    """Score a model on labelled rows: exact match with its 95% interval, by language, intent, slot and source, and what it confuses."""
+    from tasks.asking import ask, find_model, read_labelled, wrong_answers
     from tasks.domain.scoring import score
 
     settings = environment.load_settings()
@@ -151,23 +151,35 @@ def evaluate(
         )
     answers = ask(found, [row["text"] for row in rows])
     figures = score(rows, answers, found.spec)
-    correct = figures.pop("correct")
-    figures |= {"model": model, "bad_lines": len(bad)}
-    exact = figures["exact_match"]
-    print(
-        f"exact match {exact['value']:.1%}  (95% interval {exact['low']:.1%} to {exact['high']:.1%}, {exact['n']} rows, {len(bad)} bad lines)"
-    )
-    print(f"intent accuracy {figures['intent_accuracy']:.1%}, valid answers {figures['json_valid']:.1%}")
-    for title in ("by_language", "by_intent"):
-        for name, part in figures[title].items():
-            print(f"  {name:<20}{part['value']:>7.1%}  of {part['n']}")
-    wrong = [(row, text) for row, text, right in zip(rows, answers, correct, strict=True) if not right]
-    for row, text in wrong[:WRONG_SHOWN]:
-        print(f"  wrong: {row['text']!r} -> {text}")
-    if len(wrong) > WRONG_SHOWN:
-        print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers")
+    figures.pop("correct")
+    wrong = wrong_answers(rows, answers, found.spec)
+    figures |= {"model": model, "bad_lines": [{"line": line, "problem": problem} for line, problem in bad], "wrong": wrong}
+    _print_figures(figures)
     if output:
-        output.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    exact, wrong = figures["exact_match"], figures["wrong"]
+    interval = f"95% interval {exact['low']:.1%} to {exact['high']:.1%}"
+    print(f"exact match {exact['value']:.1%}  ({interval}, {exact['n']} rows, {len(figures['bad_lines'])} bad lines)")
+    print(f"intent accuracy {figures['intent_accuracy']:.1%}, valid answers {figures['json_valid']:.1%}")
+    for title in ("by_language", "by_intent", "by_slot", "by_source"):
+        if set(figures[title]) - {"?"}:
+            print(title.replace("_", " "))
+            for name, part in figures[title].items():
+                print(f"  {name:<20}{part['value']:>7.1%}  ({part['low']:.1%} to {part['high']:.1%}) of {part['n']}")
+    confused = [
+        (count, intent, answered) for intent, row in figures["confusion"].items() for answered, count in row.items() if answered != intent
+    ]
+    if confused:
+        print("intents taken for others")
+        for count, intent, answered in sorted(confused, reverse=True):
+            print(f"  {count:>4}  {intent} -> {answered}")
+    for row in wrong[:WRONG_SHOWN]:
+        print(f"  wrong: {row['text']!r} -> {row['output']}")
+    if len(wrong) > WRONG_SHOWN:
+        print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers; --output FILE keeps all")
 
 
 @app.command()

@@ -48,7 +48,7 @@ def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max
     return answers
 
 
-@stage("evaluate", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
+@stage("evaluate", version=3, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
