@@ -135,7 +135,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Save the figures as JSON.")] = None,
 ) -> None:
     """Score a model on labelled rows: exact match with its 95% interval, by language, intent, slot and source, and what it confuses."""
-    from tasks.asking import ask, find_model, read_labelled, wrong_answers
+    from tasks.asking import ask, find_model, wrong_answers
+    from tasks.domain.labelled import read_labelled
     from tasks.domain.scoring import score
 
     settings = environment.load_settings()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tasks.asking import read_labelled, wrong_answers
+from tasks.asking import wrong_answers
+from tasks.domain.labelled import read_labelled
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
 
