@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -202,23 +203,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def check_leakage(folder: Path) -> None:
     """Compare `test` and `hard` with `train`, as written: near-duplicate texts, products, and the phrase patterns of `hard`.
 
+    Reads `train` in parts, so that memory does not grow with it.
+
     Raises:
         LeakError: names the rows that leak.
     """
     import numpy as np
     from rapidfuzz import fuzz, process
 
-    train = read_rows(folder / "train.jsonl")
-    texts = [comparable(row["text"]) for row in train]
-    patterns, products = {row["origin"] for row in train}, {row["product"] for row in train} - {None}
-    for split in ("test", "hard"):
-        rows = read_rows(folder / f"{split}.jsonl")
+    held_out = {split: read_rows(folder / f"{split}.jsonl") for split in ("test", "hard")}
+    texts = {split: [comparable(row["text"]) for row in rows] for split, rows in held_out.items()}
+    leaks: dict[str, list[str]] = {split: [] for split in held_out}
+    patterns: set[str] = set()
+    products: set[str | None] = set()
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        for part in batched((json.loads(line) for line in file), 10_000):
+            patterns |= {row["origin"] for row in part}
+            products |= {row["product"] for row in part} - {None}
+            trained = [comparable(row["text"]) for row in part]
+            for split, rows in held_out.items():
+                scores = process.cdist(texts[split], trained, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE, dtype=np.uint8)
+                leaks[split] += [f"{rows[i]['id']} ~ {part[j]['id']}" for i, j in zip(*np.nonzero(scores), strict=True)]
+    for split, rows in held_out.items():
         shared = [row["id"] for row in rows if row["product"] in products or (split == "hard" and row["origin"] in patterns)]
-        for start in range(0, len(texts), 10_000):  # bounds the matrix, not the check
-            part = texts[start : start + 10_000]
-            scores = process.cdist(
-                [comparable(row["text"]) for row in rows], part, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE, dtype=np.uint8
-            )
-            shared += [f"{rows[i]['id']} ~ {train[start + j]['id']}" for i, j in zip(*np.nonzero(scores), strict=True)]
-        if shared:
-            raise LeakError(f"{len(shared)} rows of {split} are in train: {', '.join(shared[:10])}")
+        if found := shared + leaks[split]:
+            raise LeakError(f"{len(found)} rows of {split} are in train: {', '.join(found[:10])}")
+
+
+def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of at most `size` rows (`itertools.batched` of Python 3.12)."""
+    iterator = iter(rows)
+    while part := list(itertools.islice(iterator, size)):
+        yield part
