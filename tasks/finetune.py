@@ -144,7 +144,7 @@ def compile_layers(model: Any) -> bool:
     return True
 
 
-@stage("finetune", version=2, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+@stage("finetune", version=3, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import torch

@@ -27,7 +27,7 @@ def test_examples_take_turns_and_are_shown_as_earlier_answers() -> None:
     assert len({row["text"] for row in picked}) == 3 and len(pick_examples(rows, SPEC, 9)) == 4
     asked = messages(SPEC, "my cart", zero_shot=True, examples=picked[:1])
     assert [m["role"] for m in asked] == ["system", "user", "assistant", "user"]
-    assert asked[2]["content"] == '{"intent":"search_product"}' and asked[3]["content"] == "my cart"
+    assert asked[2]["content"] == '{"intent":"search_product"}' and asked[3]["content"] == " my cart"
 
 
 def test_what_a_model_is_taught_is_parsed_into_the_label() -> None:

@@ -19,12 +19,13 @@ def messages(spec: Spec, text: str, *, zero_shot: bool = False, examples: Sequen
         examples: labelled rows shown as earlier turns.
     """
     system = zero_shot_prompt(spec) if zero_shot else spec.system_prompt
-    shown = [
-        message
-        for row in examples
-        for message in ({"role": "user", "content": row["text"]}, {"role": "assistant", "content": compact_json(row["gold"])})
-    ]
-    return [{"role": "system", "content": system}, *shown, {"role": "user", "content": text}]
+    shown = [message for row in examples for message in (_said(row["text"]), {"role": "assistant", "content": compact_json(row["gold"])})]
+    return [{"role": "system", "content": system}, *shown, _said(text)]
+
+
+def _said(text: str) -> Message:
+    """A customer's message. The space lets a product at its very beginning have the tokens it has anywhere else, see `answer_text`."""
+    return {"role": "user", "content": f" {text}"}
 
 
 def pick_examples(rows: Sequence[Mapping[str, Any]], spec: Spec, count: int) -> list[Mapping[str, Any]]:
