@@ -27,7 +27,8 @@ WRONG_SHOWN = 10
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", help="`champion`, `recommended`, a variant of the latest run such as gguf-Q4_0, a .gguf file, or a Hugging Face folder."
+        "--model",
+        help="`champion`, `recommended`, a variant of the latest run such as gguf-Q4_0, a .gguf file, a Hugging Face folder, or a LiteLLM model id such as openai/gpt-4.1.",
     ),
 ]
 
@@ -133,8 +134,9 @@ def evaluate(
     model: ModelOption = "recommended",
     output: Annotated[Path | None, typer.Option(help="Save the figures as JSON.")] = None,
 ) -> None:
-    """Score a model on labelled rows: exact match with its 95% interval, by language and intent."""
-    from tasks.asking import ask, find_model, read_labelled
+    """Score a model on labelled rows: exact match with its 95% interval, by language, intent, slot and source, and what it confuses."""
+    from tasks.asking import ask, find_model, wrong_answers
+    from tasks.domain.labelled import read_labelled
     from tasks.domain.scoring import score
 
     settings = environment.load_settings()
@@ -149,25 +151,48 @@ def evaluate(
             "has no usable row",
             mend='Write lines such as {"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}',
         )
-    answers = ask(found, [row["text"] for row in rows])
-    figures = score(rows, answers, found.spec)
-    correct = figures.pop("correct")
-    figures |= {"model": model, "bad_lines": len(bad)}
-    exact = figures["exact_match"]
-    print(
-        f"exact match {exact['value']:.1%}  (95% interval {exact['low']:.1%} to {exact['high']:.1%}, {exact['n']} rows, {len(bad)} bad lines)"
-    )
-    print(f"intent accuracy {figures['intent_accuracy']:.1%}, valid answers {figures['json_valid']:.1%}")
-    for title in ("by_language", "by_intent"):
-        for name, part in figures[title].items():
-            print(f"  {name:<20}{part['value']:>7.1%}  of {part['n']}")
-    wrong = [(row, text) for row, text, right in zip(rows, answers, correct, strict=True) if not right]
-    for row, text in wrong[:WRONG_SHOWN]:
-        print(f"  wrong: {row['text']!r} -> {text}")
-    if len(wrong) > WRONG_SHOWN:
-        print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers")
+    asked = ask(found, [row["text"] for row in rows])
+    figures = score(rows, asked.answers, found.spec)
+    figures.pop("correct")
+    figures |= {
+        "model": model,
+        "zero_shot": found.zero_shot,
+        "latency_p50_s": asked.latency_p50_s,
+        "usd_per_1k_requests": asked.usd_per_1k_requests,
+        "requests_failed": asked.failed,
+        "bad_lines": [{"line": line, "problem": problem} for line, problem in bad],
+        "wrong": wrong_answers(rows, asked.answers, found.spec),
+    }
+    _print_figures(figures)
     if output:
-        output.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    exact, wrong = figures["exact_match"], figures["wrong"]
+    interval = f"95% interval {exact['low']:.1%} to {exact['high']:.1%}"
+    print(f"exact match {exact['value']:.1%}  ({interval}, {exact['n']} rows, {len(figures['bad_lines'])} bad lines)")
+    if figures["requests_failed"]:
+        print(f"{len(figures['requests_failed'])} requests got no answer and count as wrong. The first: {figures['requests_failed'][0]}")
+    if figures["usd_per_1k_requests"] is not None:
+        print(f"{figures['usd_per_1k_requests']:.2f} dollars for 1,000 requests, latency p50 {figures['latency_p50_s']:.2f} s")
+    print(f"intent accuracy {figures['intent_accuracy']:.1%}, valid answers {figures['json_valid']:.1%}")
+    for title in ("by_language", "by_intent", "by_slot", "by_source"):
+        if set(figures[title]) - {"?"}:
+            print(title.replace("_", " "))
+            for name, part in figures[title].items():
+                print(f"  {name:<20}{part['value']:>7.1%}  ({part['low']:.1%} to {part['high']:.1%}) of {part['n']}")
+    confused = [
+        (count, intent, answered) for intent, row in figures["confusion"].items() for answered, count in row.items() if answered != intent
+    ]
+    if confused:
+        print("intents taken for others")
+        for count, intent, answered in sorted(confused, reverse=True):
+            print(f"  {count:>4}  {intent} -> {answered}")
+    for row in wrong[:WRONG_SHOWN]:
+        print(f"  wrong: {row['text']!r} -> {row['output']}")
+    if len(wrong) > WRONG_SHOWN:
+        print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers; --output FILE keeps all")
 
 
 @app.command()
@@ -188,7 +213,7 @@ def predict(
     items, bad = (texts, []) if texts else read_texts(sys.stdin)
     for line, problem in bad:
         print(f"line {line}: {problem}", file=sys.stderr)
-    for text, raw in zip(items, ask(found, items, quiet=True), strict=True):
+    for text, raw in zip(items, ask(found, items).answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
         print(json.dumps({"text": text, **answer}, ensure_ascii=False))

@@ -12,7 +12,7 @@ from flows.session import open_run
 from tasks.config import load_config, resolve
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
-from tasks.decide import BASE, REFERENCE
+from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE
 
 
 @flow(name="retrain")
@@ -34,8 +34,8 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
         gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
         gguf, gguf_models, gguf_failed = stages.make_gguf(run, tuned)
 
-        variants = stages.all_variants(gguf, gptq)
-        models = {BASE: base, REFERENCE: tuned, **gptq_models, **gguf_models}
+        variants = stages.all_variants(config.base_few_shot, gguf, gptq)
+        models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}
         evaluations, benchmarks, failed = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
         decision = stages.choose(run, variants, models, evaluations, benchmarks, failed)
         return stages.release(run, decision, dataset, adapter, models, evaluations)

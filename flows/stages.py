@@ -11,7 +11,7 @@ from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
-from tasks.decide import BASE, REFERENCE, Variant, decide, recommended_cpu
+from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE, Variant, decide, recommended_cpu
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
@@ -80,7 +80,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
     for variant in variants:
         if variant.name in failed:
             continue
-        how = {"runtime": variant.runtime, "zero_shot": variant.role == "base"}
+        how = {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
         # The base model reads long instructions with every request, and its speed is nobody's choice.
         few = {"requests": 5, "batched_requests": 8} if variant.role == "base" else {}
         try:
@@ -126,10 +126,12 @@ def release(run: Run, decision: Manifest, dataset: Manifest, adapter: Manifest, 
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, adapter, verdict))
 
 
-def all_variants(gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
-    """Base model and 16-bit reference first, then the quantized ones."""
+def all_variants(few_shot: int, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
+    """Base model (without and, if wanted, with examples) and 16-bit reference first, then the quantized ones."""
+    base = Variant(name=BASE, format="hf", bits=16, runtime="transformers", dtype="bfloat16", role="base")
     first = [
-        Variant(name=BASE, format="hf", bits=16, runtime="transformers", dtype="bfloat16", role="base"),
+        base,
+        *([base.model_copy(update={"name": BASE_FEW_SHOT, "few_shot": few_shot})] if few_shot else []),
         Variant(name=REFERENCE, format="hf", bits=16, runtime="transformers", role="reference"),
     ]
     return [*first, *gptq, *gguf]

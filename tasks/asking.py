@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks import runtimes
+from tasks.api import is_model_id
 from tasks.core import hardware
 from tasks.core.artifacts import Store
 from tasks.core.settings import Settings
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
+from tasks.domain.scoring import parse_answer, wrong_fields
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report
@@ -27,10 +30,11 @@ PARALLEL = 16
 class Found:
     """A model that can be asked."""
 
-    path: Path
+    path: Path | str  # a LiteLLM id if `runtime` is litellm
     runtime: RuntimeName
     spec: Spec
     dataset: Path
+    zero_shot: bool = False
 
 
 def find_model(settings: Settings, name: str) -> Found:
@@ -45,7 +49,13 @@ def find_model(settings: Settings, name: str) -> Found:
             raise UserError("model", name, "does not exist")
         spec = load_spec("ecommerce")
         return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", spec, spec.path)
-    report = json.loads((latest_report(settings) / "report.json").read_text(encoding="utf-8"))
+    try:
+        folder = latest_report(settings)
+    except UserError:
+        if name in ("champion", "recommended") or not is_model_id(name):
+            raise
+        return _behind_an_api(name, load_spec("ecommerce"), None)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     store = Store(settings.store_uri, settings.home)
     dataset_stage = next(stage for stage in report["stages"] if stage["name"] == "synthesize")
     dataset = store.path("synthesize", dataset_stage["key"])
@@ -57,12 +67,21 @@ def find_model(settings: Settings, name: str) -> Found:
         return Found(folder, runtime, spec, dataset)
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
+    if wanted not in variants and is_model_id(name):
+        return _behind_an_api(name, spec, dataset)
     if wanted not in variants:
         raise UserError(
             "model",
             name,
             "is no variant of the latest run",
-            allowed=["champion", "recommended", *variants, "a .gguf file", "a Hugging Face folder"],
+            allowed=[
+                "champion",
+                "recommended",
+                *variants,
+                "a .gguf file",
+                "a Hugging Face folder",
+                "a LiteLLM model id such as openai/gpt-4.1",
+            ],
         )
     variant = variants[wanted]
     kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq"}.get(variant["format"], "base_model" if variant["role"] == "base" else "merge")
@@ -72,57 +91,50 @@ def find_model(settings: Settings, name: str) -> Found:
             "model", name, damage or f"is no longer in {settings.store_uri}", mend="Run `cartwright run` again: it rebuilds what is missing"
         )
     folder = store.path(kind, variant["key"])
-    return Found(folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder, variant["runtime"], spec, dataset)
+    path = folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
+    return Found(path, variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base")
 
 
-def ask(found: Found, texts: list[str], quiet: bool = False) -> list[str]:
-    """The raw answers to texts, in their order."""
+def _behind_an_api(name: str, spec: Spec, dataset: Path | None) -> Found:
+    """A model of LiteLLM's, which was not fine-tuned and gets the long instructions."""
+    return Found(name, "litellm", spec, dataset or spec.path, zero_shot=True)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Raw answers in the order of the texts. The rest is known of an API only: its price, and the requests it did not answer."""
+
+    answers: list[str]
+    latency_p50_s: float
+    usd_per_1k_requests: float | None
+    failed: tuple[str, ...]
+
+
+def ask(found: Found, texts: list[str]) -> Asked:
+    """Answer texts, `PARALLEL` at a time."""
     model = runtimes.load(found.runtime, found.path, hardware.cores())
-    conversations = [prompt.messages(found.spec, text) for text in texts]
+    conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot) for text in texts]
     answers = [""] * len(texts)
+    latencies = []
     for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):
         answers[completion.index] = completion.text
-    return answers
+        latencies.append(completion.total_s)
+    usd = getattr(model, "usd", None)
+    price = None if usd is None or not texts else usd * 1000 / len(texts)
+    return Asked(answers, statistics.median(latencies) if latencies else 0.0, price, tuple(getattr(model, "failed", ())))
 
 
-def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Labelled rows of a JSONL file, and the lines that cannot be used with their problem.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    rows, bad = [], []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            bad.append((number, f"is not JSON ({error})"))
-            continue
-        problem = _problem_of(row, spec)
-        if problem:
-            bad.append((number, problem))
-        else:
-            rows.append(row)
-    return rows, bad
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("data", str(path), f"cannot be read ({error})", mend="Give a JSONL file in UTF-8") from None
-
-
-def _problem_of(row: Any, spec: Spec) -> str | None:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        return "has no `text`"
-    gold = row.get("gold")
-    if not isinstance(gold, dict) or gold.get("intent") not in spec.intents:
-        return f"`gold.intent` is not one of {', '.join(spec.intents)}"
-    unknown = set(gold) - {"intent"} - set(spec.intents[gold["intent"]].slots)
-    return f"`gold` has {sorted(unknown)[0]!r}, which {gold['intent']} does not have" if unknown else None
+def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) -> list[dict[str, Any]]:
+    """What was answered wrongly, the worst first: answers that are none, then those with most wrong fields."""
+    found = []
+    for row, output in zip(rows, answers, strict=True):
+        parsed = parse_answer(output, spec)
+        wrong = wrong_fields(row["gold"], parsed.answer, row.get("score")) if parsed.answer else ["intent", *spec.slots]
+        if wrong:
+            names = ("line", "id", "text", "language", "source", "gold")
+            kept = {name: row[name] for name in names if name in row}
+            found.append({**kept, "answer": parsed.answer, "problem": parsed.problem, "output": output, "wrong": wrong})
+    return sorted(found, key=lambda item: -len(item["wrong"]))
 
 
 def read_texts(lines: Iterable[str]) -> tuple[list[str], list[tuple[int, str]]]:

@@ -21,7 +21,7 @@ from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
-from tasks.evaluate import load_variant
+from tasks.evaluate import conversations, load_variant
 from tasks.runtimes import Dtype, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
@@ -32,6 +32,7 @@ class BenchmarkConfig(StageConfig):
     runtime: RuntimeName = "llama_cpp"
     dtype: Dtype = Field("float16", description="What transformers computes in; GGUF files decide for themselves")
     zero_shot: bool = False
+    few_shot: int = Field(0, ge=0, le=64, description="Rows of `train` shown as examples with every request")
     requests: int = Field(30, ge=5, le=10_000, description="Requests answered one at a time")
     batched_requests: int = Field(64, ge=5, le=10_000, description="Requests answered `parallel` at a time")
     parallel: int = Field(16, ge=1, le=256)
@@ -42,26 +43,24 @@ class BenchmarkConfig(StageConfig):
     max_tokens: int = Field(64, ge=8, le=1024)
 
 
-@stage("benchmark", version=1, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
+@stage("benchmark", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "test.jsonl")
-    conversations = [prompt.messages(spec, rows[i % len(rows)]["text"], zero_shot=config.zero_shot) for i in range(config.batched_requests)]
+    texts = [rows[i % len(rows)]["text"] for i in range(config.batched_requests)]
+    asked = conversations(config, inputs["dataset"], spec, texts)
     total = config.requests + 2 * config.repeats + 2
     started = time.perf_counter()
     model = load_variant(config.runtime, inputs["model"], config.dtype)
     load_s = time.perf_counter() - started
 
-    for conversation in conversations[: config.warmup]:
+    for conversation in asked[: config.warmup]:
         _one(model, conversation, config.max_tokens)
-    alone = [
-        _one(model, conversations[i % len(conversations)], config.max_tokens)
-        for i in progress.track(range(config.requests), total, "one at a time")
-    ]
+    alone = [_one(model, asked[i % len(asked)], config.max_tokens) for i in progress.track(range(config.requests), total, "one at a time")]
     memory = hardware.memory_mb()
     started = time.perf_counter()
-    batched = list(model.generate(conversations, config.max_tokens, config.parallel))
+    batched = list(model.generate(asked, config.max_tokens, config.parallel))
     batched_s = time.perf_counter() - started
     progress.advance(config.requests + 1, total, "batched")
     prefill, decode = [], []

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.base_model import BaseModelConfig
 from tasks.benchmark import BenchmarkConfig
-from tasks.core.artifacts import canonical_json, describe_files, digest_of
+from tasks.core.artifacts import canonical_json, describe_files, digest_of, sha256_file
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
+from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import domain_path, load_spec
 from tasks.evaluate import EvaluateConfig
 from tasks.finetune import FinetuneConfig
@@ -42,6 +43,7 @@ class RunConfig(BaseModel):
         ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"), min_length=1, description="GGUF formats to make"
     )
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
+    base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
@@ -140,9 +142,16 @@ def resolve(config: RunConfig) -> RunConfig:
     _known("data.intents", config.data.intents, list(spec.intents))
     make_generator(config.data)
     digest = digest_of(describe_files(domain_path(config.data.domain)))
+    for path in config.data.extra:
+        if not read_labelled(Path(path), spec)[0]:
+            raise UserError(
+                "data.extra", path, "has no usable row", mend='Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
+            )
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"domain_sha256": digest}),
+            "data": config.data.model_copy(
+                update={"domain_sha256": digest, "extra_sha256": tuple(sha256_file(Path(path)) for path in config.data.extra)}
+            ),
             "base_model": resolve_base_model(config.base_model),
         }
     )

@@ -13,7 +13,7 @@ from tasks.core.artifacts import MANIFEST, Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.runtimes import Dtype, RuntimeName
 
-BASE, REFERENCE = "base-bf16", "tuned-fp16"
+BASE, BASE_FEW_SHOT, REFERENCE = "base-bf16", "base-bf16-few-shot", "tuned-fp16"
 PAPER = "Licardo and Tanković, arXiv 2510.21970"
 
 
@@ -27,6 +27,7 @@ class Variant(BaseModel):
     runtime: RuntimeName
     dtype: Dtype = "float16"
     role: Literal["base", "reference", "candidate"]
+    few_shot: int = 0
 
 
 class DecideConfig(StageConfig):
@@ -89,7 +90,8 @@ def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]
     hard = quality.get("hard", {})
     notes = []
     if variant.role == "base":
-        notes.append("asked with the long zero-shot instructions, since it was not fine-tuned")
+        examples = f" and {variant.few_shot} examples" if variant.few_shot else ", without examples"
+        notes.append(f"asked with long instructions{examples}, since it was not fine-tuned")
     if performance["device"] == "cpu" and variant.format == "gptq":
         notes.append("GPTQ is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")
     return {
@@ -127,7 +129,8 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
 
 def correct_rows(folder: Path) -> list[bool]:
     """Which rows of `test` an evaluation got right."""
-    return [json.loads(line)["correct"] for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (folder / "test.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["correct"] for line in file]
 
 
 def paired_difference(mine: Sequence[bool], theirs: Sequence[bool], draws: int = 2000) -> dict[str, float]:

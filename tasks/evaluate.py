@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from tasks.quantize_gguf import MODEL_FILE
 from tasks.runtimes import Dtype, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
+if TYPE_CHECKING:
+    from tasks.benchmark import BenchmarkConfig
+
 
 class EvaluateConfig(StageConfig):
     """How a variant is asked."""
@@ -28,6 +31,7 @@ class EvaluateConfig(StageConfig):
         "auto", description="What transformers computes in (GGUF files decide for themselves); `auto`: what is quickest here"
     )
     zero_shot: bool = Field(False, description="Give the long instructions: for a model that was not fine-tuned")
+    few_shot: int = Field(0, ge=0, le=64, description="Rows of `train` shown as examples with every request")
     splits: tuple[str, ...] = ("test", "hard")
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
     parallel: int = Field(16, ge=1, le=256, description="Conversations answered at a time")
@@ -39,16 +43,21 @@ def load_variant(runtime: RuntimeName, folder: Path, dtype: Dtype) -> Runtime:
     return runtimes.load(runtime, path, hardware.cores(), dtype)
 
 
-def answer(model: Runtime, texts: list[str], spec: Spec, *, zero_shot: bool, max_tokens: int, parallel: int, note: str) -> list[str]:
-    """The raw answers to `texts`, in their order."""
-    conversations = [prompt.messages(spec, text, zero_shot=zero_shot) for text in texts]
-    answers = [""] * len(texts)
-    for completion in progress.track(model.generate(conversations, max_tokens, parallel), len(texts), note):
+def conversations(config: EvaluateConfig | BenchmarkConfig, dataset: Path, spec: Spec, texts: list[str]) -> list[list[prompt.Message]]:
+    """What a variant is asked for each text: the trained prompt, or the long instructions with or without examples."""
+    examples = prompt.pick_examples(read_rows(dataset / "train.jsonl"), spec, config.few_shot) if config.few_shot else ()
+    return [prompt.messages(spec, text, zero_shot=config.zero_shot, examples=examples) for text in texts]
+
+
+def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, parallel: int, note: str) -> list[str]:
+    """The raw answers to conversations, in their order."""
+    answers = [""] * len(asked)
+    for completion in progress.track(model.generate(asked, max_tokens, parallel), len(asked), note):
         answers[completion.index] = completion.text
     return answers
 
 
-@stage("evaluate", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
+@stage("evaluate", version=3, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"))
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
@@ -56,15 +65,8 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) 
     results: dict[str, Any] = {}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")
-        answers = answer(
-            model,
-            [row["text"] for row in rows],
-            spec,
-            zero_shot=config.zero_shot,
-            max_tokens=config.max_tokens,
-            parallel=config.parallel,
-            note=split,
-        )
+        asked = conversations(config, inputs["dataset"], spec, [row["text"] for row in rows])
+        answers = answer(model, asked, config.max_tokens, config.parallel, note=split)
         result = score(rows, answers, spec)
         correct = result.pop("correct")
         with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:

@@ -29,8 +29,8 @@ class FinetuneConfig(StageConfig):
         description="What products with frozen weights are computed in; `auto`: bf16 where the machine has it, else fp32, and int8 on a CPU that has both bf16 and VNNI",
     )
     epochs: float = Field(1.0, gt=0, le=100)
-    batch_size: int = Field(16, ge=1, le=1024)
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="Of the LoRA matrices A, and of B too unless `lora_plus_ratio` is above 1")
+    batch_size: int = Field(4, ge=1, le=1024)
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="Of the LoRA matrices A, and of B too unless `lora_plus_ratio` is above 1")
     lora_plus_ratio: float = Field(
         16.0, ge=1, le=256, description="Learning rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA"
     )
@@ -144,7 +144,7 @@ def compile_layers(model: Any) -> bool:
     return True
 
 
-@stage("finetune", version=2, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+@stage("finetune", version=3, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import torch

@@ -115,6 +115,32 @@ def test_a_planted_leak_fails_and_names_the_rows(dataset: tuple[Path, dict[str, 
         check_leakage(folder)
 
 
+def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(dataset: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    leaked = read_rows(dataset[0] / "test.jsonl")[0]
+    mine = [
+        {"text": "zwei Kisten Fritz-Kola", "gold": {"intent": "add_to_cart", "product": "Fritz-Kola", "quantity": 2}, "source": "chat"},
+        {"text": "Zwei Kisten Fritz-Kola!", "gold": {"intent": "view_cart"}},
+        {"text": "fliegen", "gold": {"intent": "fly"}},
+        {"text": leaked["text"], "gold": leaked["gold"]},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in mine), encoding="utf-8")
+    out = tmp_path / "out"
+    out.mkdir()
+    card = synthesize.function(SMALL.model_copy(update={"extra": (str(path),)}), {}, out)
+    assert card["origins"]["train"] == {"extra": 1, "generator": card["counts"]["train"] - 1}
+    added = read_rows(out / "train.jsonl")[-1]
+    assert (added["text"], added["origin"], added["product"]) == ("zwei Kisten Fritz-Kola", "extra:chat", None)
+    reasons = {reason: n for reason, n in card["rejected"].items() if reason.startswith("extra")}
+    assert sorted(reasons.values()) == [1, 1, 1] and {"extra: duplicate", "extra: near_duplicate_of_evaluation"} < set(reasons)
+
+
+def test_the_key_depends_on_what_a_file_of_ones_own_holds_and_not_on_where_it_is() -> None:
+    here, there = (SMALL.model_copy(update={"extra": (path,), "extra_sha256": ("a",)}) for path in ("/x/mine.jsonl", "/y/mine.jsonl"))
+    assert synthesize.key(here, {}) == synthesize.key(there, {})
+    assert synthesize.key(here, {}) != synthesize.key(here.model_copy(update={"extra_sha256": ("b",)}), {})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
     changed = 0

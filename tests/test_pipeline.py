@@ -101,7 +101,15 @@ def test_the_report_keeps_its_contract(first: tuple[Path, Any]) -> None:
         "gate",
         "paper",
     } <= set(report)
-    assert [v["name"] for v in report["variants"]] == ["base-bf16", "tuned-fp16", "gptq-4bit", "gguf-F16", "gguf-Q8_0", "gguf-Q4_0"]
+    assert [v["name"] for v in report["variants"]] == [
+        "base-bf16",
+        "base-bf16-few-shot",
+        "tuned-fp16",
+        "gptq-4bit",
+        "gguf-F16",
+        "gguf-Q8_0",
+        "gguf-Q4_0",
+    ]
     for variant in report["variants"]:
         assert not variant.get("error")
         assert {"value", "low", "high", "n"} == set(variant["quality"]["exact_match"])

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tasks.domain.prompt import messages, pick_examples
 from tasks.domain.scoring import answer_text, compact_json, exact_match, parse_answer, proportion, score, wilson_interval
 from tasks.domain.spec import load_spec
 
@@ -15,6 +16,18 @@ SPEC = load_spec("ecommerce")
 
 def test_answer_is_compact_json_with_the_intent_first() -> None:
     assert compact_json({"product": "Öl", "intent": "search_product"}) == '{"intent":"search_product","product":"Öl"}'
+
+
+def test_examples_take_turns_and_are_shown_as_earlier_answers() -> None:
+    rows = [
+        {"text": f"{i}-{lang}", "gold": {"intent": i}, "language": lang} for lang in ("de", "en") for i in ("view_cart", "search_product")
+    ]
+    picked = pick_examples(rows, SPEC, 3)
+    assert [(row["gold"]["intent"], row["language"]) for row in picked[:1]] == [("search_product", "en")]
+    assert len({row["text"] for row in picked}) == 3 and len(pick_examples(rows, SPEC, 9)) == 4
+    asked = messages(SPEC, "my cart", zero_shot=True, examples=picked[:1])
+    assert [m["role"] for m in asked] == ["system", "user", "assistant", "user"]
+    assert asked[2]["content"] == '{"intent":"search_product"}' and asked[3]["content"] == " my cart"
 
 
 def test_what_a_model_is_taught_is_parsed_into_the_label() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,15 @@ def set_prefect_api(url: str | None) -> None:
         os.environ["PREFECT_API_URL"] = url
     else:
         os.environ.pop("PREFECT_API_URL", None)
+
+
+def without_secrets(text: str) -> str:
+    """A text in which no value of an environment variable that holds a key, token, secret or password is left."""
+    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper())]
+    for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
+        if len(value) >= 8:
+            text = text.replace(value, "***")
+    return re.sub(r"\b(sk|pk|key|Bearer)[-_ ][\w*.-]{8,}", r"\1-***", text)  # providers quote keys in part
 
 
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:

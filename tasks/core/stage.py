@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,9 +28,13 @@ State = Literal["computed", "cached"]
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's config: frozen, and unknown fields are errors."""
+    """Base of every stage's config: frozen, and unknown fields are errors.
+
+    `not_in_key` names fields that say where something is; another field holds the digest of what is there.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
 
 
 class StageFunction(Protocol):
@@ -68,7 +72,7 @@ class Stage:
         parts = {
             "stage": self.name,
             "version": self.version,
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
             "inputs": {name: manifest.digest for name, manifest in inputs.items()},
             "libraries": hardware.versions(self.libraries),
             "hardware": hardware.hardware_class() if self.measures else None,

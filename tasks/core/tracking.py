@@ -76,6 +76,7 @@ class Tracker:
             found = self.client.get_experiment_by_name(experiment)
             location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
             self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
+        self._without_params: set[str] = set()  # runs made here, of which nothing need be read before parameters are written
         left = self._search(f"tags.`{TAG}pipeline_key` = '{pipeline_key}' and attributes.status = 'RUNNING'")
         self.resumed = bool(left)
         if left:
@@ -83,6 +84,8 @@ class Tracker:
         else:
             all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
             self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id
+        earlier = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}'") if left else []
+        self._children = {(run.data.tags.get(TAG + "kind"), run.data.tags.get(TAG + "key")): str(run.info.run_id) for run in earlier}
 
     def _search(self, condition: str) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=1000))
@@ -93,23 +96,25 @@ class Tracker:
 
     def child(self, name: str, key: str, kind: Kind, tags: Mapping[str, str] | None = None) -> str:
         """The id of the child run with this key, found or made; it is running again."""
-        found = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}' and tags.`{TAG}key` = '{key}' and tags.`{TAG}kind` = '{kind}'")
-        all_tags = {**(tags or {}), TAG + "key": key, TAG + "kind": kind}
-        if found:
-            run_id = str(found[0].info.run_id)
-            for tag, value in all_tags.items():
-                self.client.set_tag(run_id, tag, value)
-            return run_id
-        return str(
-            self.client.create_run(self.experiment_id, run_name=name, tags={**all_tags, "mlflow.parentRunId": self.parent}).info.run_id
-        )
+        known = self._children.get((kind, key))
+        if known:
+            for tag, value in (tags or {}).items():
+                self.client.set_tag(known, tag, value)
+            return known
+        all_tags = {**(tags or {}), TAG + "key": key, TAG + "kind": kind, "mlflow.parentRunId": self.parent}
+        made = str(self.client.create_run(self.experiment_id, run_name=name, tags=all_tags).info.run_id)
+        self._children[kind, key] = made
+        self._without_params.add(made)
+        return made
 
     def log(self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, step: int = 0) -> None:
         """Write metrics and parameters in one request; parameters that are there already stay."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        known = self.client.get_run(run_id).data.params if params else {}
+        known = self.client.get_run(run_id).data.params if params and run_id not in self._without_params else {}
+        if params:
+            self._without_params.discard(run_id)
         wanted = [Param(name, value) for name, value in (params or {}).items() if name not in known]
         self.client.log_batch(run_id, [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
 

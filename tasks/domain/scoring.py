@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.domain.spec import CatalogSlot, IntegerSlot, Spec
 
+UNPARSEABLE = "unparseable"  # column of the confusion matrix for what is no answer
 Gold = Mapping[str, Any]  # {"intent": ..., slot: value, ...}
 
 
@@ -83,9 +84,20 @@ def slots_of(answer: Gold | None) -> dict[str, Any]:
     return {key: normalise(value) for key, value in (answer or {}).items() if key != "intent"}
 
 
-def exact_match(gold: Gold, answer: Gold | None) -> bool:
-    """Same intent and same slots after normalisation. An answer that could not be parsed is wrong."""
-    return answer is not None and gold["intent"] == answer["intent"] and slots_of(gold) == slots_of(answer)
+def exact_match(gold: Gold, answer: Gold | None, fields: Iterable[str] | None = None) -> bool:
+    """Same intent and same slots after normalisation. An answer that could not be parsed is wrong.
+
+    Args:
+        fields: compare only these (`intent` or slots); all if None.
+    """
+    return answer is not None and not wrong_fields(gold, answer, fields)
+
+
+def wrong_fields(gold: Gold, answer: Gold, fields: Iterable[str] | None = None) -> list[str]:
+    """The fields in which an answer differs from its label: `intent`, and slots that are missing, wrong or too many."""
+    labelled, answered = {"intent": gold["intent"], **slots_of(gold)}, {"intent": answer["intent"], **slots_of(answer)}
+    names = labelled | answered if fields is None else fields
+    return [name for name in names if labelled.get(name) != answered.get(name)]
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -107,17 +119,18 @@ def score(rows: Sequence[Mapping[str, Any]], outputs: Sequence[str], spec: Spec)
     """Score outputs against labelled rows.
 
     Args:
-        rows: each with `gold` and optionally `language`; as many as `outputs`.
+        rows: each with `gold` and optionally `language`, `source` and `score`, the fields that count; as many as `outputs`.
         outputs: the raw text a model answered, in the order of the rows.
 
     Returns:
-        `exact_match` (proportion), `intent_accuracy`, `json_valid`, `slot_f1` by slot, `by_language`, `by_intent`
-        (proportions), `problems` (counts of unparseable answers by reason) and `correct` (one bool a row).
+        `exact_match` (proportion), `intent_accuracy`, `json_valid`, `slot_f1` by slot, `by_language`, `by_intent`, `by_source`,
+        `by_slot` (proportions; a slot's rows are those whose label or answer has it), `confusion` (counts of answered intents by
+        labelled intent), `problems` (counts of unparseable answers by reason) and `correct` (one bool a row).
     """
     if len(rows) != len(outputs):
         raise ValueError(f"{len(rows)} rows, {len(outputs)} outputs")
     parsed = [parse_answer(output, spec) for output in outputs]
-    correct = [exact_match(row["gold"], p.answer) for row, p in zip(rows, parsed, strict=True)]
+    correct = [exact_match(row["gold"], p.answer, row.get("score")) for row, p in zip(rows, parsed, strict=True)]
     intent_right = [p.answer is not None and p.answer["intent"] == row["gold"]["intent"] for row, p in zip(rows, parsed, strict=True)]
     n = len(rows)
     return {
@@ -127,6 +140,9 @@ def score(rows: Sequence[Mapping[str, Any]], outputs: Sequence[str], spec: Spec)
         "slot_f1": {name: _slot_f1(name, rows, parsed) for name in spec.slots},
         "by_language": _by((row.get("language", "?") for row in rows), correct),
         "by_intent": _by((row["gold"]["intent"] for row in rows), correct),
+        "by_source": _by((str(row.get("source", "?")) for row in rows), correct),
+        "by_slot": {name: part for name in spec.slots if (part := _slot_accuracy(name, rows, parsed))},
+        "confusion": _confusion(rows, parsed),
         "problems": dict(Counter(p.problem for p in parsed if p.problem)),
         "correct": correct,
     }
@@ -138,6 +154,20 @@ def _by(groups: Iterable[str], correct: Sequence[bool]) -> dict[str, dict[str, f
         total[group] += 1
         right[group] += is_right
     return {group: proportion(right[group], total[group]) for group in sorted(total)}
+
+
+def _slot_accuracy(name: str, rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> dict[str, float | int] | None:
+    """How often one slot is right where label or answer has it; None when neither ever has."""
+    pairs = [(slots_of(row["gold"]).get(name), slots_of(p.answer).get(name)) for row, p in zip(rows, parsed, strict=True)]
+    concerned = [gold == answer for gold, answer in pairs if gold is not None or answer is not None]
+    return proportion(sum(concerned), len(concerned)) if concerned else None
+
+
+def _confusion(rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for row, p in zip(rows, parsed, strict=True):
+        counts.setdefault(row["gold"]["intent"], Counter())[p.answer["intent"] if p.answer else UNPARSEABLE] += 1
+    return {intent: dict(counts[intent].most_common()) for intent in sorted(counts)}
 
 
 def _slot_f1(name: str, rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> float | None:

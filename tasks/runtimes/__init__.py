@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from tasks.domain.prompt import Message
 
-RuntimeName = Literal["transformers", "llama_cpp"]
+RuntimeName = Literal["transformers", "llama_cpp", "litellm"]
 # `auto`: float16 on a GPU, bfloat16 on a CPU that has it, else float32. A CPU without float16 emulates it several times slower.
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
@@ -58,8 +58,17 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
-def load(runtime: RuntimeName, path: Path, threads: int, dtype: Dtype = "auto") -> Runtime:
-    """Load the model at `path`: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one)."""
+def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto") -> Runtime:
+    """Load the model at `path`.
+
+    Args:
+        path: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one), a model id for `litellm`.
+    """
+    if runtime == "litellm":
+        from tasks.runtimes.litellm import LiteLlmRuntime
+
+        return LiteLlmRuntime(str(path))
+    path = Path(path)
     if runtime == "llama_cpp":
         from tasks.runtimes.llama_cpp import LlamaCppRuntime
 

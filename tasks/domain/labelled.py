@@ -1,0 +1,70 @@
+"""Labelled rows of one's own, as JSONL: `{"text": ..., "gold": {...}}` a line, optionally with `language`, `source` and `score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tasks.domain.errors import UserError
+from tasks.domain.spec import SlotDefault, Spec
+
+
+def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Labelled rows of a JSONL file, with their `line`, and the lines that cannot be used with their problem.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    rows, bad = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            bad.append((number, f"is not JSON ({error})"))
+            continue
+        problem = _problem_of(row, spec)
+        if problem:
+            bad.append((number, problem))
+        else:
+            rows.append({**row, "line": number, "gold": {**_defaults(row["gold"], spec), **row["gold"]}})
+    return rows, bad
+
+
+def _defaults(gold: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """The slots that are in every answer of the intent, with what they are when the customer does not say."""
+    uses = spec.intents[gold["intent"]].slots
+    values = {name: use.default for name, use in uses.items() if isinstance(use, SlotDefault)}
+    return {name: int(value) if spec.slots[name].type == "integer" else value for name, value in values.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at separators inside texts
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("data", str(path), f"cannot be read ({error})", mend="Give a JSONL file in UTF-8") from None
+
+
+def _problem_of(row: Any, spec: Spec) -> str | None:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        return "has no `text`"
+    gold = row.get("gold")
+    if not isinstance(gold, dict) or not isinstance(gold.get("intent"), str) or gold["intent"] not in spec.intents:
+        return f"`gold.intent` is not one of {', '.join(spec.intents)}"
+    slots = spec.intents[gold["intent"]].slots
+    unknown = set(gold) - {"intent"} - set(slots)
+    if unknown:
+        return f"`gold` has {sorted(unknown)[0]!r}, which {gold['intent']} does not have. Allowed: {', '.join(slots) or 'no slots'}"
+    for name in set(gold) - {"intent"}:
+        wanted = int if spec.slots[name].type == "integer" else str
+        if not isinstance(gold[name], wanted) or isinstance(gold[name], bool):
+            return f"`gold.{name}` is {gold[name]!r}. Allowed: {'an integer' if wanted is int else 'a text'}"
+    for name in ("language", "source"):
+        if not isinstance(row.get(name, ""), str):
+            return f"`{name}` is {row[name]!r}. Allowed: a text"
+    fields = row.get("score", ["intent"])
+    if not isinstance(fields, list) or not fields or set(map(str, fields)) - {"intent", *spec.slots}:
+        return f"`score` is {fields!r}. Allowed: a list of some of intent, {', '.join(spec.slots)}"
+    return None

@@ -1,0 +1,75 @@
+"""Labelled data of one's own: reading it, and what is said about the answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.asking import wrong_answers
+from tasks.domain.labelled import read_labelled
+from tasks.domain.scoring import score
+from tasks.domain.spec import load_spec
+
+pytestmark = pytest.mark.fast
+SPEC = load_spec("ecommerce")
+GOOD: dict[str, Any] = {"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}
+
+
+def read(tmp_path: Path, *lines: Any) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    return read_labelled(path, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"text": 5}, "no `text`"),
+        ({"gold": None}, "`gold.intent` is not one of"),
+        ({"gold": {"intent": ["view_cart"]}}, "`gold.intent` is not one of"),
+        ({"gold": {"intent": "fly"}}, "view_cart"),
+        ({"gold": {"intent": "view_cart", "product": "x"}}, "'product', which view_cart does not have. Allowed: no slots"),
+        ({"gold": {"intent": "add_to_cart", "quantity": "2"}}, "`gold.quantity` is '2'. Allowed: an integer"),
+        ({"gold": {"intent": "add_to_cart", "product": 2}}, "`gold.product` is 2. Allowed: a text"),
+        ({"score": "intent"}, "`score` is 'intent'. Allowed: a list of some of intent, product"),
+        ({"score": ["colour"]}, "`score` is ['colour']"),
+        ({"score": []}, "`score` is []"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_rest_goes_on(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    rows, bad = read(tmp_path, GOOD, "", {**GOOD, **change}, "{broken", GOOD)
+    assert [row["line"] for row in rows] == [1, 5]
+    assert [line for line, _ in bad] == [3, 4] and problem in bad[0][1] and "is not JSON" in bad[1][1]
+
+
+def test_a_slot_with_a_default_need_not_be_labelled(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path, {"text": "milk", "gold": {"intent": "add_to_cart", "product": "milk"}})
+    assert rows[0]["gold"] == {"intent": "add_to_cart", "product": "milk", "quantity": 1}
+
+
+def test_separators_inside_a_text_do_not_cut_the_line(tmp_path: Path) -> None:
+    rows, bad = read(tmp_path, {**GOOD, "text": "2\u2028milk\x85please"})
+    assert rows[0]["text"] == "2\u2028milk\x85please" and not bad
+
+
+def test_only_the_fields_to_score_count(tmp_path: Path) -> None:
+    answer = '{"intent":"add_to_cart","product":"milk","quantity":3}'
+    rows, _ = read(tmp_path, GOOD, {**GOOD, "score": ["intent", "product"]}, {**GOOD, "score": ["quantity"]})
+    result = score(rows, [answer] * 3, SPEC)
+    assert result["correct"] == [False, True, False]
+    assert [item["wrong"] for item in wrong_answers(rows, [answer] * 3, SPEC)] == [["quantity"], ["quantity"]]
+
+
+def test_answers_are_counted_by_slot_source_and_confusion(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path, {**GOOD, "source": "chat"}, {**GOOD, "source": "mail"}, {"text": "?", "gold": {"intent": "view_cart"}})
+    answers = ['{"intent":"add_to_cart","product":"milk"}', "none of it", '{"intent":"search_product","product":"?"}']
+    result = score(rows, answers, SPEC)
+    assert result["by_slot"]["product"] == pytest.approx({"value": 1 / 3, "low": 0.0615, "high": 0.7923, "n": 3}, abs=1e-3)
+    assert result["by_slot"]["quantity"]["n"] == 2 and "order_id" not in result["by_slot"]
+    assert {name: part["n"] for name, part in result["by_source"].items()} == {"chat": 1, "mail": 1, "?": 1}
+    assert result["confusion"] == {"add_to_cart": {"add_to_cart": 1, "unparseable": 1}, "view_cart": {"search_product": 1}}
+    worst = wrong_answers(rows, answers, SPEC)
+    assert [item["line"] for item in worst] == [2, 3, 1] and worst[0]["problem"] == "no_json" and worst[0]["source"] == "mail"
