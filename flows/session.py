@@ -139,8 +139,13 @@ def prefect_api(settings: Settings) -> Iterator[None]:
             server.kill()
             environment.set_prefect_api(None)
             raise
+    from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    # Heartbeats tell a standing server that a flow has died; this server dies with it, and every flow would wait for its own to end.
+    quiet = temporary_settings(updates={PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
     try:
-        yield
+        with quiet:
+            yield
     finally:
         _send_what_is_queued()
         environment.set_prefect_api(None)
