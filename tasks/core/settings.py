@@ -95,7 +95,7 @@ def without_secrets(text: str) -> str:
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
-    return re.sub(r"\b(sk|pk|key|Bearer)[-_ ][\w*.-]{8,}", r"\1-***", text)  # providers quote keys in part
+    return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:

@@ -95,7 +95,7 @@ class Tracker:
         return str(self.client.get_run(self.parent).info.run_name)
 
     def child(self, name: str, key: str, kind: Kind, tags: Mapping[str, str] | None = None) -> str:
-        """The id of the child run with this key, found or made; it is running again."""
+        """The id of the child run with this key, found or made."""
         known = self._children.get((kind, key))
         if known:
             for tag, value in (tags or {}).items():
