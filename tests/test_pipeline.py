@@ -145,7 +145,7 @@ assert len(kinds["pipeline"]) == 1
 parent = kinds["pipeline"][0]
 assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for kind in ("stage", "variant") for run in kinds[kind])
 names = [set(run.data.metrics) for run in kinds["variant"]]
-assert len(names) == 6 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
+assert len(names) == 7 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
 training = next(run for run in kinds["stage"] if run.info.run_name == "finetune")
 assert len(client.get_metric_history(training.info.run_id, "loss")) >= 2
 assert client.list_artifacts(parent.info.run_id, "report")
