@@ -101,6 +101,8 @@ def run(
             folder = retrain(profile, overrides)
         except StageError as error:
             _fail(f"{error}\nThe same command goes on after the last finished stage.", 1)
+        except KeyboardInterrupt:  # click would turn it into a bare `Aborted`
+            _fail("Stopped. The same command goes on where this one ended.", 130)
     _say_where(settings, folder)
 
 

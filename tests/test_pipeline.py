@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -277,3 +278,24 @@ def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:
     assert parents == 1  # the interrupted run was taken up again
     assert processes_of(copy) == []
     assert list((copy / "store" / ".partial").iterdir()) == []
+
+
+def test_stopped_by_hand_it_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke"]
+    restore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job of a shell ignores Ctrl-C
+    process = subprocess.Popen(
+        command, env=environment(home), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=restore
+    )
+    deadline = time.monotonic() + 300
+    while not list((home / "store" / ".partial").glob("base_model-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "The same command goes on where this one ended." in output and "Traceback" not in output
+    time.sleep(1)
+    assert processes_of(home) == []
+    with sqlite3.connect(home / "mlflow.db") as database:
+        assert database.execute("select distinct status from runs where status != 'FINISHED'").fetchall() == [("KILLED",)]

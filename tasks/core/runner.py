@@ -77,7 +77,7 @@ class Runner:
         except BaseException as error:
             self.display.finish(label, "failed", time.monotonic() - started, str(error) if isinstance(error, StageError) else "")
             if child_run:
-                self.tracker.client.set_terminated(child_run[0], "FAILED")
+                self.tracker.client.set_terminated(child_run[0], "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         self.tracker.log_stage(label, manifest, cached=state == "cached")
         self._note(label, manifest.key, state, time.monotonic() - started, manifest)
