@@ -16,6 +16,7 @@ from tasks.core.artifacts import Store
 from tasks.core.settings import Settings
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
+from tasks.domain.labelled import parse_json
 from tasks.domain.scoring import parse_answer, wrong_fields
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
@@ -147,12 +148,10 @@ def read_texts(lines: Iterable[str]) -> tuple[list[str], list[tuple[int, str]]]:
         if not line.startswith("{"):
             texts.append(line)
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            bad.append((number, f"is not JSON ({error})"))
-            continue
-        if isinstance(row.get("text"), str):
+        row, problem = parse_json(line)
+        if problem:
+            bad.append((number, problem))
+        elif isinstance(row.get("text"), str):
             texts.append(row["text"])
         else:
             bad.append((number, "has no `text`"))

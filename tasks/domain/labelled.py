@@ -20,17 +20,21 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            bad.append((number, f"is not JSON ({error})"))
-            continue
-        problem = _problem_of(row, spec)
+        row, problem = parse_json(line)
+        problem = problem or _problem_of(row, spec)
         if problem:
             bad.append((number, problem))
         else:
             rows.append({**row, "line": number, "gold": {**_defaults(row["gold"], spec), **row["gold"]}})
     return rows, bad
+
+
+def parse_json(line: str) -> tuple[Any, str | None]:
+    """What a line of JSONL holds, or None and why it holds nothing."""
+    try:
+        return json.loads(line), None
+    except ValueError as error:
+        return None, f"is not JSON ({error})"
 
 
 def _defaults(gold: dict[str, Any], spec: Spec) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tasks.api import ApiError, Reply, complete
-from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
 
@@ -38,11 +37,8 @@ class LiteLlmRuntime:
                     reply = Reply("", 0, 0, 0.0, 0.0)
                 self.usd = None if self.usd is None or reply.usd is None else self.usd + reply.usd
                 yield Completion(waiting[future], reply.text, reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds)
-        except UserError:  # a refused key is refused for all of them
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # a refused key is refused for all of them
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
         """Not to be known of an API."""
