@@ -15,7 +15,7 @@ from tasks.domain import prompt
 from tasks.domain.scoring import answer_text
 from tasks.domain.spec import Spec, load_spec
 from tasks.synthesize import read_rows
-from tasks.tokenization import encode_example
+from tasks.tokenization import encode_example, set_template
 
 IGNORED = -100  # label of a position without loss
 
@@ -76,7 +76,7 @@ def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_leng
     """Rows as `{"input_ids", "labels", "length"}`, with loss on the completion only; rows over `max_length` are left out."""
     examples = []
     for row in rows:
-        question, answer = encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"]))
+        question, answer = encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec))
         if len(question) + len(answer) <= max_length:
             examples.append(
                 {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
@@ -111,11 +111,10 @@ def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
     return [row for at in draw.permutation(len(batches)) for row in batches[at]]
 
 
-def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
-    """Cross entropy of the completion tokens.
+def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Logits of the completion tokens, (labels, vocabulary); the labels; and where they stand, a mask of (batch, longest - 1).
 
     The output head is a fifth of a small model's arithmetic, so logits are made only where there is a label.
-    `items` is the number of labels in the whole (accumulated) batch; without it the mean is over this batch.
     """
     import torch
 
@@ -127,8 +126,26 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     cap = getattr(causal.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    loss = torch.nn.functional.cross_entropy(logits, targets[wanted], reduction="sum")
-    return loss / (items if items is not None else wanted.sum())
+    return logits, targets[wanted], wanted
+
+
+def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+    """Mean cross entropy of the completion tokens; `items` is the number of labels in the whole (accumulated) batch, if that is larger."""
+    import torch
+
+    logits, labels, _ = completion_logits(model, inputs)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return loss / (items if items is not None else len(labels))
+
+
+def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Loss, and for each row whether every completion token is the likeliest one: then greedy decoding writes the label."""
+    import torch
+
+    logits, labels, wanted = completion_logits(model, inputs)
+    right = torch.ones_like(wanted)
+    right[wanted] = logits.argmax(-1) == labels
+    return torch.nn.functional.cross_entropy(logits, labels), right.all(-1)
 
 
 def compile_layers(model: Any) -> bool:
@@ -144,9 +161,10 @@ def compile_layers(model: Any) -> bool:
     return True
 
 
-@stage("finetune", version=3, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+@stage("finetune", version=4, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
+    import numpy as np
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
@@ -163,6 +181,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
     spec = load_spec(str(inputs["dataset"]))
+    set_template(tokenizer, spec)
     rows = read_rows(inputs["dataset"] / "train.jsonl")
     train = encode_rows(rows, tokenizer, spec, config.max_length)
     validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
@@ -226,8 +245,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return (loss, {}) if return_outputs else loss
 
         def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-            with torch.no_grad():
-                return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
+                loss, matches = completion_matches(model, self._prepare_inputs(inputs))
+            return loss, matches, matches
 
     class Report(TrainerCallback):
         loss = float("nan")
@@ -235,7 +255,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
             values = {
-                name: float(value) for name, value in (logs or {}).items() if name in ("loss", "eval_loss", "learning_rate", "grad_norm")
+                name: float(value)
+                for name, value in (logs or {}).items()
+                if name in ("loss", "eval_loss", "eval_exact_match", "learning_rate", "grad_norm")
             }
             progress.metrics(values, state.global_step)
 
@@ -246,7 +268,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         output_dir=str(out_dir / "checkpoints"),
         max_steps=total_steps,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_eval_batch_size=max(32, config.batch_size),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=int(config.warmup_ratio * total_steps),
@@ -271,6 +293,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation),
         data_collator=lambda batch: pad(batch, tokenizer.pad_token_id),
+        compute_metrics=lambda prediction: {"exact_match": float(np.mean(prediction.predictions))},
         callbacks=[report],
     )
     progress.advance(0, total_steps, "starting")
@@ -294,7 +317,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "trainable_params": trainable,
         "final_loss": report.loss,
         "validation_loss": evaluation["eval_loss"],
+        "validation_exact_match": evaluation["eval_exact_match"],
         "precision": precision,
         "compiled": compiled,
-        "history": [{key: entry[key] for key in ("step", "loss", "eval_loss", "learning_rate") if key in entry} for entry in history],
+        "history": [
+            {key: entry[key] for key in ("step", "loss", "eval_loss", "eval_exact_match", "learning_rate") if key in entry}
+            for entry in history
+        ],
     }

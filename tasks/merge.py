@@ -26,7 +26,7 @@ class MergeConfig(StageConfig):
     tolerance: float = Field(0.01, gt=0, description="Largest logit difference in float32, as a share of the logits' range")
 
 
-@stage("merge", version=1, libraries=("torch", "transformers", "peft"))
+@stage("merge", version=2, libraries=("torch", "transformers", "peft"))
 def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Merge `inputs["adapter"]` into `inputs["base_model"]` in float32 and save float16.
 
@@ -37,7 +37,7 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["adapter"])  # with the template it was trained with
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "validation.jsonl")[: config.check_rows]
     prompts = [torch.tensor([encode(tokenizer, prompt_text(tokenizer, prompt.messages(spec, row["text"])))]) for row in rows]

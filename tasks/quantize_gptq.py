@@ -72,7 +72,7 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "train.jsonl")
     chosen = Random(config.seed).sample(rows, min(config.calibration_rows, len(rows)))
-    pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"])) for row in chosen]
+    pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec)) for row in chosen]
     # Rows of like length share a batch, so that there is little padding.
     calibration = [
         str(tokenizer.decode(question + answer)) for question, answer in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from tasks.domain.bank import load_bank
 from tasks.domain.labelled import read_labelled
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
-from tasks.domain.spec import Spec, load_spec
+from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
 
 NEAR_DUPLICATE = 90.0  # rapidfuzz ratio (0..100) of normalised texts from which two rows count as the same
@@ -47,6 +46,12 @@ class SynthesizeConfig(StageConfig):
         None, ge=2, description="Use only so many phrase patterns of each intent and language; null for all"
     )
     held_out_noise: tuple[str, ...] = Field(("upper", "keyboard", "missing_space"), description="Kinds of noise that only `hard` has")
+    prompt: PromptStyle = Field(
+        "short", description="What the fine-tuned model reads: the customer's text alone, or a chat with a system prompt"
+    )
+    answer: AnswerStyle = Field(
+        "short", description="What the fine-tuned model writes: a few short lines, or the JSON itself in twice the tokens"
+    )
     extra: tuple[str, ...] = Field(
         (), description="Labelled JSONL files of your own that join training: a `text` and its `gold` answer a line"
     )
@@ -80,7 +85,7 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     return Generator(spec, banks, styles, config.seed, list(config.intents) or None, config.patterns_per_intent)
 
 
-@stage("synthesize", version=2, libraries=("rapidfuzz",))
+@stage("synthesize", version=3, libraries=("rapidfuzz",))
 def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `<split>.jsonl`, one row a line, and return the counts of the data card.
 
@@ -126,7 +131,8 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
         card["patterns"][split], card["products"][split] = len(counts["patterns"]), len(set(counts["products"]) - {""})
     check_leakage(out_dir)
     # Later stages read prompt and schema from the data set, so that what was trained and what is asked cannot differ.
-    shutil.copyfile(generator.spec.path / "spec.yaml", out_dir / "spec.yaml")
+    written = (generator.spec.path / "spec.yaml").read_text(encoding="utf-8")
+    (out_dir / "spec.yaml").write_text(f"{written}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
     return {
         **card,
         "duplicates_removed": sum(n for reason, n in rejected.items() if "duplicate" in reason),

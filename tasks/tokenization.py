@@ -5,6 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.domain.prompt import Message
+from tasks.domain.spec import Spec
+
+# The chat template of a model that was trained on short prompts. It says nothing of roles: there is one question and one answer.
+SHORT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def set_template(tokenizer: Any, spec: Spec) -> None:
+    """Give the tokenizer of a model that is to be fine-tuned the template it will be asked with; all later stages read it there."""
+    if spec.prompt == "short":
+        tokenizer.chat_template = SHORT_TEMPLATE
 
 
 def prompt_text(tokenizer: Any, conversation: list[Message]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from tasks.domain.prompt import messages, pick_examples
 from tasks.domain.scoring import answer_text, compact_json, exact_match, parse_answer, proportion, score, wilson_interval
-from tasks.domain.spec import load_spec
+from tasks.domain.spec import Spec, load_spec
 
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
@@ -32,8 +32,27 @@ def test_examples_take_turns_and_are_shown_as_earlier_answers() -> None:
 
 def test_what_a_model_is_taught_is_parsed_into_the_label() -> None:
     gold = {"intent": "add_to_cart", "product": "tamna čokolada", "quantity": 2}
-    assert answer_text(gold) == '{"intent":"add_to_cart","product":" tamna čokolada","quantity":2}'
-    assert parse_answer(answer_text(gold), SPEC).answer == gold
+    assert answer_text(gold, SPEC) == "add\np tamna čokolada\nq2"
+    json_spec = SPEC.model_copy(update={"answer": "json"})
+    assert answer_text(gold, json_spec) == '{"intent":"add_to_cart","product":" tamna čokolada","quantity":2}'
+    for spec in (SPEC, json_spec):
+        assert parse_answer(answer_text(gold, spec), SPEC).answer == gold
+
+
+def test_short_codes_are_words_and_letters_that_tell_names_apart() -> None:
+    assert len(set(SPEC.intent_codes.values())) == len(SPEC.intents) and SPEC.intent_codes["add_to_cart"] == "add"
+    assert SPEC.slot_codes == {"product": "p", "quantity": "q", "order_id": "o", "coupon_code": "c"}
+    data = {**SPEC.model_dump(), "path": SPEC.path}
+    slots = {name: {"type": "catalog"} for name in ("color", "colour", "size")}
+    intents = {"view_cart": {}, "view_order": {}, "checkout": {"fallback": True}}
+    alike = Spec.model_validate({**data, "slots": slots, "intents": intents})
+    assert alike.intent_codes == {"view_cart": "view_cart", "view_order": "view_order", "checkout": "checkout"}
+    assert alike.slot_codes == {"color": "color", "colour": "colou", "size": "s"}
+
+
+def test_a_fine_tuned_model_is_asked_with_the_text_alone_or_as_a_chat() -> None:
+    assert messages(SPEC, "my cart") == [{"role": "user", "content": " my cart"}]
+    assert [m["role"] for m in messages(SPEC.model_copy(update={"prompt": "chat"}), "my cart")] == ["system", "user"]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +71,9 @@ def test_what_a_model_is_taught_is_parsed_into_the_label() -> None:
         ('{"intent":"add_to_cart","product":3,"quantity":2}', "bad_value"),
         ("{" * 5000, "no_json"),
         ('{"a":' * 50_000, "no_json"),
+        ("add\np x\nqtwo", "bad_value"),
+        ("view\np x", "unknown_slot"),
+        ("add\nand more", "unknown_slot"),
     ],
 )
 def test_unparseable_answers_are_named(text: str, problem: str) -> None:

@@ -18,8 +18,10 @@ def messages(spec: Spec, text: str, *, zero_shot: bool = False, examples: Sequen
         zero_shot: give the long instructions, for a model that was not fine-tuned.
         examples: labelled rows shown as earlier turns.
     """
-    system = zero_shot_prompt(spec) if zero_shot else spec.system_prompt
     shown = [message for row in examples for message in (_said(row["text"]), {"role": "assistant", "content": compact_json(row["gold"])})]
+    if spec.prompt == "short" and not zero_shot:
+        return [*shown, _said(text)]
+    system = zero_shot_prompt(spec) if zero_shot else spec.system_prompt
     return [{"role": "system", "content": system}, *shown, _said(text)]
 
 

@@ -17,13 +17,18 @@ UNPARSEABLE = "unparseable"  # column of the confusion matrix for what is no ans
 Gold = Mapping[str, Any]  # {"intent": ..., slot: value, ...}
 
 
-def answer_text(gold: Gold) -> str:
-    """How a model is taught to write an answer: `compact_json`, with a space before everything that is copied from the text.
+def answer_text(gold: Gold, spec: Spec) -> str:
+    """How a model is taught to write an answer, with a space before everything that is copied from the text.
 
-    Tokenizers cut a word after a space otherwise than after a quote ("tamna": ` tam|na` and `t|am|na`). With the space the
-    model copies the very tokens of the text, which is learnt a third faster; `parse_answer` takes it away again.
+    `short` answers have a line for the intent and one for each slot, by their codes: `add`, `p red shoes`, `q2`. They say what the
+    JSON says in half its tokens. Tokenizers cut a word after a space otherwise than after a quote ("tamna": ` tam|na` and `t|am|na`):
+    with the space the model copies the very tokens of the text, which is learnt a third faster. `parse_answer` reads both styles.
     """
-    return compact_json({name: f" {value}" if isinstance(value, str) and name != "intent" else value for name, value in gold.items()})
+    written = {name: f" {' '.join(value.split())}" if isinstance(value, str) else value for name, value in gold.items()}
+    if spec.answer == "json":
+        return compact_json({**written, "intent": gold["intent"]})
+    slots = [f"{spec.slot_codes[name]}{value}" for name, value in written.items() if name != "intent"]
+    return "\n".join([spec.intent_codes[gold["intent"]], *slots])
 
 
 def compact_json(answer: Gold) -> str:
@@ -41,11 +46,15 @@ class Parsed:
 
 
 def parse_answer(text: str, spec: Spec) -> Parsed:
-    """Parse a model's output; never raises.
+    """Parse a model's output, a short answer or JSON; never raises.
 
-    The first JSON object counts; text around it is ignored. Problems: `no_json`, `no_intent`, `unknown_intent`,
+    Of JSON the first object counts; text around it is ignored. Problems: `no_json`, `no_intent`, `unknown_intent`,
     `unknown_slot`, `bad_value`.
     """
+    first, *lines = text.strip().split("\n")
+    intent = next((name for name, code in spec.intent_codes.items() if code == first.strip()), None)
+    if intent:
+        return _checked({"intent": intent, **_short_slots(lines, spec)}, spec)
     start = text.find("{")
     if start < 0:
         return Parsed(None, "no_json")
@@ -53,6 +62,20 @@ def parse_answer(text: str, spec: Spec) -> Parsed:
         answer, _ = json.JSONDecoder().raw_decode(text[start:])
     except (ValueError, RecursionError):
         return Parsed(None, "no_json")
+    return _checked(answer, spec)
+
+
+def _short_slots(lines: Sequence[str], spec: Spec) -> dict[str, Any]:
+    """The slots of a short answer's lines; a line that begins with no slot's code is a slot of its own name, and so unknown."""
+    slots: dict[str, Any] = {}
+    for line in lines:
+        name, value = next(((name, line[len(code) :]) for name, code in spec.slot_codes.items() if line.startswith(code)), (line, ""))
+        number = name in spec.slots and isinstance(spec.slots[name], IntegerSlot) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value)
+        slots[name] = int(value) if number else value
+    return slots
+
+
+def _checked(answer: Any, spec: Spec) -> Parsed:
     if not isinstance(answer, dict) or not isinstance(answer.get("intent"), str):
         return Parsed(None, "no_intent")
     if answer["intent"] not in spec.intents:

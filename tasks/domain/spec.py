@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +48,8 @@ class SlotDefault(_Frozen):
     default: int | str
 
 
+PromptStyle = Literal["short", "chat"]  # the customer's text alone, or `system_prompt` and the tokenizer's own chat template
+AnswerStyle = Literal["short", "json"]  # see `scoring.answer_text`
 SlotUse = Literal["always", "optional"] | SlotDefault
 
 
@@ -68,6 +72,9 @@ class Spec(_Frozen):
     intents: dict[str, Intent] = Field(min_length=2)
     departments: list[str] = Field(min_length=2)
     held_out_departments: list[str] = Field(min_length=1)
+    # How the fine-tuned model is asked, and how it writes: every request pays for both. `synthesize` sets them for a data set.
+    prompt: PromptStyle = "short"
+    answer: AnswerStyle = "short"
     path: Path = Field(exclude=True)
 
     @model_validator(mode="after")
@@ -87,9 +94,27 @@ class Spec(_Frozen):
     def fallback_intent(self) -> str:
         return next(name for name, intent in self.intents.items() if intent.fallback)
 
+    @functools.cached_property
+    def intent_codes(self) -> dict[str, str]:
+        """What a short answer calls each intent: the first word of its name where no other begins with it."""
+        words = Counter(name.split("_")[0] for name in self.intents)
+        return {name: word if words[word := name.split("_")[0]] == 1 else name for name in self.intents}
+
+    @functools.cached_property
+    def slot_codes(self) -> dict[str, str]:
+        """What a short answer calls each slot: as much of its name as no other slot begins with."""
+        return {
+            name: next(name[:end] for end in range(1, len(name) + 1) if end == len(name) or not _begins(name[:end], self.slots, name))
+            for name in self.slots
+        }
+
     def slot_of_type(self, kind: str) -> list[str]:
         """Names of the slots of one type (`catalog`, `integer`, `code`), in the order of the specification."""
         return [name for name, slot in self.slots.items() if slot.type == kind]
+
+
+def _begins(prefix: str, names: Iterable[str], besides: str) -> bool:
+    return any(name.startswith(prefix) for name in names if name != besides)
 
 
 class Text(str):
