@@ -9,15 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
-from tasks.domain import prompt
-from tasks.domain.scoring import answer_text
-from tasks.domain.spec import Spec, load_spec
+from tasks.domain.spec import load_spec
 from tasks.synthesize import read_rows
-from tasks.tokenization import encode_example, set_template
-
-IGNORED = -100  # label of a position without loss
+from tasks.tokenization import set_template
 
 
 class FinetuneConfig(StageConfig):
@@ -26,7 +23,7 @@ class FinetuneConfig(StageConfig):
     method: Literal["qlora", "lora"] = Field("qlora", description="`qlora` keeps the base weights in NF4 with double quantization")
     precision: Literal["auto", "int8", "bf16", "fp32"] = Field(
         "auto",
-        description="What products with frozen weights are computed in; `auto`: bf16 where the machine has it, else fp32, and int8 on a CPU that has both bf16 and VNNI",
+        description="What products with frozen weights are computed in; `auto`: bf16 where the machine has it, else fp32, and int8 on a CPU that has bf16 and VNNI but no AMX",
     )
     epochs: float = Field(1.0, gt=0, le=100)
     batch_size: int = Field(4, ge=1, le=1024)
@@ -47,6 +44,9 @@ class FinetuneConfig(StageConfig):
     )
     compile: bool = Field(
         True, description="Compile the layers with torch.compile where the machine has a C++ compiler: half as fast again on a CPU"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=256, description="Processes that share each batch on a CPU, of one thread each; null for one on every core"
     )
     seed: int = Field(7, ge=0)
 
@@ -69,127 +69,31 @@ def resolve_precision(config: FinetuneConfig) -> str:
         return "bf16"
     if not hardware.native_bf16():
         return "fp32"
+    if hardware.has_amx():  # its bf16 products leave integers nothing to win
+        return "bf16"
     return "int8" if config.unpacks and hardware.native_int8() else "bf16"
 
 
-def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_length: int) -> list[dict[str, Any]]:
-    """Rows as `{"input_ids", "labels", "length"}`, with loss on the completion only; rows over `max_length` are left out."""
-    examples = []
-    for row in rows:
-        question, answer = encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec))
-        if len(question) + len(answer) <= max_length:
-            examples.append(
-                {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
-            )
-    return examples
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler for torch.compile."""
+    return bool(shutil.which("c++") or shutil.which("g++"))
 
 
-def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Right-padded tensors of shape (batch, longest)."""
+def build_model(config: FinetuneConfig, base_model: Path) -> Any:
+    """The base model with a fresh adapter; its layers are frozen and compiled as the config says."""
     import torch
-
-    longest = max(len(example["input_ids"]) for example in examples)
-
-    def stack(field: str, filler: int) -> Any:
-        return torch.tensor([example[field] + [filler] * (longest - len(example[field])) for example in examples])
-
-    mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples])
-    return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
-
-
-def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
-    """An order of rows whose batches hold rows of like length, while the batches themselves come in random order.
-
-    Sorting alone would show the model all short rows, then all long ones; lengths are jittered so that batches differ
-    from epoch to epoch.
-    """
-    import numpy as np
-
-    draw = np.random.default_rng(seed)
-    ordered = np.argsort(np.asarray(lengths) + draw.uniform(0, 4, len(lengths)))
-    batches = [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
-    return [row for at in draw.permutation(len(batches)) for row in batches[at]]
-
-
-def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Logits of the completion tokens, (labels, vocabulary); the labels; and where they stand, a mask of (batch, longest - 1).
-
-    The output head is a fifth of a small model's arithmetic, so logits are made only where there is a label.
-    """
-    import torch
-
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.get_decoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
-    targets = inputs["labels"][:, 1:]
-    wanted = targets != IGNORED
-    logits = causal.get_output_embeddings()(hidden[:, :-1][wanted]).float()
-    cap = getattr(causal.config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
-    return logits, targets[wanted], wanted
-
-
-def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
-    """Mean cross entropy of the completion tokens; `items` is the number of labels in the whole (accumulated) batch, if that is larger."""
-    import torch
-
-    logits, labels, _ = completion_logits(model, inputs)
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return loss / (items if items is not None else len(labels))
-
-
-def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """Loss, and for each row whether every completion token is the likeliest one: then greedy decoding writes the label."""
-    import torch
-
-    logits, labels, wanted = completion_logits(model, inputs)
-    right = torch.ones_like(wanted)
-    right[wanted] = logits.argmax(-1) == labels
-    return torch.nn.functional.cross_entropy(logits, labels), right.all(-1)
-
-
-def compile_layers(model: Any) -> bool:
-    """Compile each decoder layer in place; one compilation serves all of them, since they are alike.
-
-    Returns:
-        Whether there was a C++ compiler to do it.
-    """
-    if not shutil.which("c++") and not shutil.which("g++"):
-        return False
-    for layer in model.get_base_model().get_decoder().layers:
-        layer.compile(dynamic=True)
-    return True
-
-
-@stage("finetune", version=4, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
-def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
-    import numpy as np
-    import torch
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from peft.optimizers import create_loraplus_optimizer
-    from torch.utils.data import Sampler
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
     from tasks.frozen import unpack_nf4
 
     set_seed(config.seed)
-    torch.set_num_threads(hardware.cores())
     precision = resolve_precision(config)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
-    spec = load_spec(str(inputs["dataset"]))
-    set_template(tokenizer, spec)
-    rows = read_rows(inputs["dataset"] / "train.jsonl")
-    train = encode_rows(rows, tokenizer, spec, config.max_length)
-    validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
-
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(
-        inputs["base_model"],
+        base_model,
         dtype=dtype,
         device_map={"": device},
         quantization_config=nf4 if config.method == "qlora" else None,
@@ -198,11 +102,45 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     )
     if config.unpacks:
         unpack_nf4(model, int8=precision == "int8")
-    model = get_peft_model(
-        model,
-        LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"),
+    adapter = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    compiled = compile_layers(model) if config.compile else False
+    model = get_peft_model(model, adapter)
+    if config.compile and has_compiler():
+        for layer in model.get_base_model().get_decoder().layers:
+            layer.compile(dynamic=True)  # one compilation serves all layers, since they are alike
+    return model
+
+
+@stage("finetune", version=4, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from peft.optimizers import create_loraplus_optimizer
+    from torch.utils.data import Sampler
+    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tasks.gradient_workers import GradientWorkers
+
+    torch.set_num_threads(hardware.cores())
+    precision = resolve_precision(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
+    spec = load_spec(str(inputs["dataset"]))
+    set_template(tokenizer, spec)
+    rows = read_rows(inputs["dataset"] / "train.jsonl")
+    train = encode_rows(rows, tokenizer, spec, config.max_length)
+    validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
+
+    workers = hardware.cores() if config.workers is None else config.workers
+    workers = 1 if device != "cpu" else min(workers, config.batch_size)
+    if workers > 1:
+        torch.set_num_threads(1)
+    model = build_model(config, inputs["base_model"])
+    compiled = config.compile and has_compiler()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     steps_per_epoch = -(-len(train) // config.batch_size)
@@ -238,6 +176,12 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
                     fused=True,
                 )
             return self.optimizer
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            items = (inputs["labels"][:, 1:] != IGNORED).sum()
+            mine = pool.start(inputs, int(items)) if pool else inputs
+            loss = super().training_step(model, mine, items)
+            return loss + pool.finish() if pool else loss
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
@@ -298,7 +242,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     )
     progress.advance(0, total_steps, "starting")
     resumed_from = get_last_checkpoint(str(out_dir / "checkpoints")) if (out_dir / "checkpoints").is_dir() else None
-    outcome = trainer.train(resume_from_checkpoint=resumed_from)
+    pool = GradientWorkers(workers - 1, config, inputs["base_model"], model, precision != "fp32") if workers > 1 else None
+    try:
+        outcome = trainer.train(resume_from_checkpoint=resumed_from)
+    finally:
+        workers_peak = pool.close() if pool else 0.0
     evaluation = trainer.evaluate()
 
     model.save_pretrained(out_dir)
@@ -319,6 +267,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "validation_loss": evaluation["eval_loss"],
         "validation_exact_match": evaluation["eval_exact_match"],
         "precision": precision,
+        "workers": workers,
+        "workers_peak_rss_mb": round(workers_peak, 1),
         "compiled": compiled,
         "history": [
             {key: entry[key] for key in ("step", "loss", "eval_loss", "eval_exact_match", "learning_rate") if key in entry}

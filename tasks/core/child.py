@@ -147,7 +147,8 @@ def _main(descriptor: int) -> int:
         traceback.print_exc()
         send({"error": f"{type(error).__name__}: {error}"})
         return 1
-    send({"outcome": metrics, "peak_rss_mb": round(hardware.peak_rss_mb(), 1)})
+    peak = hardware.peak_rss_mb() + metrics.get("workers_peak_rss_mb", 0)  # of a stage that shared its work among processes
+    send({"outcome": metrics, "peak_rss_mb": round(peak, 1)})
     return 0
 
 

@@ -61,6 +61,11 @@ def native_int8() -> bool:
     return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & cpu_flags())
 
 
+def has_amx() -> bool:
+    """Whether the CPU multiplies whole tiles of bfloat16 or 8-bit integers at once."""
+    return {"amx_bf16", "amx_int8"} <= cpu_flags()
+
+
 @functools.cache
 def cpu_generation() -> str:
     """Family and model: virtual machines call very different processors by one name."""

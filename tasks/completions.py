@@ -1,0 +1,88 @@
+"""Training rows as batches, and the loss of their completions: what a step of fine-tuning computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.domain import prompt
+from tasks.domain.scoring import answer_text
+from tasks.domain.spec import Spec
+from tasks.tokenization import encode_example
+
+IGNORED = -100  # label of a position without loss
+
+
+def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_length: int) -> list[dict[str, Any]]:
+    """Rows as `{"input_ids", "labels", "length"}`, with loss on the completion only; rows over `max_length` are left out."""
+    examples = []
+    for row in rows:
+        question, answer = encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec))
+        if len(question) + len(answer) <= max_length:
+            examples.append(
+                {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
+            )
+    return examples
+
+
+def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Right-padded tensors of shape (batch, longest)."""
+    import torch
+
+    longest = max(len(example["input_ids"]) for example in examples)
+
+    def stack(field: str, filler: int) -> Any:
+        return torch.tensor([example[field] + [filler] * (longest - len(example[field])) for example in examples])
+
+    mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples])
+    return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
+
+
+def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
+    """An order of rows whose batches hold rows of like length, while the batches themselves come in random order.
+
+    Sorting alone would show the model all short rows, then all long ones; lengths are jittered so that batches differ
+    from epoch to epoch.
+    """
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    ordered = np.argsort(np.asarray(lengths) + draw.uniform(0, 4, len(lengths)))
+    batches = [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
+    return [row for at in draw.permutation(len(batches)) for row in batches[at]]
+
+
+def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Logits of the completion tokens, (labels, vocabulary); the labels; and where they stand, a mask of (batch, longest - 1).
+
+    The output head is a fifth of a small model's arithmetic, so logits are made only where there is a label.
+    """
+    import torch
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal.get_decoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
+    targets = inputs["labels"][:, 1:]
+    wanted = targets != IGNORED
+    logits = causal.get_output_embeddings()(hidden[:, :-1][wanted]).float()
+    cap = getattr(causal.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return logits, targets[wanted], wanted
+
+
+def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+    """Mean cross entropy of the completion tokens; `items` is the number of labels in the whole (accumulated) batch, if that is larger."""
+    import torch
+
+    logits, labels, _ = completion_logits(model, inputs)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return loss / (items if items is not None else len(labels))
+
+
+def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Loss, and for each row whether every completion token is the likeliest one: then greedy decoding writes the label."""
+    import torch
+
+    logits, labels, wanted = completion_logits(model, inputs)
+    right = torch.ones_like(wanted)
+    right[wanted] = logits.argmax(-1) == labels
+    return torch.nn.functional.cross_entropy(logits, labels), right.all(-1)

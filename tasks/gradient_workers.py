@@ -1,0 +1,132 @@
+"""Training on a CPU with one process for each core: each computes the gradient of its share of a batch.
+
+A step of a small model is thousands of products, each too short to be shared by threads, which wait for each other after every
+one: a single other busy program then slows training many times over. Processes of one thread wait once a step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import multiprocessing
+
+from tasks.completions import completion_loss
+from tasks.core import child, hardware
+
+if TYPE_CHECKING:
+    from tasks.finetune import FinetuneConfig
+
+
+GONE = "a process that shares the training ended; if memory ran out, train.workers=1 needs less"
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended before its work was done."""
+
+
+class GradientWorkers:
+    """Processes with a copy of the model each, which follow its trainable parameters and add to their gradients.
+
+    `start`, then the caller's own forward and backward pass, then `finish`: the parameters' gradients are those of the whole batch.
+    """
+
+    def __init__(self, count: int, config: FinetuneConfig, base_model: Path, model: Any, autocast: bool) -> None:
+        self._model = model
+        size = sum(parameter.numel() for parameter in self._parameters)
+        self._values = torch.zeros(size).share_memory_()
+        self._gradients = [torch.zeros(size).share_memory_() for _ in range(count)]
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for gradients in self._gradients:
+            mine, theirs = context.Pipe()
+            arguments = (os.getpid(), config, base_model, autocast, self._values, gradients, theirs)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    @property
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return _trainable(self._model)
+
+    def start(self, inputs: dict[str, torch.Tensor], items: int) -> dict[str, torch.Tensor]:
+        """Hand out a batch whose loss is divided by `items`; the share that is left to the caller."""
+        parameters = self._parameters
+        with torch.no_grad():
+            torch._foreach_copy_(_views(self._values, parameters), [parameter.data for parameter in parameters])
+        shares = len(self._pipes) + 1
+        for number, pipe in enumerate(self._pipes, 1):
+            self._send(pipe, ({name: tensor[number::shares].numpy() for name, tensor in inputs.items()}, items))
+        return {name: tensor[0::shares] for name, tensor in inputs.items()}
+
+    def finish(self) -> float:
+        """Add the workers' gradients to the parameters'; the sum of their losses."""
+        loss = sum(float(self._receive(pipe)) for pipe in self._pipes)
+        parameters = self._parameters
+        totals: list[Any] = [parameter.grad for parameter in parameters]
+        for gradients in self._gradients:
+            torch._foreach_add_(totals, _views(gradients, parameters))
+        return loss
+
+    def close(self) -> float:
+        """End the processes; their peak resident memory in all, MB, 0 for those that were gone."""
+        peak = 0.0
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            try:
+                self._send(pipe, None)
+                peak += float(self._receive(pipe))
+            except WorkerError:
+                process.kill()
+            process.join()
+        return peak
+
+    def _send(self, pipe: Any, task: Any) -> None:
+        try:
+            pipe.send(task)
+        except OSError:
+            raise WorkerError(GONE) from None
+
+    def _receive(self, pipe: Any) -> Any:
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerError(GONE) from None
+
+
+def _trainable(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _views(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat memory as tensors of the parameters' shapes."""
+    parts = flat.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+
+
+def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool, values: Any, gradients: Any, pipe: Any) -> None:
+    """A worker: its parameters and their gradients are the shared memory itself."""
+    from tasks.finetune import build_model
+
+    child.die_with_parent(parent)
+    torch.set_num_threads(1)
+    model = build_model(config, base_model)
+    model.train()
+    parameters = _trainable(model)
+    for parameter, value, gradient in zip(parameters, _views(values, parameters), _views(gradients, parameters), strict=True):
+        parameter.data, parameter.grad = value, gradient
+    while (task := pipe.recv()) is not None:
+        inputs, items = task
+        gradients.zero_()
+        if not len(inputs["labels"]):  # fewer rows than processes: the end of an epoch
+            pipe.send(0.0)
+            continue
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = completion_loss(model, {name: torch.from_numpy(array) for name, array in inputs.items()}, items)
+        loss.backward()
+        pipe.send(loss.item())
+    pipe.send(hardware.peak_rss_mb())

@@ -1,0 +1,86 @@
+"""Processes that share a batch: together they compute the gradient of the whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+CONFIG = {"method": "lora", "precision": "fp32", "rank": 4, "compile": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tasks.base_model import TINY, BaseModelConfig, base_model
+
+    folder = tmp_path_factory.mktemp("base")
+    base_model.function(BaseModelConfig(source=TINY), {}, folder)
+    return folder
+
+
+@pytest.fixture
+def trained(base: Path) -> Iterator[tuple[Any, Any]]:
+    """A model whose adapter is no longer zero, and a pool of two more processes."""
+    from tasks.finetune import FinetuneConfig, build_model
+    from tasks.gradient_workers import GradientWorkers
+
+    config = FinetuneConfig(**CONFIG)
+    model = build_model(config, base)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05)
+    pool = GradientWorkers(2, config, base, model, autocast=False)
+    yield model, pool
+    pool.close()
+
+
+def batch(rows: int) -> dict[str, Any]:
+    from tasks.completions import IGNORED, pad
+
+    examples = [
+        {"input_ids": list(range(5, 12 + row)), "labels": [IGNORED] * 4 + list(range(9, 12 + row)), "length": 7 + row}
+        for row in range(rows)
+    ]
+    return pad(examples, 0)
+
+
+@pytest.mark.parametrize("rows", [5, 1])
+def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any], rows: int) -> None:
+    from tasks.completions import completion_loss
+
+    model, pool = trained
+    inputs = batch(rows)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = completion_loss(model, inputs)
+    whole.backward()
+    expected = [parameter.grad.clone() for parameter in parameters]
+    for step in range(2):  # the second time, gradients of the first must be gone
+        model.zero_grad()
+        mine = pool.start(inputs, int((inputs["labels"][:, 1:] >= 0).sum()))
+        loss = completion_loss(model, mine, (inputs["labels"][:, 1:] >= 0).sum())
+        loss.backward()
+        total = float(loss) + pool.finish()
+        assert total == pytest.approx(float(whole), rel=1e-5), step
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_worker_that_is_killed_ends_training_with_a_word(trained: tuple[Any, Any]) -> None:
+    from tasks.gradient_workers import WorkerError
+
+    _, pool = trained
+    inputs = batch(4)
+    pool.start(inputs, 10)
+    pool.finish()
+    os.kill(pool._processes[0].pid, signal.SIGKILL)
+    pool._processes[0].join()
+    with pytest.raises(WorkerError, match=r"train\.workers=1"):
+        pool.start(inputs, 10)
+        pool.finish()
