@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 READY := $(VENV)/.ready
 
-.PHONY: install run test check lock report readme doctor clean
+.PHONY: install run test check lock report readme bench-data doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -44,6 +44,9 @@ report: install
 
 readme: install
 	$(BIN)/python docs/update_readme.py $${CARTWRIGHT_HOME:-.cartwright}/reports/latest/report.json
+
+bench-data: install
+	$(BIN)/python docs/bench_data.py $(ARGS)
 
 doctor: install
 	$(BIN)/cartwright doctor
