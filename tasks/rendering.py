@@ -205,14 +205,8 @@ class _Page:
         report, data, gate = self.report, self.report.get("dataset") or {}, self.report.get("gate") or {}
         compared = [v for v in self.variants if v.get("role") != "reference" and not v.get("error")]
         heads = {"by_language": "Language", "by_intent": "Intent", "slot_f1": "Slot, F1"}
-        counted = {
-            "counts": "Split",
-            "languages": "Language",
-            "intents": "Intent",
-            "noise": "Noise",
-            "origins": "Origin",
-            "rejected": "Reason for rejection",
-        }
+        counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "noise": "Noise", "origins": "Origin",
+                   "rejected": "Reason for rejection"}  # fmt: skip
         stages = [{**stage, "key": (stage.get("key") or "")[:12] or None} for stage in report.get("stages") or []]
         return {
             "report": report,

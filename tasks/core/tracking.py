@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -142,13 +143,12 @@ class Tracker:
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        kind = uri.partition("://")[0]
-        source = {"uri": uri.removeprefix("file://")} if kind in ("file", uri) else {"uri": uri}
+        scheme = urlsplit(uri).scheme or "file"
         made = Dataset(
             name=name,
             digest=digest[:36],  # as much as MLflow's database holds
-            source_type="local" if kind in ("file", uri) else kind,
-            source=json.dumps(source),
+            source_type="local" if scheme == "file" else scheme,
+            source=json.dumps({"uri": unquote(urlsplit(uri).path) if scheme == "file" else uri}),
             profile=json.dumps(profile),
         )
         self.client.log_inputs(run_id, [DatasetInput(made, [InputTag("mlflow.data.context", "training")])])
