@@ -11,7 +11,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check lock report readme doctor clean
+.PHONY: install run test check lock report readme bench-data doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -52,6 +52,9 @@ report: install
 
 readme: install
 	$(BIN)/python docs/update_readme.py $${CARTWRIGHT_HOME:-.cartwright}/reports/latest/report.json
+
+bench-data: install
+	$(BIN)/python docs/bench_data.py $(ARGS)
 
 doctor: install
 	$(BIN)/cartwright doctor

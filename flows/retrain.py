@@ -29,7 +29,7 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
     """
     config = resolve(load_config(profile, overrides))
     with open_run(config, load_settings(), Display()) as run:
-        dataset = stages.make_data(run)
+        dataset, card = stages.make_data(run)
         base, adapter, tuned = stages.train(run, dataset)
         gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
         gguf, gguf_models, gguf_failed = stages.make_gguf(run, tuned)
@@ -38,4 +38,4 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
         models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}
         evaluations, benchmarks, failed = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
         decision = stages.choose(run, variants, models, evaluations, benchmarks, failed)
-        return stages.release(run, decision, dataset, adapter, models, evaluations)
+        return stages.release(run, decision, dataset, card, adapter, models, evaluations)

@@ -11,6 +11,7 @@ from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
+from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE, Variant, decide, recommended_cpu
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
@@ -27,9 +28,13 @@ Failed = dict[str, str]
 
 
 @flow(name="data")
-def make_data(run: Run) -> Manifest:
-    """Labelled utterances, split and checked for leaks."""
-    return runner(run)(synthesize, run.config.data)
+def make_data(run: Run) -> tuple[Manifest, Manifest]:
+    """Labelled utterances, split and checked for leaks, and their data card."""
+    call = runner(run)
+    dataset = call(synthesize, run.config.data)
+    card = call(data_card, DataCardConfig(), dataset=dataset)
+    publish(call, Path(run.config.data.domain).name, dataset, card)
+    return dataset, card
 
 
 @flow(name="train")
@@ -113,7 +118,9 @@ def choose(run: Run, variants: list[Variant], models: Models, evaluations: Model
 
 
 @flow(name="release")
-def release(run: Run, decision: Manifest, dataset: Manifest, adapter: Manifest, models: Models, evaluations: Models) -> Path:
+def release(
+    run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, evaluations: Models
+) -> Path:
     """Registry, gate and report; the folder of the report."""
     call, config = runner(run), run.config
     challenger = models.get(recommended_cpu(decision) or "")
@@ -123,7 +130,7 @@ def release(run: Run, decision: Manifest, dataset: Manifest, adapter: Manifest, 
         how = {"runtime": "llama_cpp" if champion.kind == "quantize_gguf" else "transformers"}
         asked = call(evaluate, config.evaluate.model_copy(update=how), "evaluate champion", model=champion, dataset=dataset)
     verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluations, asked))
-    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, adapter, verdict))
+    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
 
 
 def all_variants(few_shot: int, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:

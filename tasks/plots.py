@@ -61,14 +61,14 @@ def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     latency = [("p50", "performance.latency_ms.p50", FORMATS["hf"][0]),
                ("p95", "performance.latency_ms.p95", FORMATS["api"][0])]  # fmt: skip
     return [
-        _save("accuracy_memory", f"Upper left is better. {key}",
+        save("accuracy_memory", f"Upper left is better. {key}",
               _scatter("Exact match against memory", report, "performance.rss_mb", "Memory (RSS), MB", -1)),
-        _save("accuracy_speed", f"Upper right is better. {key}",
+        save("accuracy_speed", f"Upper right is better. {key}",
               _scatter("Exact match against speed", report, "performance.requests_s", "Requests per second", 1)),
-        _save("latency", "Shorter is better. Half of the requests take at most p50, 95 of 100 at most p95.",
+        save("latency", "Shorter is better. Half of the requests take at most p50, 95 of 100 at most p95.",
               _bars("Latency of one request, ms", report, latency)),
-        _save("size", "Shorter is better.", _bars("Size on disk, MB", report, [("", "size_mb", "")])),
-        _save("languages", "Brighter is better; all that lies far below the rest is equally dark; n/m: not measured.",
+        save("size", "Shorter is better.", _bars("Size on disk, MB", report, [("", "size_mb", "")])),
+        save("languages", "Brighter is better; all that lies far below the rest is equally dark; n/m: not measured.",
               _languages("Exact match by language, %", report)),
     ]  # fmt: skip
 
@@ -83,7 +83,7 @@ def figure_at(node: Any, path: str) -> float | None:
 
 def _scatter(title: str, report: Mapping[str, Any], path: str, xlabel: str, better: int) -> Figure:
     """Exact match against the figure at `path`, of which more (`better` 1) or less (-1) is better."""
-    figure, axes = _new_figure(title, 4.7)
+    figure, axes = new_figure(title, 4.7)
     points = list(_points(report, path))
     if not points:
         return _not_measured(figure)
@@ -194,7 +194,7 @@ def _hits(box: Bbox, pixels: Any) -> int:
 def _bars(title: str, report: Mapping[str, Any], series: Sequence[tuple[str, str, str]]) -> Figure:
     """Horizontal bars, one group per variant; `series` holds (label, path, colour), no colour meaning the format's."""
     variants = list(reversed(report.get("variants") or []))
-    figure, axes = _new_figure(title, 1.2 + 0.42 * max(len(variants), 4))
+    figure, axes = new_figure(title, 1.2 + 0.42 * max(len(variants), 4))
     values = np.array([[figure_at(variant, path) for _, path, _ in series] for variant in variants], dtype=float)
     if np.isnan(values).all():
         return _not_measured(figure)
@@ -217,7 +217,7 @@ def _bars(title: str, report: Mapping[str, Any], series: Sequence[tuple[str, str
 
 def _languages(title: str, report: Mapping[str, Any]) -> Figure:
     variants = report.get("variants") or []
-    figure, axes = _new_figure(title, 1.2 + 0.4 * max(len(variants), 4))
+    figure, axes = new_figure(title, 1.2 + 0.4 * max(len(variants), 4))
     scores = [(v.get("quality") or {}).get("by_language") or {} for v in variants]
     languages = list(dict.fromkeys(language for score in scores for language in score if language[-7:] != "_reason"))
     values = np.array([[figure_at({"x": score.get(k)}, "x") for k in languages] for score in scores], dtype=float)
@@ -231,7 +231,7 @@ def _languages(title: str, report: Mapping[str, Any]) -> Figure:
         if math.isnan(value):
             words, colour = "failed" if variants[row].get("error") else "n/m", MUTED
         axes.text(column + 0.5, row + 0.5, words, ha="center", va="center", fontsize=8.5, color=colour)
-    axes.set_xticks([i + 0.5 for i in range(len(languages))], [_short(language) for language in languages])
+    axes.set_xticks([i + 0.5 for i in range(len(languages))], [short(language) for language in languages])
     axes.set_yticks([i + 0.5 for i in range(len(variants))], [_label(v, report) for v in variants])
     axes.invert_yaxis()
     axes.xaxis.tick_top()
@@ -255,16 +255,16 @@ def _is_recommended(variant: Mapping[str, Any], report: Mapping[str, Any]) -> bo
 
 
 def _label(variant: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    return ("★ " if _is_recommended(variant, report) else "") + _short(variant.get("name"))
+    return ("★ " if _is_recommended(variant, report) else "") + short(variant.get("name"))
 
 
-def _short(label: object) -> str:
+def short(label: object) -> str:
     text = " ".join(str(label).split())
     text = text if len(text) <= 24 else f"{text[:23]}…"
     return text.replace("$", r"\$")  # a bare pair of $ would be read as mathematics, and may fail
 
 
-def _new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
+def new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.0, height_in), dpi=100, layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER, axisbelow=True)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
@@ -281,7 +281,7 @@ def _not_measured(figure: Figure) -> Figure:
     return figure
 
 
-def _save(name: str, caption: str, figure: Figure) -> Plot:
+def save(name: str, caption: str, figure: Figure) -> Plot:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", backend="agg", dpi=160)
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):  # the same report gives the same bytes

@@ -3,15 +3,15 @@
 import json
 import math
 import numbers
-import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tasks.data_card import read_card
+from tasks.templating import fill
 
 Json: TypeAlias = dict[str, Any]
-TEMPLATES = Path(__file__).parent / "templates"
 ROLES = {"base": "base model", "reference": "16-bit reference"}
 VERDICTS = {
     "promote": "Promote: the new model takes the champion's place.",
@@ -20,26 +20,27 @@ VERDICTS = {
 }
 
 
-def render(report: Json, out_dir: Path) -> None:
+def render(report: Json, out_dir: Path, card: Path | None = None) -> None:
     """Write `report.json`, `report.html`, `report.md` and one PNG per plot into `out_dir`, which is made if need be.
 
     `report` follows the report contract of DESIGN.md: rates are shares (0 to 1), sizes MB, times ms or s as named.
     Any figure may be None or absent; a sibling `<name>_reason`, or the variant's `notes`, then tells why.
+    `card` is the folder of the data card (`tasks/data_card.py`), which is copied beside the report and shown in it.
     """
     from tasks.plots import draw_plots  # matplotlib takes a second to load
 
     report = json_safe(report)
     plots = {plot.name: plot for plot in draw_plots(report)}
     out_dir.mkdir(parents=True, exist_ok=True)
+    data = read_card(card) if card else {}
+    for file in data.get("files", ()):
+        shutil.copyfile(card / file, out_dir / file)
     (out_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
     for plot in plots.values():
         (out_dir / f"{plot.name}.png").write_bytes(plot.png)
     for name in ("report.html", "report.md"):
-        environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=name.endswith("html"),
-                                  undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-        environment.filters["md"] = escape_markdown
-        page = environment.get_template(f"{name}.j2").render(_Page(report).sections(), plots=plots)
-        (out_dir / name).write_text(page.strip() + "\n", encoding="utf-8")
+        page = fill(f"{name}.j2", {**_Page(report).sections(), "plots": plots, "card": data})
+        (out_dir / name).write_text(page, encoding="utf-8")
 
 
 def json_safe(value: Any) -> Any:
@@ -59,12 +60,6 @@ def json_safe(value: Any) -> Any:
         number = round(number, 4) if abs(number) >= 1 else float(f"{number:.6g}")
         return number if math.isfinite(number) else None
     return str(value)
-
-
-def escape_markdown(text: object) -> str:
-    """`text` as one line that cannot end a table cell, open a link or become HTML."""
-    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", line)
 
 
 def _number(value: float) -> str:
@@ -179,7 +174,8 @@ FIDELITY_COLUMNS = [
 GATE = [Column("Champion", "champion"), Column("Challenger", "challenger"), Column("Change, points", "delta", "points"),
         Column("Lower bound, points", "low", "points"), Column("Margin, points", "margin", "points")]  # fmt: skip
 TILES = [c for c in VARIANT_COLUMNS if c.label in ("Exact match", "Size, MB", "Speedup", "RAM reduction")]
-DATA = [Column("Duplicates removed", "duplicates_removed"), Column("Teacher", "teacher"), Column("SHA-256", "sha256")]
+DATA = [Column("Duplicates removed", "duplicates_removed"),
+        Column("Nearly evaluation rows, removed", "near_duplicates_removed"), Column("Teacher", "teacher"), Column("SHA-256", "sha256")]  # fmt: skip
 TRAINING = [
     Column("Base model", "base_model"), Column("Examples", "examples"), Column("Epochs", "epochs"),
     Column("Tokens", "tokens"), Column("Tokens per second", "tokens_per_s"), Column("Time", "wall_s", "time"),
@@ -209,7 +205,8 @@ class _Page:
         report, data, gate = self.report, self.report.get("dataset") or {}, self.report.get("gate") or {}
         compared = [v for v in self.variants if v.get("role") != "reference" and not v.get("error")]
         heads = {"by_language": "Language", "by_intent": "Intent", "slot_f1": "Slot, F1"}
-        counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "rejected": "Reason for rejection"}
+        counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "noise": "Noise", "origins": "Origin",
+                   "rejected": "Reason for rejection"}  # fmt: skip
         stages = [{**stage, "key": (stage.get("key") or "")[:12] or None} for stage in report.get("stages") or []]
         return {
             "report": report,
@@ -281,10 +278,12 @@ class _Page:
         counts = data.get(key)
         if not isinstance(counts, dict):
             return Table(head, [Column("Rows", "")], [Row("all", [self._cell(data, key)])])
-        nested = list(dict.fromkeys(part for count in counts.values() for part in _labels(count)))
-        rows = [Row(label, [self._cell(counts, [label, part]) for part in nested] or [self._cell(counts, [label])])
-                for label in _labels(counts)]  # fmt: skip
-        return Table(head, [Column(part, "") for part in nested] or [Column("Rows", "")], rows)
+        splits = [split for split in _labels(counts) if isinstance(counts[split], dict)]
+        if not splits:
+            return Table(head, [Column("Rows", "")], [Row(label, [self._cell(counts, [label])]) for label in _labels(counts)])
+        labels = sorted({label for split in splits for label in _labels(counts[split])})
+        rows = [Row(label, [self._cell({"n": counts[split].get(label, 0)}, "n") for split in splits]) for label in labels]
+        return Table(head, [Column(split, "") for split in splits], rows)
 
     def _not_run(self) -> list[str]:
         lines = [_text(line) for line in self.report.get("not_run") or []]

@@ -20,7 +20,14 @@ from tasks.rendering import render
 
 
 def write_report(
-    run: Runner, config: RunConfig, started: str, decision: Manifest, dataset: Manifest, adapter: Manifest, gate: dict[str, Any]
+    run: Runner,
+    config: RunConfig,
+    started: str,
+    decision: Manifest,
+    dataset: Manifest,
+    card: Manifest,
+    adapter: Manifest,
+    gate: dict[str, Any],
 ) -> tuple[Path, bool]:
     """Write `reports/<run>/`, log it to MLflow, and point `reports/latest` at it.
 
@@ -46,7 +53,7 @@ def write_report(
         "not_run": not_run(),
     }
     folder = run.settings.reports / run.run_id
-    render(report, folder)
+    render(report, folder, run.store.path(card.kind, card.key))
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)

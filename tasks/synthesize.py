@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,19 +12,17 @@ from pydantic import Field, field_validator
 
 from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
+from tasks.data_card import GENERATOR, DataCard, origin_kind
 from tasks.domain.bank import load_bank
 from tasks.domain.labelled import read_labelled
 from tasks.domain.noise import KINDS
-from tasks.domain.scoring import normalise, text_contains_slots
+from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
+from tasks.leakage import ORDER, Admission, batched, check_leakage
 
-NEAR_DUPLICATE = 90.0  # rapidfuzz ratio (0..100) of normalised texts from which two rows count as the same
-ATTEMPTS = 30  # other rows tried for one turn before it is left out
-
-
-class LeakError(ValueError):
-    """A row of `test` or `hard` is in `train`; the message names the rows."""
+ATTEMPTS = 30  # rows tried for one turn before it is left out
+BLOCK = 500  # rows made, and compared with the evaluation splits, at a time
 
 
 class SynthesizeConfig(StageConfig):
@@ -85,159 +82,94 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     return Generator(spec, banks, styles, config.seed, list(config.intents) or None, config.patterns_per_intent)
 
 
-@stage("synthesize", version=3, libraries=("rapidfuzz",))
+@stage("synthesize", version=4, libraries=("rapidfuzz", "scikit-learn"))
 def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Write `<split>.jsonl`, one row a line, and return the counts of the data card.
+    """Write `<split>.jsonl`, one row a line, and `data_card.json`; return the counts of the data card.
 
-    Evaluation rows are made first; a training row that repeats one of them, or another training row, is replaced.
+    A row that repeats another, or is nearly a row of an earlier split, is replaced. Splits are made in the order `ORDER`.
+    Memory does not grow with `train_rows`; each evaluation row takes about 4 kB.
 
     Raises:
-        LeakError: a row of `test` or `hard` has a near-duplicate in `train`.
+        LeakError: splits share what they must not, as written.
     """
     generator = make_generator(config)
-    rejected: Counter[str] = Counter()
-    seen: set[str] = set()
-    held_out: list[str] = []
-    card: dict[str, Any] = {"counts": {}, "languages": {}, "intents": {}, "noise": {}, "patterns": {}, "products": {}, "origins": {}}
-    total = sum(config.rows(split) for split in SPLITS)
-    made = 0
-    for split in ("test", "hard", "validation", "train"):
-        counts: dict[str, Counter[str]] = {name: Counter() for name in ("languages", "intents", "noise", "patterns", "products", "origins")}
+    admission, card = Admission(), DataCard(config.seed)
+    total, done = sum(config.rows(split) for split in SPLITS), 0
+    for split in ORDER:
+        rows = distinct_rows(generator, split, config.rows(split), admission)
+        if split == "train":
+            rows = itertools.chain(rows, extra_rows(config.extra, generator.spec, admission))
+        held_out = []
         with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            number = 0
-            for row in _distinct_rows(generator, split, config.rows(split), seen, held_out if split == "train" else [], rejected):
-                file.write(json.dumps({"id": f"{split}-{number}", **row}, ensure_ascii=False) + "\n")
-                number += 1
-                counts["languages"][row["language"]] += 1
-                counts["intents"][row["gold"]["intent"]] += 1
-                counts["noise"].update(row["noise"] or ["none"])
-                counts["patterns"][row["origin"]] += 1
-                counts["products"][row["product"] or ""] += 1
-                counts["origins"]["generator"] += 1
+            for number, row in enumerate(rows):
+                kind = origin_kind(row["origin"])
+                name = f"{split if kind == GENERATOR else kind}-{number}"
+                file.write(json.dumps({"id": name, **row}, ensure_ascii=False) + "\n")
+                card.add(split, row)
                 if split != "train":
-                    held_out.append(comparable(row["text"]))
-                progress.advance(made + number, total, split)
-            if split == "train":
-                for row in extra_rows(config.extra, generator.spec, seen, held_out, rejected):
-                    file.write(json.dumps({"id": f"extra-{number}", **row}, ensure_ascii=False) + "\n")
-                    number += 1
-                    counts["languages"][row["language"]] += 1
-                    counts["intents"][row["gold"]["intent"]] += 1
-                    counts["origins"]["extra"] += 1
-        made += config.rows(split)
-        card["counts"][split] = number
-        for name in ("languages", "intents", "noise", "origins"):
-            card[name][split] = dict(sorted(counts[name].items()))
-        card["patterns"][split], card["products"][split] = len(counts["patterns"]), len(set(counts["products"]) - {""})
+                    held_out.append(row)
+                if number % BLOCK == 0:
+                    progress.advance(done + number, total, split)
+        admission.hold_out(held_out)
+        done += config.rows(split)
     check_leakage(out_dir)
     # Later stages read prompt and schema from the data set, so that what was trained and what is asked cannot differ.
     written = (generator.spec.path / "spec.yaml").read_text(encoding="utf-8")
     (out_dir / "spec.yaml").write_text(f"{written}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
-    return {
-        **card,
-        "duplicates_removed": sum(n for reason, n in rejected.items() if "duplicate" in reason),
-        "rejected": dict(rejected),
-        "teacher": None,
-    }
+    figures = {**card.counts(), **admission.counts(), "teacher": None}
+    card.write(out_dir, figures)
+    return figures
 
 
-def _distinct_rows(
-    generator: Generator, split: Split, rows: int, seen: set[str], held_out: list[str], rejected: Counter[str]
-) -> Iterator[dict[str, Any]]:
-    from rapidfuzz import fuzz, process
-
-    for index in range(rows):
-        for attempt in range(ATTEMPTS):
-            row = generator.row(split, index, attempt)
-            text = comparable(row["text"])
-            if text in seen:
-                rejected["duplicate"] += 1
-            elif not text_contains_slots(row["text"], row["gold"], generator.spec):
-                rejected["slot_not_in_text"] += 1
-            elif held_out and process.extractOne(text, held_out, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE):
-                rejected["near_duplicate_of_evaluation"] += 1
-            else:
-                seen.add(text)
-                yield row
-                break
-        else:
-            rejected["no_new_row_found"] += 1
+def distinct_rows(generator: Generator, split: Split, rows: int, admission: Admission) -> Iterator[dict[str, Any]]:
+    """The rows of a split, a block at a time; a turn for which `ATTEMPTS` rows were refused is left out, and counted."""
+    for start in range(0, rows, BLOCK):
+        yield from _block(generator, split, range(start, min(start + BLOCK, rows)), admission)
 
 
-def extra_rows(paths: tuple[str, ...], spec: Spec, seen: set[str], held_out: list[str], rejected: Counter[str]) -> Iterator[dict[str, Any]]:
+def _block(generator: Generator, split: Split, turns: Iterable[int], admission: Admission) -> list[dict[str, Any]]:
+    made: dict[int, dict[str, Any]] = {}
+    left = list(turns)
+    for attempt in range(ATTEMPTS):
+        drawn = [(turn, generator.row(split, turn, attempt)) for turn in left]
+        whole = [(turn, row) for turn, row in drawn if text_contains_slots(row["text"], row["gold"], generator.spec)]
+        if len(whole) < len(drawn):
+            admission.rejected["slot_not_in_text"] += len(drawn) - len(whole)
+        admitted = admission.admit([row for _, row in whole])
+        made |= {turn: row for (turn, row), may in zip(whole, admitted, strict=True) if may}
+        left = [turn for turn in left if turn not in made]
+        if not left:
+            break
+    else:
+        admission.rejected["no_new_row_found"] += len(left)
+    return [made[turn] for turn in sorted(made)]
+
+
+def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission) -> Iterator[dict[str, Any]]:
     """Rows of the user's own files as rows of `train`; what cannot be used, or is nearly an evaluation row, is counted.
 
     Raises:
         UserError: a file cannot be read.
     """
-    from rapidfuzz import fuzz, process
-
     for path in paths:
         rows, bad = read_labelled(Path(path), spec)
         for _, problem in bad:
-            rejected[f"extra: {problem.partition('. Allowed')[0]}"[:120]] += 1
-        for row in rows:
-            text = comparable(row["text"])
-            if process.extractOne(text, held_out, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE):
-                rejected["extra: near_duplicate_of_evaluation"] += 1
-            elif text in seen:
-                rejected["extra: duplicate"] += 1
-            else:
-                seen.add(text)
-                yield {
-                    "text": row["text"],
-                    "gold": row["gold"],
-                    "language": row.get("language", "?"),
-                    "split": "train",
-                    "origin": f"extra:{row['source']}" if "source" in row else "extra",
-                    "product": None,  # of the generator's catalog only: a shop's own rows may name what `test` asks about
-                    "noise": [],
-                }
-
-
-def comparable(text: str) -> str:
-    """A text as duplicates are looked for; emoji-only texts, of which nothing would be left, stay as they are."""
-    return str(normalise(text)) or text
+            admission.rejected[f"extra: {problem.partition('. Allowed')[0]}"[:120]] += 1
+        for part in batched(rows, BLOCK):
+            for row, may in zip(part, admission.admit(part, prefix="extra: "), strict=True):
+                if may:
+                    yield {
+                        "text": row["text"],
+                        "gold": row["gold"],
+                        "language": row.get("language", "?"),
+                        "split": "train",
+                        "origin": f"extra:{row['source']}" if "source" in row else "extra",
+                        "product": None,  # of the generator's catalog only: a shop's own rows may name what `test` asks about
+                        "noise": [],
+                    }
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one split."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-def check_leakage(folder: Path) -> None:
-    """Compare `test` and `hard` with `train`, as written: near-duplicate texts, products, and the phrase patterns of `hard`.
-
-    Reads `train` in parts, so that memory does not grow with it.
-
-    Raises:
-        LeakError: names the rows that leak.
-    """
-    import numpy as np
-    from rapidfuzz import fuzz, process
-
-    held_out = {split: read_rows(folder / f"{split}.jsonl") for split in ("test", "hard")}
-    texts = {split: [comparable(row["text"]) for row in rows] for split, rows in held_out.items()}
-    leaks: dict[str, list[str]] = {split: [] for split in held_out}
-    patterns: set[str] = set()
-    products: set[str | None] = set()
-    with (folder / "train.jsonl").open(encoding="utf-8") as file:
-        for part in batched((json.loads(line) for line in file), 10_000):
-            patterns |= {row["origin"] for row in part}
-            products |= {row["product"] for row in part} - {None}
-            trained = [comparable(row["text"]) for row in part]
-            for split, rows in held_out.items():
-                scores = process.cdist(texts[split], trained, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE, dtype=np.uint8)
-                leaks[split] += [f"{rows[i]['id']} ~ {part[j]['id']}" for i, j in zip(*np.nonzero(scores), strict=True)]
-    for split, rows in held_out.items():
-        shared = [row["id"] for row in rows if row["product"] in products or (split == "hard" and row["origin"] in patterns)]
-        if found := shared + leaks[split]:
-            raise LeakError(f"{len(found)} rows of {split} are in train: {', '.join(found[:10])}")
-
-
-def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Lists of at most `size` rows (`itertools.batched` of Python 3.12)."""
-    iterator = iter(rows)
-    while part := list(itertools.islice(iterator, size)):
-        yield part

@@ -20,7 +20,7 @@ from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
 from tasks.domain.spec import DOMAINS_DIR, load_spec
 from tasks.domain.utterances import SPLITS, split_patterns, split_products
-from tasks.synthesize import LeakError, SynthesizeConfig, check_leakage, make_generator, read_rows, synthesize
+from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthesize
 
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
@@ -91,7 +91,7 @@ def test_rows_are_balanced_and_counted(dataset: tuple[Path, dict[str, Any]]) -> 
     assert card["counts"]["test"] == len(rows) == 144
     assert Counter(row["language"] for row in rows) == dict.fromkeys(SPEC.languages, 24)
     assert set(Counter(row["gold"]["intent"] for row in rows).values()) == {12}
-    assert card["rejected"]["duplicate"] > 0
+    assert card["near_duplicates_removed"] == card["rejected"]["near_duplicate_of_evaluation"] > 0
 
 
 def test_dataset_is_the_same_in_every_process(tmp_path: Path) -> None:
@@ -103,16 +103,6 @@ def test_dataset_is_the_same_in_every_process(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(out)], check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         digests.add((out / "train.jsonl").read_bytes())
     assert len(digests) == 1
-
-
-def test_a_planted_leak_fails_and_names_the_rows(dataset: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder = tmp_path / "leak"
-    shutil.copytree(dataset[0], folder)
-    victim = read_rows(folder / "test.jsonl")[5]
-    with (folder / "train.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**victim, "id": "train-planted", "text": victim["text"] + "!", "product": None, "origin": "x"}) + "\n")
-    with pytest.raises(LeakError, match="test-5 ~ train-planted"):
-        check_leakage(folder)
 
 
 def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(dataset: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -149,7 +149,13 @@ names = [set(run.data.metrics) for run in kinds["variant"]]
 assert len(names) == 7 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
 training = next(run for run in kinds["stage"] if run.info.run_name == "finetune")
 assert len(client.get_metric_history(training.info.run_id, "loss")) >= 2
-assert client.list_artifacts(parent.info.run_id, "report")
+assert {"report/data_card.md", "report/data_card.json"} < {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
+(used,) = parent.inputs.dataset_inputs
+assert used.dataset.name == "ecommerce" and used.dataset.digest == sys.argv[2][:36] and [tag.value for tag in used.tags] == ["training"]
+assert json.loads(used.dataset.profile)["counts"]["train"] == 96
+from pathlib import Path
+from mlflow.data import get_source
+assert (Path(get_source(used.dataset).load()) / "train.jsonl").is_file()
 version = client.get_model_version_by_alias("shop-intent", "champion")
 assert version.tags["cartwright.variant"] in {run.info.run_name for run in kinds["variant"]}
 model = mlflow.pyfunc.load_model("models:/shop-intent@champion")
@@ -161,10 +167,26 @@ folder = pathlib.Path(mlflow.artifacts.download_artifacts("models:/shop-intent@c
 assert not list(folder.rglob("*.pkl"))
 print("fine")
 """
+    digest = latest(first[0])["dataset"]["sha256"]
     result = subprocess.run(
-        [sys.executable, "-c", code, f"sqlite:///{first[0] / 'mlflow.db'}"], capture_output=True, text=True, env=environment(first[0])
+        [sys.executable, "-c", code, f"sqlite:///{first[0] / 'mlflow.db'}", digest],
+        capture_output=True,
+        text=True,
+        env=environment(first[0]),
     )
     assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+def test_prefect_and_the_report_show_the_data_card(first: tuple[Path, Any]) -> None:
+    with sqlite3.connect(first[0] / "prefect" / "prefect.db") as database:
+        query = "select artifact.type, artifact.data, flow.name from artifact join flow_run on flow_run.id = flow_run_id join flow on flow.id = flow_id where key = 'data-card'"
+        kind, markdown, flow = database.execute(query).fetchone()
+    data = latest(first[0])["dataset"]
+    counts, intents = data["counts"], {intent for found in data["intents"].values() for intent in found}
+    assert (kind, flow) == ("markdown", "data")
+    assert f"| rows | {counts['test']} | {counts['hard']} | {counts['validation']} | {counts['train']} |" in json.loads(markdown)
+    page = (first[0] / "reports" / "latest" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<details>") == 1 + len(intents) and "data_card.md" in page
 
 
 def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None:

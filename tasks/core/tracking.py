@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
@@ -132,6 +133,25 @@ class Tracker:
 
     def log_files(self, run_id: str, folder: Path, artifact_path: str | None = None) -> None:
         self.client.log_artifacts(run_id, str(folder), artifact_path)
+
+    def log_dataset(self, run_id: str, name: str, digest: str, uri: str, profile: Mapping[str, Any]) -> None:
+        """Show a data set as an input of a run; once, however often it is called.
+
+        Args:
+            uri: where its files are, as an fsspec URI.
+            profile: counts of what is in it.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        scheme = urlsplit(uri).scheme or "file"
+        made = Dataset(
+            name=name,
+            digest=digest[:36],  # as much as MLflow's database holds
+            source_type="local" if scheme == "file" else scheme,
+            source=json.dumps({"uri": unquote(urlsplit(uri).path) if scheme == "file" else uri}),
+            profile=json.dumps(profile),
+        )
+        self.client.log_inputs(run_id, [DatasetInput(made, [InputTag("mlflow.data.context", "training")])])
 
     def log_summary(self, report: Mapping[str, Any]) -> None:
         """The run's main figures on the parent run, so that runs compare without opening children."""
