@@ -128,10 +128,10 @@ def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any
     metrics, asked = evaluation["metrics"], evaluation["metrics"]["performance"]
     hidden = dict.fromkeys(OF_OUR_MACHINE) | dict.fromkeys((f"{name}_reason" for name in OF_OUR_MACHINE), ELSEWHERE)
     examples = f"{variant.few_shot} examples" if variant.few_shot else "no examples"
-    notes = [f"asked with long instructions and {examples}, {asked['parallel']} requests at a time; a latency includes the network"]
+    notes = [f"asked with long instructions and {examples}, {asked['parallel']} requests at a time; a latency includes the network."]
     if asked["requests_failed"]:
         failed, total = asked["requests_failed"], asked["requests"] + asked["requests_failed"]
-        notes.append(f"{failed} of {total} requests got no answer and count as wrong; the first: {asked['first_failure']}")
+        notes.append(f"{failed} of {total} requests got no answer and count as wrong. The first: {asked['first_failure']}.")
     priced = {} if asked["usd"] is not None else {"usd_per_1k_requests_reason": "LiteLLM has no price of this model"}
     return {
         "model": evaluation["config"]["model"],

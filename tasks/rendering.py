@@ -272,7 +272,7 @@ class _Page:
         return Table("Variant", kept, rows)
 
     def _breakdown(self, head: str, key: str) -> Table:
-        shown = self.recommended + [v for v in self.variants if v.get("role") in ("base", "api") and v not in self.recommended]
+        shown = self.recommended + [v for v in self.variants if v.get("role") in ("base", "api") and not v.get("error")]
         labels = dict.fromkeys(label for v in shown for label in _labels(_look(v, ["quality", key])[0]))
         rows = [Row(label, [self._cell(v, ["quality", key, label], "percent") for v in shown]) for label in labels]
         return Table(head, [Column(_text(v.get("name")), "") for v in shown], rows)
