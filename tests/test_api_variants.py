@@ -14,7 +14,7 @@ from tasks import api
 from tasks.api import complete
 from tasks.config import load_config
 from tasks.domain.errors import UserError
-from tasks.domain.scoring import answer_text
+from tasks.domain.scoring import compact_json
 from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, api_variants, evaluate_api
 from tasks.runtimes.litellm import GIVE_UP, LiteLlmRuntime
 from tasks.synthesize import read_rows, synthesize
@@ -27,7 +27,7 @@ SPLITS = ("test", "hard")
 def answer_rightly(server: Faults, dataset: Path) -> dict[str, list[dict[str, Any]]]:
     """Let the server know the answer to every row that is evaluated; returns the rows by split."""
     rows = {split: read_rows(dataset / f"{split}.jsonl") for split in SPLITS}
-    right = {row["text"].strip(): answer_text(row["gold"]) for found in rows.values() for row in found}
+    right = {row["text"].strip(): compact_json(row["gold"]) for found in rows.values() for row in found}
     other = str(server.answer)
     server.answer = lambda body: right.get(body["messages"][-1]["content"].strip(), other)
     return rows
@@ -58,7 +58,7 @@ def test_the_budget_is_never_exceeded_and_what_was_paid_for_is_kept(server: Faul
 def test_where_nothing_answers_the_rest_is_not_asked(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "ATTEMPTS", 1)
     server.faults = ["500"] * 100
-    with pytest.raises(UserError, match=f"no answer to {GIVE_UP} requests in a row.*Check the network"):
+    with pytest.raises(UserError, match=r"no answer to \d+ requests in a row.*Check the network"):
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 2))
     assert len(server.requests) <= GIVE_UP + 2
     server.faults = ["500"] * (GIVE_UP - 1)
