@@ -25,8 +25,8 @@ def table(report: dict[str, Any]) -> str:
         name = f"**{v['name']}**" if v["name"] == report["recommendation"]["cpu"] else v["name"]
         interval = f"{exact['value']:.1%} ({exact['low']:.1%} to {exact['high']:.1%})"
         lines.append(
-            f"| {name} | {interval} | {hard['value']:.1%} | {v['size_mb']:.0f} | {p['rss_mb']:.0f} | {p['latency_ms']['p50']:.0f} "
-            f"| {p['requests_s']:.1f} | {p['requests_s_batched']:.1f} | {v['speedup_vs_fp16']:.1f}x | {v['ram_reduction_vs_fp16']:.0%} |"
+            f"| {name} | {interval} | {hard['value']:.1%} | {known(v['size_mb'], '.0f')} | {known(p['rss_mb'], '.0f')} | {p['latency_ms']['p50']:.0f} "
+            f"| {p['requests_s']:.1f} | {known(p['requests_s_batched'], '.1f')} | {known(v['speedup_vs_fp16'], '.1f', 'x')} | {known(v['ram_reduction_vs_fp16'], '.0%')} |"
         )
     e, t = report["environment"], report["training"]
     about = (
@@ -35,6 +35,11 @@ def table(report: dict[str, Any]) -> str:
         f"({t['tokens_per_s']:.0f} tokens/s, peak {t['peak_rss_mb'] / 1000:.1f} GB). {exact_rows(report)}"
     )
     return "\n".join([about, "", *lines, "", report["recommendation"]["why"]])
+
+
+def known(figure: float | None, form: str, unit: str = "") -> str:
+    """A figure in words; of a model behind an API some are not to be known."""
+    return "" if figure is None else f"{figure:{form}}{unit}"
 
 
 def exact_rows(report: dict[str, Any]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import shutil
 import sys
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +79,6 @@ def run(
     Stages that ran before with the same inputs are not run again. Stop it at any time: the same command goes on.
     """
     from tasks.config import disk_needed, dump, load_config, parse_overrides, resolve
-    from tasks.core.child import StageError
 
     overrides = parse_overrides(change)
     config = resolve(load_config(profile, overrides))  # before anything starts
@@ -94,16 +92,24 @@ def run(
     from flows.session import prefect_api
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
-    with prefect_api(settings):
+    with prefect_api(settings), _goes_on():
         from flows.retrain import retrain
 
-        try:
-            folder = retrain(profile, overrides)
-        except StageError as error:
-            _fail(f"{error}\nThe same command goes on after the last finished stage.", 1)
-        except KeyboardInterrupt:  # click would turn it into a bare `Aborted`
-            _fail("Stopped. The same command goes on where this one ended.", 130)
+        folder = retrain(profile, overrides)
     _say_where(settings, folder)
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """What stops a run is one message that says how to go on."""
+    from tasks.core.child import StageError
+
+    try:
+        yield
+    except StageError as error:
+        _fail(f"{error}\nThe same command goes on after the last finished stage.", 1)
+    except KeyboardInterrupt:  # click would turn it into a bare `Aborted`
+        _fail("Stopped. The same command goes on where this one ended.", 130)
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
@@ -125,6 +131,28 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
     print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {settings.mlflow_uri}")
+
+
+@app.command()
+def ablate(
+    file: Annotated[Path, typer.Argument(help="A YAML file like those of deployments/ablations/: profile, base, seeds, arms.")],
+) -> None:
+    """Train every arm of an ablation with every seed and print the table: which change of the recipe helps, on `validation`.
+
+    Trainings that ran before are not run again. Stop it at any time: the same command goes on.
+    """
+    from tasks.ablation import load_ablation
+
+    settings = environment.load_settings()
+    ablation = load_ablation(file)  # before anything starts
+    from flows.session import prefect_api
+
+    print(f"Cartwright: ablation {ablation.name}, {len(ablation.arms)} arms, {len(ablation.seeds)} seeds each, home {settings.home}")
+    with prefect_api(settings), _goes_on():
+        from flows.ablate import ablate as run_ablation
+
+        path = run_ablation(str(file))
+    print(f"\n{path.read_text(encoding='utf-8')}\nTable: {path}")
 
 
 @app.command()
@@ -239,50 +267,13 @@ def report(
 @app.command()
 def doctor() -> None:
     """Check what a run needs on this machine: libraries, base model, converter, disk."""
-    checks = list(_checks(environment.load_settings()))
+    from flows.doctor import checks_of
+
+    checks = list(checks_of(environment.load_settings()))
     for good, name, detail in checks:
         print(f"{'ok  ' if good else 'FAIL'}  {name:<24}{detail}")
     if not all(good for good, _, _ in checks):
         raise SystemExit(1)
-
-
-def _checks(settings: environment.Settings) -> Iterator[tuple[bool, str, str]]:
-    from tasks.base_model import offline_gguf
-    from tasks.config import profiles
-    from tasks.core import hardware
-    from tasks.core.artifacts import Store
-    from tasks.quantize_gguf import converter
-
-    def attempt(name: str, action: Callable[[], Any]) -> tuple[bool, str, str]:
-        try:
-            return True, name, str(action() or "")
-        except UserError as error:
-            return False, name, str(error)
-
-    facts = hardware.environment()
-    yield (
-        True,
-        "processor",
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['ram_gb']} GB, bf16 {'native' if hardware.native_bf16() else 'emulated: training uses fp32'}",
-    )
-    yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
-    for library, version in hardware.versions().items():
-        yield version != "missing", library, version
-    yield attempt("offline base model", offline_gguf)
-    yield attempt("GGUF converter", converter)
-    yield attempt("home can be written", Store(settings.store_uri, settings.home).check_writable)
-    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    yield free > 6, "disk", f"{free:.0f} GB free; a quick run takes about 4"
-    for profile in profiles():
-        if profile != "paper":  # its base model is on a hub
-            yield attempt(f"profile {profile}", functools.partial(_valid_profile, profile))
-
-
-def _valid_profile(profile: str) -> str:
-    from tasks.config import load_config, resolve
-
-    return "valid, key " + resolve(load_config(profile)).key()
 
 
 if __name__ == "__main__":

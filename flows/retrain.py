@@ -37,5 +37,6 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
         variants = stages.all_variants(config.base_few_shot, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}
         evaluations, benchmarks, failed = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
-        decision = stages.choose(run, variants, models, evaluations, benchmarks, failed)
+        apis, answered, unanswered = stages.ask_apis(run, dataset) if config.api else ([], {}, {})
+        decision = stages.choose(run, [*variants, *apis], models, evaluations | answered, benchmarks, failed | unanswered)
         return stages.release(run, decision, dataset, card, adapter, models, evaluations)

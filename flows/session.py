@@ -62,13 +62,8 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
     """
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
-    (settings.home / "locks").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home / "locks" / f"run-{config.key()}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError("run", config.profile, "the same configuration is running already", mend="Wait for it, or stop it first") from None
-    with lock:
+    running = UserError("run", config.profile, "the same configuration is running already", mend="Wait for it, or stop it first")
+    with alone(settings, f"run-{config.key()}", running):
         now = datetime.now(UTC)
         git = git_state()
         name = f"{now:%Y%m%d-%H%M%S}-{config.profile}-{config.key()[:4]}"
@@ -81,17 +76,40 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
         run = Run(run_id=tracker.run_name, config=config, started=now.isoformat(timespec="seconds"), resumed=tracker.resumed)
         _runners[run.run_id] = Runner(run.run_id, settings, store, tracker, display)
         try:
-            yield run
-        except KeyboardInterrupt:
-            tracker.end("KILLED")
-            raise
-        except BaseException:
-            tracker.end("FAILED")
-            raise
-        else:
-            tracker.end("FINISHED")
+            with ending(tracker):
+                yield run
         finally:
             del _runners[run.run_id]
+
+
+@contextmanager
+def alone(settings: Settings, name: str, running: UserError) -> Iterator[None]:
+    """Hold the lock of a name, which the kernel frees on death; `running` is raised if another process holds it."""
+    (settings.home / "locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.home / "locks" / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise running from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def ending(tracker: Tracker) -> Iterator[None]:
+    """End the run in MLflow as what happens within ends: finished, failed or killed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tracker.end("KILLED")
+        raise
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    else:
+        tracker.end("FINISHED")
 
 
 @contextmanager

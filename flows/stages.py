@@ -15,6 +15,7 @@ from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE, Variant, decide, recommended_cpu
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
+from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.finetune import finetune
 from tasks.merge import merge
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
@@ -104,6 +105,19 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
     return evaluations, benchmarks, failed
 
 
+@flow(name="ask-apis")
+def ask_apis(run: Run, dataset: Manifest) -> tuple[list[Variant], Models, Failed]:
+    """Models behind an API, on the same rows; one that does not answer does not stop the others."""
+    variants, evaluations, failed = [], {}, {}
+    for variant, config in api_variants(run.config.api):
+        variants.append(variant)
+        try:
+            evaluations[variant.name] = runner(run)(evaluate_api, config, f"evaluate {variant.name}", dataset=dataset)
+        except (StageError, UserError) as error:
+            failed[variant.name] = str(error)
+    return variants, evaluations, failed
+
+
 @flow(name="choose")
 def choose(run: Run, variants: list[Variant], models: Models, evaluations: Models, benchmarks: Models, failed: Failed) -> Manifest:
     """Figures side by side, Pareto front, recommendation."""
@@ -112,6 +126,7 @@ def choose(run: Run, variants: list[Variant], models: Models, evaluations: Model
         for v in variants
         if v.name not in failed
         for kind, found in (("model", models), ("evaluate", evaluations), ("benchmark", benchmarks))
+        if v.role != "api" or kind == "evaluate"
     }
     config = run.config.decide.model_copy(update={"variants": tuple(variants), "failed": failed})
     return runner(run).run(decide, config, "decide", inputs)

@@ -51,6 +51,16 @@ def is_model_id(name: str) -> bool:
     return True
 
 
+def has_price(model: str) -> bool:
+    """Whether LiteLLM's price list, which comes with the package, has a model."""
+    litellm = _litellm()
+    try:
+        litellm.cost_per_token(model=model, prompt_tokens=1, completion_tokens=1)
+    except Exception:  # a plain Exception for a model it does not know
+        return False
+    return True
+
+
 def complete(model: str, messages: list[Message], max_tokens: int, *, sleep: Callable[[float], None] = time.sleep, **more: Any) -> Reply:
     """Ask once; tried again with growing pauses, or the one the server names, when it is busy, broken or silent.
 
@@ -59,7 +69,7 @@ def complete(model: str, messages: list[Message], max_tokens: int, *, sleep: Cal
 
     Raises:
         UserError: the model or the key is refused; to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries.
+        ApiError: no answer after `ATTEMPTS` tries, or the provider's content policy forbids one.
     """
     litellm = _litellm()
     reason = ""
@@ -78,6 +88,8 @@ def complete(model: str, messages: list[Message], max_tokens: int, *, sleep: Cal
                     f"the API refuses the key ({reason})",
                     mend="Set the provider's key in the environment, such as OPENAI_API_KEY",
                 ) from None
+            if isinstance(error, litellm.ContentPolicyViolationError):  # it concerns this request only
+                raise ApiError(f"{model} refuses to answer ({reason})") from None
             if status is not None and status not in RETRIED and not isinstance(error, litellm.APIConnectionError):
                 raise UserError(
                     "model", model, f"the API refuses the request ({reason})", mend="Correct the model's name or its address"

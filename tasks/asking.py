@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report
 from tasks.runtimes import RuntimeName
+from tasks.synthesize import read_rows
 
 MAX_TOKENS = 96
 PARALLEL = 16
@@ -36,6 +38,8 @@ class Found:
     spec: Spec
     dataset: Path
     zero_shot: bool = False
+    few_shot: int = 0  # so many rows of `train` are shown as examples
+    api_base: str | None = None
 
 
 def find_model(settings: Settings, name: str) -> Found:
@@ -85,6 +89,10 @@ def find_model(settings: Settings, name: str) -> Found:
             ],
         )
     variant = variants[wanted]
+    few_shot = variant.get("few_shot", 0)
+    if variant["format"] == "api":
+        where = next((api["api_base"] for api in report["config"]["api"] if api["model"] == variant["model"]), None)
+        return Found(variant["model"], "litellm", spec, dataset, zero_shot=True, few_shot=few_shot, api_base=where)
     kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq"}.get(variant["format"], "base_model" if variant["role"] == "base" else "merge")
     manifest, damage = store.find(kind, variant["key"])
     if not manifest:
@@ -93,7 +101,7 @@ def find_model(settings: Settings, name: str) -> Found:
         )
     folder = store.path(kind, variant["key"])
     path = folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
-    return Found(path, variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base")
+    return Found(path, variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base", few_shot=few_shot)
 
 
 def _behind_an_api(name: str, spec: Spec, dataset: Path | None) -> Found:
@@ -113,15 +121,17 @@ class Asked:
 
 def ask(found: Found, texts: list[str]) -> Asked:
     """Answer texts, `PARALLEL` at a time."""
-    model = runtimes.load(found.runtime, found.path, hardware.cores())
-    conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot) for text in texts]
+    model = runtimes.load(found.runtime, found.path, hardware.cores(), api_base=found.api_base)
+    rows = read_rows(found.dataset / "train.jsonl") if found.few_shot else []
+    examples = prompt.pick_examples(rows, found.spec, found.few_shot)
+    conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     answers = [""] * len(texts)
     latencies = []
     for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):
         answers[completion.index] = completion.text
-        latencies.append(completion.total_s)
-    usd = getattr(model, "usd", None)
-    price = None if usd is None or not texts else usd * 1000 / len(texts)
+        if not math.isnan(completion.total_s):  # a request without an answer has no latency
+            latencies.append(completion.total_s)
+    price = getattr(model, "usd_per_1k_requests", None)
     return Asked(answers, statistics.median(latencies) if latencies else 0.0, price, tuple(getattr(model, "failed", ())))
 
 

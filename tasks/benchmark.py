@@ -81,8 +81,8 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "threads": model.threads,
         "kernel": getattr(model, "kernel", None),
         "load_s": load_s,
-        "ttft_ms": _percentiles(samples["first_token_s"]),
-        "latency_ms": _percentiles(samples["latency_s"]),
+        "ttft_ms": percentiles(samples["first_token_s"]),
+        "latency_ms": percentiles(samples["latency_s"]),
         "prefill_tok_s": statistics.median(prefill[1:]),
         "decode_tok_s": statistics.median(decode[1:]),
         "requests_s": len(alone) / sum(samples["latency_s"]),
@@ -107,7 +107,7 @@ def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) ->
     }
 
 
-def _percentiles(seconds: list[float]) -> dict[str, float]:
+def percentiles(seconds: list[float]) -> dict[str, float]:
     """Median, 95th and 99th percentile in milliseconds."""
     import numpy as np
 

@@ -19,6 +19,8 @@ from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import domain_path, load_spec
 from tasks.evaluate import EvaluateConfig
+from tasks.evaluate_api import EvaluateApiConfig
+from tasks.evaluate_api import check as check_apis
 from tasks.finetune import FinetuneConfig
 from tasks.merge import MergeConfig
 from tasks.quantize_gguf import GgufFormat
@@ -44,6 +46,7 @@ class RunConfig(BaseModel):
     )
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
     base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
+    api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")
     evaluate: EvaluateConfig = EvaluateConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
@@ -133,7 +136,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """Check what the configuration points at, before any work, and fill in the digests that make it exact.
 
     Raises:
-        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used.
+        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, an unknown API.
     """
     from tasks.base_model import resolve as resolve_base_model
 
@@ -141,6 +144,8 @@ def resolve(config: RunConfig) -> RunConfig:
     _known("data.languages", config.data.languages, spec.languages)
     _known("data.intents", config.data.intents, list(spec.intents))
     make_generator(config.data)
+    if config.api:
+        check_apis(config.api)
     digest = digest_of(describe_files(domain_path(config.data.domain)))
     for path in config.data.extra:
         if not read_labelled(Path(path), spec)[0]:

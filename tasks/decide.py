@@ -11,22 +11,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.artifacts import MANIFEST, Manifest
 from tasks.core.stage import StageConfig, stage
+from tasks.paper import compare_with_paper
 from tasks.runtimes import Dtype, RuntimeName
 
 BASE, BASE_FEW_SHOT, REFERENCE = "base-bf16", "base-bf16-few-shot", "tuned-fp16"
-PAPER = "Licardo and Tanković, arXiv 2510.21970"
+OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
+ELSEWHERE = "the model runs on its provider's machines"
 
 
 class Variant(BaseModel):
-    """One way to deploy the model. `base` was not fine-tuned; `reference` is the 16-bit model all others are compared with."""
+    """One way to deploy the model. `base` was not fine-tuned; `reference` is the 16-bit model all others are compared with.
+
+    `api` is somebody else's model, asked for contrast: it is never recommended.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    format: Literal["hf", "gptq", "gguf"]
-    bits: float
+    format: Literal["hf", "gptq", "gguf", "api"]
+    bits: float | None
     runtime: RuntimeName
     dtype: Dtype = "float16"
-    role: Literal["base", "reference", "candidate"]
+    role: Literal["base", "reference", "candidate", "api"]
     few_shot: int = 0
 
 
@@ -43,11 +48,12 @@ class DecideConfig(StageConfig):
     failed: dict[str, str] = Field({}, description="Variants that could not be made or measured, with the reason; filled in by the flow")
 
 
-@stage("decide", version=1, libraries=("scipy", "numpy"), isolated=False)
+@stage("decide", version=2, libraries=("scipy", "numpy"), isolated=False)
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
-    `inputs` has `model:<variant>`, `evaluate:<variant>` and `benchmark:<variant>` for every variant that did not fail.
+    `inputs` has `model:<variant>`, `evaluate:<variant>` and `benchmark:<variant>` for every variant that did not fail; of a model
+    behind an API, only `evaluate:<variant>`.
     """
     variants = [_describe(variant, config, inputs) for variant in config.variants]
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
@@ -58,7 +64,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
         "variants": variants,
         "pareto": pareto_front(variants),
         "recommendation": recommendation,
-        "paper": compare_with_paper(variants),
+        "paper": compare_with_paper(measured(variants), [v for v in variants if v["role"] == "api"]),
     }
     (out_dir / "decision.json").write_text(json.dumps(decision, indent=2, ensure_ascii=False), encoding="utf-8")
     return {"recommended_cpu": recommendation["cpu"], "variants": len(variants), "failed": len(config.failed)}
@@ -80,9 +86,12 @@ def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]
         "format": variant.format,
         "bits": variant.bits,
         "runtime": variant.runtime,
+        "few_shot": variant.few_shot,
     }
     if variant.name in config.failed:
         return {**row, "error": config.failed[variant.name], "quality": None, "performance": None, "size_mb": None, "notes": []}
+    if variant.role == "api":
+        return row | _describe_api(variant, _manifest(inputs[f"evaluate:{variant.name}"]))
     model = _manifest(inputs[f"model:{variant.name}"])
     quality = _manifest(inputs[f"evaluate:{variant.name}"])["metrics"]
     performance = _manifest(inputs[f"benchmark:{variant.name}"])["metrics"]
@@ -108,7 +117,34 @@ def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]
         "fidelity": None,
         "fidelity_reason": "not measured yet",
         "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel")}
-        | {"energy_j_per_request": None, "energy_source": None, "usd_per_1k_requests": None},
+        | {"energy_j_per_request": None, "energy_source": None, "usd_per_1k_requests": None}
+        | {"usd_per_1k_requests_reason": "runs on a machine of one's own, whose price is not known here"},
+        "notes": notes,
+    }
+
+
+def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """A model behind an API: what cannot be known of it is null, and says why."""
+    metrics, asked = evaluation["metrics"], evaluation["metrics"]["performance"]
+    hidden = dict.fromkeys(OF_OUR_MACHINE) | dict.fromkeys((f"{name}_reason" for name in OF_OUR_MACHINE), ELSEWHERE)
+    examples = f"{variant.few_shot} examples" if variant.few_shot else "no examples"
+    notes = [f"asked with long instructions and {examples}, {asked['parallel']} requests at a time; a latency includes the network."]
+    if asked["requests_failed"]:
+        failed, total = asked["requests_failed"], asked["requests"] + asked["requests_failed"]
+        notes.append(f"{failed} of {total} requests got no answer and count as wrong. The first: {asked['first_failure']}.")
+    priced = {} if asked["usd"] is not None else {"usd_per_1k_requests_reason": "LiteLLM has no price of this model"}
+    return {
+        "model": evaluation["config"]["model"],
+        "device": "api",
+        "threads": None,
+        "kernel": None,
+        **dict.fromkeys(("size_mb", "sha256", "tensor_types")),
+        **{f"{name}_reason": ELSEWHERE for name in ("size_mb", "bits", "threads", "sha256", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
+        "key": evaluation["key"],
+        "quality": {**metrics["test"], "hard_exact_match": metrics.get("hard", {}).get("exact_match"), "hard": metrics.get("hard", {})},
+        "fidelity": None,
+        "fidelity_reason": "another model: nothing of ours was quantized into it",
+        "performance": {name: value for name, value in asked.items() if name != "device"} | hidden | priced,
         "notes": notes,
     }
 
@@ -117,10 +153,11 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
     variant["speedup_vs_fp16"] = variant["ram_reduction_vs_fp16"] = None
     if not reference or not variant["quality"]:
         return
-    mine, theirs = variant["performance"], reference["performance"]
-    variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
-    variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
-    variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
+    if variant["role"] != "api":
+        mine, theirs = variant["performance"], reference["performance"]
+        variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
+        variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
+        variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
     if variant is not reference:
         variant["quality"]["vs_reference"] = paired_difference(
             correct_rows(inputs[f"evaluate:{variant['name']}"]), correct_rows(inputs[f"evaluate:{reference['name']}"])
@@ -154,8 +191,9 @@ def paired_difference(mine: Sequence[bool], theirs: Sequence[bool], draws: int =
     }
 
 
-def _measured(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [v for v in variants if v["quality"] and v["role"] != "base"]
+def measured(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that could be deployed and have figures: neither the model before fine-tuning nor somebody else's."""
+    return [v for v in variants if v["quality"] and v["role"] not in ("base", "api")]
 
 
 def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
@@ -164,8 +202,8 @@ def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
     def figures(v: dict[str, Any]) -> tuple[float, float, float]:
         return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -v["performance"]["rss_mb"]
 
-    measured = _measured(variants)
-    return [v["name"] for v in measured if not any(_dominates(figures(other), figures(v)) for other in measured)]
+    found = measured(variants)
+    return [v["name"] for v in found if not any(_dominates(figures(other), figures(v)) for other in found)]
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -175,7 +213,7 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any]:
     """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU."""
     limits = {name: getattr(config, name) for name in ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_latency_p95_ms")}
-    reference = next((v for v in _measured(variants) if v["role"] == "reference"), None)
+    reference = next((v for v in measured(variants) if v["role"] == "reference"), None)
     if not reference:
         return {
             "cpu": None,
@@ -183,7 +221,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
             "constraints": limits,
             "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
         }
-    fitting = [v for v in _measured(variants) if _within(v, reference, config)]
+    fitting = [v for v in measured(variants) if _within(v, reference, config)]
     on_cpu = [v for v in fitting if v["device"] == "cpu" and v["role"] == "candidate"]
     cpu = max(on_cpu, key=lambda v: v["performance"]["requests_s"], default=None)
     for_gpu = [v for v in fitting if v["runtime"] == "transformers"]
@@ -223,66 +261,3 @@ def _why_gpu(v: dict[str, Any] | None, measured: bool) -> str:
     if measured:
         return f"{v['name']} was the fastest on the GPU within the limits."
     return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured."
-
-
-def compare_with_paper(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's claims beside ours, with a note on what can be compared."""
-    by_name = {v["name"]: v for v in _measured(variants)}
-    reference = by_name.get(REFERENCE)
-    ggufs = [v for v in by_name.values() if v["format"] == "gguf"]
-    gptq = next((v for v in by_name.values() if v["format"] == "gptq"), None)
-    fastest = max(ggufs, key=lambda v: v["performance"]["requests_s"], default=None)
-    leanest = max(ggufs, key=lambda v: v["ram_reduction_vs_fp16"] or 0, default=None)
-    best = max((v for v in ggufs if v["bits"] < 16), key=lambda v: v["quality"]["exact_match"]["value"], default=None)
-    on_gpu = bool(gptq and gptq["device"] == "cuda")
-
-    def claim(text: str, paper: str, ours: str | None, comparable: bool, note: str) -> dict[str, Any]:
-        return {"claim": text, "paper": paper, "ours": ours, "comparable": comparable, "note": note}
-
-    return [
-        claim(
-            "Exact match, fine-tuned model",
-            "99% (1B parameters)",
-            f"{reference['quality']['exact_match']['value']:.1%} (135M parameters)" if reference else None,
-            False,
-            "Another data set and a model seven times smaller; the paper's data and prompt are not public here.",
-        ),
-        claim(
-            "GPTQ 4-bit against FP16: GPU memory",
-            "-41% (NVIDIA T4)",
-            None,
-            False,
-            "No GPU here: not measured." if not on_gpu else "Another GPU.",
-        ),
-        claim(
-            "GPTQ 4-bit against FP16: speed",
-            "82% slower (NVIDIA T4)",
-            f"{gptq['speedup_vs_fp16']:.2f}x (on {'a GPU' if on_gpu else 'the CPU'})" if gptq else None,
-            on_gpu,
-            "Depends on the kernel; ours is " + (f"{gptq['kernel']}." if gptq else "not measured."),
-        ),
-        claim(
-            "GGUF on a CPU against FP16: speed",
-            "up to 18x",
-            f"{fastest['speedup_vs_fp16']:.1f}x one at a time, {fastest['speedup_vs_fp16_batched']:.1f}x batched ({fastest['name']})"
-            if fastest
-            else None,
-            True,
-            "Both mix the gain of the runtime with that of quantization; the F16 row of llama.cpp tells them apart.",
-        ),
-        claim(
-            "GGUF on a CPU against FP16: memory",
-            "over 90% less",
-            f"{leanest['ram_reduction_vs_fp16']:.0%} less resident memory ({leanest['name']})" if leanest else None,
-            True,
-            "Ours is the resident memory of the whole process; a smaller model leaves a larger share to the libraries.",
-        ),
-        claim(
-            "Best GGUF by accuracy",
-            "Q5_K_M",
-            best["name"].removeprefix("gguf-") if best else None,
-            True,
-            "Differences between formats are mostly within the interval.",
-        ),
-        claim("Best GGUF by speed", "Q4_K_M", fastest["name"].removeprefix("gguf-") if fastest else None, True, "Fastest one at a time."),
-    ]

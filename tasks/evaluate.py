@@ -67,15 +67,16 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) 
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")
         asked = conversations(config, inputs["dataset"], spec, [row["text"] for row in rows])
         answers = answer(model, asked, config.max_tokens, config.parallel, note=split)
-        result = score(rows, answers, spec)
-        correct = result.pop("correct")
-        with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            for row, text, right in zip(rows, answers, correct, strict=True):
-                file.write(
-                    json.dumps(
-                        {"id": row["id"], "text": row["text"], "gold": row["gold"], "output": text, "correct": right}, ensure_ascii=False
-                    )
-                    + "\n"
-                )
-        results[split] = result
+        results[split] = score_and_keep(rows, answers, spec, out_dir / f"{split}.jsonl")
     return results
+
+
+def score_and_keep(rows: list[dict[str, Any]], answers: list[str], spec: Spec, path: Path) -> dict[str, Any]:
+    """The figures of `score`, without the single rows, which are written to `path` with what was answered."""
+    result = score(rows, answers, spec)
+    correct = result.pop("correct")
+    with path.open("w", encoding="utf-8") as file:
+        for row, text, right in zip(rows, answers, correct, strict=True):
+            kept = {"id": row["id"], "text": row["text"], "gold": row["gold"], "output": text, "correct": right}
+            file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+    return result

@@ -49,7 +49,7 @@ class _Point(NamedTuple):
     high: float
     format: str
     gpu: bool
-    base: bool
+    contrast: bool
     pareto: bool
     recommended: bool
 
@@ -118,15 +118,15 @@ def _points(report: Mapping[str, Any], path: str) -> Iterator[_Point]:
         if x and x > 0 and y is not None:
             yield _Point(_label(variant, report), x, y, y if low is None else low, y if high is None else high,
                          str(variant.get("format")), str(variant.get("device")).startswith(("cuda", "gpu")),
-                         variant.get("role") == "base", variant.get("name") in (report.get("pareto") or []),
+                         variant.get("role") in ("base", "api"), variant.get("name") in (report.get("pareto") or []),
                          _is_recommended(variant, report))  # fmt: skip
 
 
 def _front(points: Sequence[_Point], better: int) -> list[_Point]:
-    """The points no other point beats in both figures, by x. The base model is shown for contrast and takes no part."""
+    """The points no other point beats in both figures, by x. Base and API models are shown for contrast and take no part."""
     front: list[_Point] = []
     for point in sorted(points, key=lambda p: (-better * p.x, -p.y)):
-        if not point.base and (not front or point.y > front[-1].y):
+        if not point.contrast and (not front or point.y > front[-1].y):
             front.append(point)
     return front
 

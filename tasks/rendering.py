@@ -12,7 +12,7 @@ from tasks.data_card import read_card
 from tasks.templating import fill
 
 Json: TypeAlias = dict[str, Any]
-ROLES = {"base": "base model", "reference": "16-bit reference"}
+ROLES = {"base": "base model", "reference": "16-bit reference", "api": "API baseline"}
 VERDICTS = {
     "promote": "Promote: the new model takes the champion's place.",
     "hold": "Hold: the champion stays.",
@@ -269,7 +269,7 @@ class _Page:
         return Table("Variant", kept, rows)
 
     def _breakdown(self, head: str, key: str) -> Table:
-        shown = self.recommended + [v for v in self.variants if v.get("role") == "base" and v not in self.recommended]
+        shown = self.recommended + [v for v in self.variants if v.get("role") in ("base", "api") and not v.get("error")]
         labels = dict.fromkeys(label for v in shown for label in _labels(_look(v, ["quality", key])[0]))
         rows = [Row(label, [self._cell(v, ["quality", key, label], "percent") for v in shown]) for label in labels]
         return Table(head, [Column(_text(v.get("name")), "") for v in shown], rows)

@@ -51,13 +51,18 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "base_model.source=/nowhere/model.gguf"], "does not exist"),
         (["--set", "train.epochs"], "is not of the form field=value"),
         (["--set", "gptq=[{bits: 5}]"], "gptq.0.bits = 5"),
+        (["--set", "api=[{model: nobody/knows}]"], "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
+        (["--set", "api=[{model: openai/m}, {model: openai/m, few_shot: 2}]"], "api.0.model = 'openai/m': is listed twice"),
+        (["--set", "api=[{model: openai/of-our-own, max_usd: 2}]"], "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
+        (["--set", "api=[{model: openai/m, api_base: somewhere}]"], "api.0.api_base = 'somewhere'"),
+        (["--set", "api=[{model: openai/m, api_base: 'http://me:secret@here'}]"], "api.0.api_base: has a user name or a query"),
     ],
 )
 def test_bad_input_stops_before_any_work(cartwright: Cartwright, home: Path, arguments: list[str], message: str) -> None:
     result = cartwright("run", "--profile", "smoke", *arguments) if arguments[0] != "--profile" else cartwright("run", *arguments)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr + result.stdout and "secret" not in result.stderr
     assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
     assert not home.exists()
 

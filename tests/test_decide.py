@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.core.artifacts import Manifest
-from tasks.decide import DecideConfig, compare_with_paper, paired_difference, pareto_front, recommend
+from tasks.decide import DecideConfig, paired_difference, pareto_front, recommend
+from tasks.paper import compare_with_paper
 from tasks.register import RegisterConfig, gate
 
 pytestmark = pytest.mark.fast
@@ -67,9 +68,21 @@ def test_without_a_reference_nothing_is_recommended() -> None:
 
 
 def test_paper_claims_that_were_not_measured_are_null() -> None:
-    claims = {claim["claim"]: claim for claim in compare_with_paper(VARIANTS)}
+    claims = {claim["claim"]: claim for claim in compare_with_paper([v for v in VARIANTS[1:] if v["quality"]], [])}
     assert claims["GPTQ 4-bit against FP16: GPU memory"]["ours"] is None
+    assert claims["Exact match, GPT-4.1"]["ours"] is None and "was not asked" in claims["Exact match, GPT-4.1"]["ours_reason"]
     assert claims["Best GGUF by speed"]["ours"] == "Q4_0"
+
+
+def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_beside_the_paper() -> None:
+    best = {**variant("api-gpt-4.1", 1.0, 99.0, 1.0, role="api", runtime="litellm", size=1.0), "model": "azure/gpt-4.1", "few_shot": 0}
+    shown = {**best, "name": "api-gpt-4.1-12-shot", "few_shot": 12}
+    other = {**best, "name": "api-else", "model": "openai/gpt-4.1-mini"}
+    variants = [*VARIANTS, best, shown, other]
+    assert recommend(variants, DecideConfig()) == recommend(VARIANTS, DecideConfig())
+    assert pareto_front(variants) == pareto_front(VARIANTS)
+    claim = compare_with_paper([], variants[-3:])[1]
+    assert (claim["paper"], claim["ours"]) == ("99%", "100.0% with no examples, 100.0% with 12 examples")
 
 
 def test_paired_difference_against_counted_values() -> None:

@@ -22,7 +22,7 @@ from tasks.core.artifacts import Manifest
 from tasks.core.settings import Settings
 from tasks.domain.errors import UserError
 
-Kind = Literal["pipeline", "stage", "variant"]
+Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
 CHAMPION = "champion"
@@ -62,9 +62,12 @@ class Tracker:
     Args:
         experiment: its name; made if there is none.
         pipeline_key: hash of the run's configuration. A parent run of the same key that was left running is taken up again.
+        reopen: a parent run of the same key is taken up even if it has ended.
     """
 
-    def __init__(self, settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str], *, reopen: bool = False
+    ) -> None:
         import mlflow
         from mlflow import MlflowClient
 
@@ -78,10 +81,12 @@ class Tracker:
             location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
             self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
         self._without_params: set[str] = set()  # runs made here, of which nothing need be read before parameters are written
-        left = self._search(f"tags.`{TAG}pipeline_key` = '{pipeline_key}' and attributes.status = 'RUNNING'")
+        same = f"tags.`{TAG}pipeline_key` = '{pipeline_key}'"
+        left = self._search(same if reopen else f"{same} and attributes.status = 'RUNNING'")
         self.resumed = bool(left)
         if left:
             self.parent = left[0].info.run_id
+            self.client.update_run(self.parent, status="RUNNING")
         else:
             all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
             self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id

@@ -58,16 +58,17 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
-def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto") -> Runtime:
+def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto", api_base: str | None = None) -> Runtime:
     """Load the model at `path`.
 
     Args:
         path: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one), a model id for `litellm`.
+        api_base: for `litellm`, the address of an API that is not the provider's usual one.
     """
     if runtime == "litellm":
         from tasks.runtimes.litellm import LiteLlmRuntime
 
-        return LiteLlmRuntime(str(path))
+        return LiteLlmRuntime(str(path), api_base)
     path = Path(path)
     if runtime == "llama_cpp":
         from tasks.runtimes.llama_cpp import LlamaCppRuntime

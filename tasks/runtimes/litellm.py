@@ -3,42 +3,118 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 from tasks.api import ApiError, Reply, complete
+from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
 
+GIVE_UP = 8  # requests in a row without an answer, each tried several times, after which the rest is not asked
+
+
+@dataclass(frozen=True)
+class ApiCompletion(Completion):
+    """`usd` is None where no price is known. `problem` says why there is no answer; its time is NaN then."""
+
+    usd: float | None = None
+    problem: str = ""
+
 
 class LiteLlmRuntime:
-    """A model that somebody else runs. `usd` and `failed` add up over all requests."""
+    """A model that somebody else runs. `usd`, `answered` and `failed` add up over all requests.
+
+    Args:
+        api_base: the address of an API that is not the provider's usual one.
+        max_usd: ask no more once the next request might cost more than what is left of this.
+        dearest: what the dearest of earlier requests like these cost, in dollars; 0 if there were none.
+    """
 
     device = "api"
     threads = 0
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, api_base: str | None = None, max_usd: float | None = None, dearest: float = 0.0) -> None:
+        self.model, self.api_base, self.max_usd = model, api_base, max_usd
         self.usd: float | None = 0.0
+        self.answered = 0
         self.failed: list[str] = []
+        self._in_a_row = 0
+        self._dearest = dearest
 
-    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
-        """See `Runtime.generate`. The time to the first token is not known: answers come whole."""
+    @property
+    def usd_per_1k_requests(self) -> float | None:
+        """Dollars for 1,000 answers; None where no price is known."""
+        return None if self.usd is None or not self.answered else self.usd * 1000 / self.answered
+
+    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[ApiCompletion]:
+        """See `Runtime.generate`. The time to the first token is not known: answers come whole.
+
+        Raises:
+            UserError: the key, the model or a request is refused, nothing answers, or `max_usd` is used up. What was on its way
+                then is waited for and yielded first, since it is paid for.
+        """
+        left = iter(enumerate(conversations))
+        waiting: dict[Future[Reply], int] = {}
+        stop: UserError | None = None
         pool = ThreadPoolExecutor(parallel)
         try:
-            waiting = {
-                pool.submit(complete, self.model, conversation, max_tokens, temperature=0): index
-                for index, conversation in enumerate(conversations)
-            }
-            for future in as_completed(waiting):
-                try:
-                    reply = future.result()
-                except ApiError as error:
-                    self.failed.append(str(error))
-                    reply = Reply("", 0, 0, 0.0, 0.0)
-                self.usd = None if self.usd is None or reply.usd is None else self.usd + reply.usd
-                yield Completion(waiting[future], reply.text, reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds)
+            while True:
+                # With a limit, the first answer alone tells what one costs.
+                room = parallel if self.max_usd is None or self._dearest or self.answered else 1
+                while not stop and len(waiting) < room and (item := next(left, None)):
+                    stop = self._overspent(len(waiting))
+                    if not stop:
+                        waiting[pool.submit(self._ask, item[1], max_tokens)] = item[0]
+                if not waiting:
+                    break
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    index = waiting.pop(future)
+                    try:
+                        yield self._answered(index, future.result())
+                    except ApiError as error:
+                        yield self._unanswered(index, str(error))
+                    except UserError as error:  # refused for one, refused for all
+                        stop = stop or error
+                stop = stop or self._given_up()
+            if stop:
+                raise stop
         finally:
-            pool.shutdown(cancel_futures=True)  # a refused key is refused for all of them
+            pool.shutdown(cancel_futures=True)
+
+    def _ask(self, conversation: list[Message], max_tokens: int) -> Reply:
+        where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}
+        return complete(self.model, conversation, max_tokens, temperature=0, **where)
+
+    def _answered(self, index: int, reply: Reply) -> ApiCompletion:
+        self.answered += 1
+        self._in_a_row = 0
+        self.usd = None if self.usd is None or reply.usd is None else self.usd + reply.usd
+        self._dearest = max(self._dearest, reply.usd or 0.0)
+        return ApiCompletion(index, reply.text, reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds, reply.usd)
+
+    def _unanswered(self, index: int, problem: str) -> ApiCompletion:
+        self.failed.append(problem)
+        self._in_a_row += 1
+        return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, problem)
+
+    def _overspent(self, on_the_way: int) -> UserError | None:
+        if self.max_usd is None or (self.usd or 0.0) + (on_the_way + 1) * self._dearest <= self.max_usd:
+            return None
+        return UserError(
+            "api.max_usd", None, f"is used up: one more request to {self.model} might cost more than is left", mend="Raise it and run again"
+        )
+
+    def _given_up(self) -> UserError | None:
+        if self._in_a_row < GIVE_UP:
+            return None
+        return UserError(
+            "model",
+            self.model,
+            f"gave no answer to {self._in_a_row} requests in a row ({self.failed[-1]})",
+            mend="Check the network and the API's address, and run again",
+        )
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
         """Not to be known of an API."""

@@ -1,0 +1,167 @@
+"""Stage `evaluate_api`: accuracy, latency and price of a model behind an API, all from the same requests.
+
+A latency is that of one answer, from the request to its last token, while up to `parallel` requests are under way. Every answer
+is written down at once: a stage that was killed, or stopped by its budget, buys none of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from tasks.benchmark import percentiles
+from tasks.core import progress
+from tasks.core.stage import StageConfig, stage
+from tasks.decide import Variant
+from tasks.domain.errors import UserError
+from tasks.domain.spec import load_spec
+from tasks.evaluate import EvaluateConfig, conversations, score_and_keep
+from tasks.synthesize import read_rows
+
+ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price: the raw samples
+Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
+
+
+class EvaluateApiConfig(StageConfig):
+    """A model behind an API. Its key is read from the environment, as LiteLLM does."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"api_base", "max_usd"})
+    model: str = Field(min_length=1, description="A LiteLLM model id, such as openai/gpt-4.1")
+    few_shot: int = Field(0, ge=0, le=64, description="Ask once more, with so many rows of `train` as examples; 0 leaves that out")
+    api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")
+    max_usd: float | None = Field(None, gt=0, description="Most dollars that asking once may cost; null does not limit")
+    splits: tuple[str, ...] = ("test", "hard")
+    max_tokens: int = Field(256, ge=8, le=16_384, description="Longer answers are cut")
+    parallel: int = Field(8, ge=1, le=256, description="Requests under way at a time")
+
+
+def api_variants(configs: Sequence[EvaluateApiConfig]) -> list[tuple[Variant, EvaluateApiConfig]]:
+    """Every model without examples and, if wanted, with them. Named by the last part of its id, or by all of it if two share that."""
+    short = [config.model.split("/")[-1] for config in configs]
+    found = []
+    for config, last in zip(configs, short, strict=True):
+        name = "api-" + re.sub(r"[^\w.-]+", "-", last if short.count(last) == 1 else config.model)
+        for few_shot in dict.fromkeys((0, config.few_shot)):
+            variant = Variant(
+                name=name + (f"-{few_shot}-shot" if few_shot else ""),
+                format="api",
+                bits=None,
+                runtime="litellm",
+                role="api",
+                few_shot=few_shot,
+            )
+            found.append((variant, config.model_copy(update={"few_shot": few_shot})))
+    return found
+
+
+def check(configs: Sequence[EvaluateApiConfig]) -> None:
+    """Check models and addresses without asking them.
+
+    Raises:
+        UserError: a model no provider is known for, one that is listed twice, a limit that cannot be kept, a key in an address.
+    """
+    from tasks.api import has_price, is_model_id
+
+    for number, config in enumerate(configs):
+        field = f"api.{number}"
+        if [other.model for other in configs].count(config.model) > 1:
+            raise UserError(f"{field}.model", config.model, "is listed twice", mend="Give each model one entry")
+        if re.search("[@?#]", config.api_base or ""):  # not shown: it may hold a key
+            raise UserError(
+                f"{field}.api_base", None, "has a user name or a query", mend="Give keys in the environment, such as OPENAI_API_KEY"
+            )
+        if not is_model_id(config.model):
+            raise UserError(
+                f"{field}.model", config.model, "is no model id LiteLLM knows a provider for", mend="For example openai/gpt-4.1"
+            )
+        if config.max_usd is not None and not has_price(config.model):
+            problem = f"cannot be kept: LiteLLM has no price of {config.model}"
+            raise UserError(f"{field}.max_usd", config.max_usd, problem, mend="Set it to null")
+
+
+@stage("evaluate_api", version=1, resumable=True)
+def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Score a model on splits of `inputs["dataset"]`; goes on with the answers that an earlier attempt left in `out_dir`.
+
+    Raises:
+        UserError: the API refuses or does not answer, or the budget is used up. What was answered stays for the next attempt.
+    """
+    from tasks.runtimes.litellm import LiteLlmRuntime
+
+    spec = load_spec(str(inputs["dataset"]))
+    rows = {split: read_rows(inputs["dataset"] / f"{split}.jsonl") for split in config.splits}
+    answers = _read_answers(out_dir / ANSWERS)
+    todo = [(split, row) for split in rows for row in rows[split] if (split, row["id"]) not in answers]
+    how = EvaluateConfig(zero_shot=True, few_shot=config.few_shot)
+    asked = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in todo])
+    prices = [answer["usd"] or 0.0 for answer in answers.values()]
+    left = None if config.max_usd is None else config.max_usd - sum(prices)
+    earlier = len(answers)
+    model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0))
+    started = time.perf_counter()
+    with (out_dir / ANSWERS).open("a", encoding="utf-8") as file:
+        for done in progress.track(model.generate(asked, config.max_tokens, config.parallel), len(asked), config.model):
+            if done.problem:
+                continue
+            split, row = todo[done.index]
+            answer = {
+                "split": split,
+                "id": row["id"],
+                "output": done.text,
+                "seconds": done.total_s,
+                "prompt_tokens": done.prompt_tokens,
+                "completion_tokens": done.completion_tokens,
+                "usd": done.usd,
+            }
+            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.flush()
+            answers[split, row["id"]] = answer
+    wall_s = time.perf_counter() - started
+    results: dict[str, Any] = {}
+    for split, found in rows.items():
+        texts = [answers[split, row["id"]]["output"] if (split, row["id"]) in answers else "" for row in found]
+        results[split] = score_and_keep(found, texts, spec, out_dir / f"{split}.jsonl")
+    performance = _performance(list(answers.values())) | {
+        "requests_s_batched": len(answers) / wall_s if not earlier else None,
+        "requests_s_batched_reason": "asking was interrupted and taken up again" if earlier else None,
+        "parallel": config.parallel,
+        "requests_failed": len(model.failed),
+        "first_failure": model.failed[0] if model.failed else None,
+    }
+    return {**results, "performance": performance}
+
+
+def _read_answers(path: Path) -> Answers:
+    """What an earlier attempt was answered. A line that was cut short by a kill is dropped from the file."""
+    found: Answers = {}
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").split("\n")
+        whole = [line for line in lines[:-1] if line]  # what stands after the last line break was cut short
+        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        for answer in map(json.loads, whole):
+            found[answer["split"], answer["id"]] = answer
+    return found
+
+
+def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The part of `performance` that can be known of an API. Requests without an answer have no time and no price."""
+    seconds = [answer["seconds"] for answer in answers]
+    prices = [answer["usd"] for answer in answers]
+    usd = None if None in prices else sum(prices)
+    return {
+        "device": "api",
+        "latency_ms": percentiles(seconds),
+        "requests_s": len(seconds) / sum(seconds),
+        "completion_tokens": statistics.mean(answer["completion_tokens"] for answer in answers),
+        "prompt_tokens": statistics.mean(answer["prompt_tokens"] for answer in answers),
+        "requests": len(answers),
+        "usd": usd,
+        "usd_per_1k_requests": None if usd is None else usd * 1000 / len(answers),
+    }

@@ -1,0 +1,87 @@
+"""What the paper claims, beside what a run measured: Licardo and Tanković, arXiv 2510.21970 (2025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GPT_4_1 = "gpt-4.1"
+
+
+def _claim(text: str, paper: str, ours: str | None, comparable: bool, note: str) -> dict[str, Any]:
+    return {"claim": text, "paper": paper, "ours": ours, "comparable": comparable, "note": note}
+
+
+def _gpt_4_1(apis: list[dict[str, Any]]) -> dict[str, Any]:
+    """The paper's API baseline on our rows, if it was asked."""
+    asked = [v for v in apis if v["quality"] and v["model"].split("/")[-1] == GPT_4_1]
+    ours = [f"{v['quality']['exact_match']['value']:.1%} with {v['few_shot'] or 'no'} examples" for v in asked]
+    claim = _claim(
+        "Exact match, GPT-4.1", "99%", ", ".join(ours) or None, False, "Our rows and our prompt; the paper's are not public here."
+    )
+    return claim if asked else {**claim, "ours_reason": "it was not asked, or gave no answer; the field `api` lists the models to ask"}
+
+
+def compare_with_paper(ours: list[dict[str, Any]], apis: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's claims beside ours, with a note on what can be compared.
+
+    Args:
+        ours: our fine-tuned variants that have figures.
+        apis: models behind an API.
+    """
+    by_name = {v["name"]: v for v in ours}
+    reference = next((v for v in ours if v["role"] == "reference"), None)
+    ggufs = [v for v in by_name.values() if v["format"] == "gguf"]
+    gptq = next((v for v in by_name.values() if v["format"] == "gptq"), None)
+    fastest = max(ggufs, key=lambda v: v["performance"]["requests_s"], default=None)
+    leanest = max(ggufs, key=lambda v: v["ram_reduction_vs_fp16"] or 0, default=None)
+    best = max((v for v in ggufs if v["bits"] < 16), key=lambda v: v["quality"]["exact_match"]["value"], default=None)
+    on_gpu = bool(gptq and gptq["device"] == "cuda")
+
+    return [
+        _claim(
+            "Exact match, fine-tuned model",
+            "99% (1B parameters)",
+            f"{reference['quality']['exact_match']['value']:.1%} (135M parameters)" if reference else None,
+            False,
+            "Another data set and a model seven times smaller; the paper's data and prompt are not public here.",
+        ),
+        _gpt_4_1(apis),
+        _claim(
+            "GPTQ 4-bit against FP16: GPU memory",
+            "-41% (NVIDIA T4)",
+            None,
+            False,
+            "No GPU here: not measured." if not on_gpu else "Another GPU.",
+        ),
+        _claim(
+            "GPTQ 4-bit against FP16: speed",
+            "82% slower (NVIDIA T4)",
+            f"{gptq['speedup_vs_fp16']:.2f}x (on {'a GPU' if on_gpu else 'the CPU'})" if gptq else None,
+            on_gpu,
+            "Depends on the kernel; ours is " + (f"{gptq['kernel']}." if gptq else "not measured."),
+        ),
+        _claim(
+            "GGUF on a CPU against FP16: speed",
+            "up to 18x",
+            f"{fastest['speedup_vs_fp16']:.1f}x one at a time, {fastest['speedup_vs_fp16_batched']:.1f}x batched ({fastest['name']})"
+            if fastest
+            else None,
+            True,
+            "Both mix the gain of the runtime with that of quantization; the F16 row of llama.cpp tells them apart.",
+        ),
+        _claim(
+            "GGUF on a CPU against FP16: memory",
+            "over 90% less",
+            f"{leanest['ram_reduction_vs_fp16']:.0%} less resident memory ({leanest['name']})" if leanest else None,
+            True,
+            "Ours is the resident memory of the whole process; a smaller model leaves a larger share to the libraries.",
+        ),
+        _claim(
+            "Best GGUF by accuracy",
+            "Q5_K_M",
+            best["name"].removeprefix("gguf-") if best else None,
+            True,
+            "Differences between formats are mostly within the interval.",
+        ),
+        _claim("Best GGUF by speed", "Q4_K_M", fastest["name"].removeprefix("gguf-") if fastest else None, True, "Fastest one at a time."),
+    ]

@@ -1,0 +1,176 @@
+"""Models behind an API as variants of a run: what is asked, paid, kept and reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import api
+from tasks.api import complete
+from tasks.config import load_config
+from tasks.domain.errors import UserError
+from tasks.domain.scoring import compact_json
+from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, api_variants, evaluate_api
+from tasks.runtimes.litellm import GIVE_UP, LiteLlmRuntime
+from tasks.synthesize import read_rows, synthesize
+from tests.fault_server import KEY, Faults
+
+ASK = [{"role": "user", "content": "2 milk"}]
+SPLITS = ("test", "hard")
+
+
+def answer_rightly(server: Faults, dataset: Path) -> dict[str, list[dict[str, Any]]]:
+    """Let the server know the answer to every row that is evaluated; returns the rows by split."""
+    rows = {split: read_rows(dataset / f"{split}.jsonl") for split in SPLITS}
+    right = {row["text"].strip(): compact_json(row["gold"]) for found in rows.values() for row in found}
+    other = str(server.answer)
+    server.answer = lambda body: right.get(body["messages"][-1]["content"].strip(), other)
+    return rows
+
+
+def test_a_request_that_content_policy_forbids_fails_alone(server: Faults) -> None:
+    server.always = {"rude": "refuse"}
+    model = LiteLlmRuntime("openai/gpt-4.1")
+    found = {c.index: c for c in model.generate([ASK, [{"role": "user", "content": "rude"}], ASK], 32, 2)}
+    assert [found[i].text for i in range(3)] == [server.answer, "", server.answer]
+    assert "content_policy_violation" in found[1].problem and len(model.failed) == 1 and len(server.requests) == 3
+    assert model.usd_per_1k_requests == pytest.approx(found[0].usd * 1000)  # type: ignore[operator]
+
+
+def test_the_budget_is_never_exceeded_and_what_was_paid_for_is_kept(server: Faults) -> None:
+    price = complete("openai/gpt-4.1", ASK, 32).usd
+    assert price
+    server.requests.clear()
+    model = LiteLlmRuntime("openai/gpt-4.1", max_usd=5.5 * price)
+    found = []
+    with pytest.raises(UserError, match=r"is used up.*Raise it"):
+        for completion in model.generate([ASK] * 20, 32, 4):
+            found.append(completion.text)
+    assert found == [server.answer] * 5 and len(server.requests) == 5
+    assert model.usd == pytest.approx(5 * price)
+
+
+def test_where_nothing_answers_the_rest_is_not_asked(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 1)
+    server.faults = ["500"] * 100
+    with pytest.raises(UserError, match=r"no answer to \d+ requests in a row.*Check the network"):
+        list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 2))
+    assert len(server.requests) <= GIVE_UP + 2
+    server.faults = ["500"] * (GIVE_UP - 1)
+    assert len(list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))) == 50  # an answer begins the count anew
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """The rows of the profile `smoke`."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    synthesize.function(load_config("smoke").data, {}, folder)
+    return folder
+
+
+def test_no_answer_is_bought_twice(server: Faults, dataset: Path, tmp_path: Path) -> None:
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    price = complete("openai/gpt-4.1", ASK, 32).usd
+    assert price
+    server.requests.clear()
+    config = EvaluateApiConfig(model="openai/gpt-4.1", max_usd=10.5 * price)
+    for bought in (10, 10):
+        with pytest.raises(UserError, match="max_usd"):
+            evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+        assert len(server.requests) == bought
+    log = tmp_path / ANSWERS
+    log.write_bytes(log.read_bytes()[:-5])  # a kill in the middle of a line
+    metrics = evaluate_api.function(config.model_copy(update={"max_usd": None}), {"dataset": dataset}, tmp_path)
+    assert len(server.requests) == total + 1
+    assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
+    performance = metrics["performance"]
+    assert performance["requests"] == total == len(log.read_text().splitlines())
+    assert performance["usd"] == pytest.approx(total * price) and performance["usd_per_1k_requests"] == pytest.approx(1000 * price)
+    assert performance["requests_s_batched"] is None and "interrupted" in performance["requests_s_batched_reason"]
+
+
+def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:
+    config = EvaluateApiConfig(model="openai/gpt-4.1")
+    elsewhere = config.model_copy(update={"api_base": "http://127.0.0.1:9/v1", "max_usd": 3.0})
+    assert evaluate_api.key(config, {}) == evaluate_api.key(elsewhere, {})
+    assert evaluate_api.key(config, {}) != evaluate_api.key(config.model_copy(update={"model": "openai/gpt-4.1-mini"}), {})
+
+
+def test_variants_are_named_by_their_model() -> None:
+    ids = ("openai/gpt-4.1", "azure/gpt-4.1", "openrouter/meta/llama:free")
+    named = api_variants([EvaluateApiConfig(model=ids[0], few_shot=12), *(EvaluateApiConfig(model=name) for name in ids[1:])])
+    names = ["api-openai-gpt-4.1", "api-openai-gpt-4.1-12-shot", "api-azure-gpt-4.1", "api-llama-free"]
+    assert [variant.name for variant, _ in named] == names
+    assert [config.few_shot for _, config in named] == [0, 12, 0, 0]
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """Files below a folder that hold a text."""
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_api_models_are_variants_of_a_run(
+    server: Faults, dataset: Path, home: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    rows = answer_rightly(server, dataset)
+    forbidden = rows["test"][0]["text"].strip()
+    server.always = {"no-key": "401", forbidden: "refuse"}
+    where = f"http://127.0.0.1:{server.server_port}/v1"
+    apis = [
+        {"model": "openai/gpt-4.1", "few_shot": 2, "api_base": where, "max_usd": 5},
+        {"model": "openai/of-our-own", "api_base": where},
+        {"model": "openai/no-key", "api_base": where},
+        {"model": "openai/gpt-4.1-mini", "api_base": where, "max_usd": 1e-9},
+    ]
+    arguments = ("run", "--profile", "smoke", "--set", f"api={json.dumps(apis)}", "--set", "gguf=[F16]", "--set", "gptq=[]")
+    done = cartwright(*arguments, OPENAI_API_BASE="http://127.0.0.1:9/v1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((home / "reports" / "latest" / "report.json").read_text())
+    variants = {v["name"]: v for v in report["variants"] if v["role"] == "api"}
+    assert list(variants) == ["api-gpt-4.1", "api-gpt-4.1-2-shot", "api-of-our-own", "api-no-key", "api-gpt-4.1-mini"]
+
+    total = len(rows["test"]) + len(rows["hard"])
+    right = (len(rows["test"]) - 1) / len(rows["test"])
+    for name in ("api-gpt-4.1", "api-gpt-4.1-2-shot", "api-of-our-own"):
+        row, performance = variants[name], variants[name]["performance"]
+        assert row["quality"]["exact_match"]["value"] == pytest.approx(right, abs=1e-4) and row["quality"]["vs_reference"]["delta"] > 0.5
+        assert f"1 of {total} requests got no answer and count as wrong" in " ".join(row["notes"])
+        assert 0 < performance["latency_ms"]["p50"] <= performance["latency_ms"]["p95"] <= performance["latency_ms"]["p99"]
+        assert performance["requests_s"] > 0 and performance["requests_s_batched"] > 0
+        for place, figure in ((row, "size_mb"), (row, "speedup_vs_fp16"), (performance, "rss_mb"), (performance, "load_s")):
+            assert place[figure] is None and "provider" in place[f"{figure}_reason"]
+    assert variants["api-gpt-4.1"]["performance"]["usd_per_1k_requests"] > 0
+    unpriced = variants["api-of-our-own"]["performance"]
+    assert unpriced["usd_per_1k_requests"] is None and "no price" in unpriced["usd_per_1k_requests_reason"]
+    assert "OPENAI_API_KEY" in variants["api-no-key"]["error"] and "Raise it" in variants["api-gpt-4.1-mini"]["error"]
+    assert report["recommendation"]["cpu"] == "gguf-F16" and set(report["pareto"]) <= {"tuned-fp16", "gguf-F16"}
+    claim = next(claim for claim in report["paper"] if "GPT-4.1" in claim["claim"])
+    assert claim["ours"] == f"{right:.1%} with no examples, {right:.1%} with 2 examples"
+    page = (home / "reports" / "latest" / "report.md").read_text()
+    assert "api-gpt-4.1 (API baseline)" in page and "USD per 1,000 requests" in page
+    assert not holding(home, KEY) and KEY not in done.stdout + done.stderr
+
+    asked = [body for body in server.requests if body["model"] == "gpt-4.1"]
+    assert len(asked) == 2 * total and {len(body["messages"]) for body in asked} == {2, 6}  # each row once for both, two examples
+    server.requests.clear()
+    server.always["no-key"] = ""  # the key was set meanwhile
+    again = cartwright(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert {body["model"] for body in server.requests} == {"no-key"} and len(server.requests) == total
+    report = json.loads((home / "reports" / "latest" / "report.json").read_text())
+    assert not next(v for v in report["variants"] if v["name"] == "api-no-key").get("error")
+
+    server.requests.clear()
+    mine = home.parent / "mine.jsonl"
+    mine.write_text(json.dumps({"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}), encoding="utf-8")
+    scored = cartwright("evaluate", "--data", str(mine), "--model", "api-gpt-4.1-2-shot", OPENAI_API_BASE="http://127.0.0.1:9/v1")
+    assert scored.returncode == 0 and "exact match 100.0%" in scored.stdout, scored.stderr
+    assert len(server.requests[0]["messages"]) == 6
