@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fault_server import KEY, Faults
+from tests.lessons import ask  # noqa: F401 - a fixture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -33,3 +37,16 @@ def cartwright(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=variables, check=check, cwd=REPOSITORY)
 
     return call
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """A provider on loopback that misbehaves on purpose, and the key for it in the environment."""
+    with Faults() as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("OPENAI_API_BASE", f"http://127.0.0.1:{running.server_port}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        yield running
+        running.shutdown()

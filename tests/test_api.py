@@ -4,76 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tasks.api import ATTEMPTS, ApiError, complete
 from tasks.core import settings
 from tasks.domain.errors import UserError
+from tests.fault_server import KEY, Faults
 
-KEY = "sk-planted-0123456789abcdef"
 ASK = [{"role": "user", "content": "2 milk"}]
-
-
-class Faults(ThreadingHTTPServer):
-    """An OpenAI-compatible server that first goes through a list of faults, then answers."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.faults: list[str] = []
-        self.answer = '{"intent":"add_to_cart","product":"milk","quantity":2}'
-        self.requests: list[dict[str, Any]] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Faults
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body)
-        fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault == "drop":
-            self.connection.close()
-        elif fault == "half":
-            self._send(200, b'{"choices": [{"mess')
-        elif fault.isdigit():
-            text = f"Incorrect API key provided: {self.headers['Authorization']}"
-            self._send(int(fault), json.dumps({"error": {"message": text}}).encode(), {"Retry-After": "7"})
-        else:
-            message = {"role": "assistant", "content": self.server.answer}
-            usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice], "usage": usage}
-            self._send(200, json.dumps(reply).encode())
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    with Faults() as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setenv("OPENAI_API_BASE", f"http://127.0.0.1:{running.server_port}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        yield running
-        running.shutdown()
 
 
 def test_an_answer_comes_with_what_it_cost(server: Faults) -> None:
