@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
@@ -40,6 +41,27 @@ class Run(BaseModel):
 
 
 _runners: dict[str, Runner] = {}
+
+
+def teacher_secret(block: str) -> dict[str, str]:
+    """The teacher's key as an environment variable for its process, from a Prefect Secret block; nothing without a block.
+
+    Raises:
+        UserError: there is no such block, or it is empty.
+    """
+    if not block:
+        return {}
+    from prefect.blocks.system import Secret
+
+    try:
+        loaded: Any = Secret.load(block)
+        key = str(loaded.get())
+    except ValueError:  # also when the block is of another type
+        mend = "Make it in the Prefect UI (Blocks, Secret), or give the key by the environment and leave teacher.secret_block empty"
+        raise UserError("teacher.secret_block", block, "is no Secret block of this Prefect API", mend=mend) from None
+    if not key:
+        raise UserError("teacher.secret_block", block, "is empty", mend="Put the teacher's key into it")
+    return {environment.TEACHER_KEY: key}
 
 
 def runner(run: Run) -> Runner:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from prefect import flow
 
-from flows.session import Run, runner
+from flows.session import Run, runner, teacher_secret
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.core.artifacts import Manifest
@@ -23,6 +24,7 @@ from tasks.quantize_gptq import quantize_gptq
 from tasks.register import champion_artefact, register_variants
 from tasks.report import write_report
 from tasks.synthesize import synthesize
+from tasks.teach import NO_TEACHER, teach, teach_config
 
 Models = dict[str, Manifest]
 Failed = dict[str, str]
@@ -30,12 +32,24 @@ Failed = dict[str, str]
 
 @flow(name="data")
 def make_data(run: Run) -> tuple[Manifest, Manifest]:
-    """Labelled utterances, split and checked for leaks, and their data card."""
-    call = runner(run)
-    dataset = call(synthesize, run.config.data)
+    """Labelled utterances, split and checked for leaks, and their data card; a teacher, where one is named, is asked first."""
+    call, data = runner(run), run.config.data
+    lessons = {"teacher": ask_teacher(run)} if data.teacher != NO_TEACHER else {}
+    dataset = call(synthesize, data, **lessons)
     card = call(data_card, DataCardConfig(), dataset=dataset)
-    publish(call, Path(run.config.data.domain).name, dataset, card)
+    publish(call, Path(data.domain).name, dataset, card)
     return dataset, card
+
+
+@flow(name="ask-teacher")
+def ask_teacher(run: Run) -> Manifest:
+    """What a teacher adds to training; one whose budget is used up has given less."""
+    call, config = runner(run), run.config.teacher
+    asking = replace(call, secrets=lambda: teacher_secret(config.secret_block))
+    lessons = asking(teach, teach_config(run.config.data, config))
+    if lessons.metrics["stopped"]:
+        call.display.say(f"The teacher was asked less than planned: {lessons.metrics['stopped']}")
+    return lessons
 
 
 @flow(name="train")

@@ -6,7 +6,9 @@ Keys come from the environment, as LiteLLM reads them; whatever an error says is
 from __future__ import annotations
 
 import email.utils
+import functools
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +24,20 @@ REQUEST_S = 120.0  # how long one answer may take
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
+class RefusedRequest(UserError):
+    """The API will not answer this request, whatever the key; `status` is its HTTP status."""
+
+    def __init__(self, field: str, value: object, problem: str, *, mend: str, status: int) -> None:
+        super().__init__(field, value, problem, mend=mend)
+        self.status = status
+
+
 class ApiError(RuntimeError):
     """No answer came, for a reason that may pass; it was tried again until the attempts were used up."""
+
+
+class ContentRefused(ApiError):
+    """The provider's content policy forbids an answer to this one request."""
 
 
 @dataclass(frozen=True)
@@ -52,51 +66,93 @@ def is_model_id(name: str) -> bool:
 
 
 def has_price(model: str) -> bool:
-    """Whether LiteLLM's price list, which comes with the package, has a model."""
-    litellm = _litellm()
+    """Whether LiteLLM's price list has the model, so that an answer's cost in dollars will be known."""
     try:
-        litellm.cost_per_token(model=model, prompt_tokens=1, completion_tokens=1)
-    except Exception:  # a plain Exception for a model it does not know
+        _litellm().cost_per_token(model=model, prompt_tokens=1, completion_tokens=1)
+    except Exception:  # a class of its own for each reason why there is no price
         return False
     return True
 
 
-def complete(model: str, messages: list[Message], max_tokens: int, *, sleep: Callable[[float], None] = time.sleep, **more: Any) -> Reply:
+def has_key(model: str) -> bool:
+    """Whether the environment holds what the model's provider asks for."""
+    return bool(_litellm().validate_environment(model)["keys_in_environment"])
+
+
+def complete(
+    model: str,
+    messages: list[Message],
+    max_tokens: int,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    timeout_s: float = REQUEST_S,
+    field: str = "model",
+    **more: Any,
+) -> Reply:
     """Ask once; tried again with growing pauses, or the one the server names, when it is busy, broken or silent.
 
     Args:
+        timeout_s: how long one attempt may take.
+        field: what an error calls the model.
         more: further arguments of `litellm.completion`, such as `response_format`.
 
     Raises:
-        UserError: the model or the key is refused; to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries, or the provider's content policy forbids one.
+        UserError: the key is refused, or the request (`RefusedRequest`); to ask again would not help.
+        ApiError: no answer after `ATTEMPTS` tries, or the provider's content policy forbids one (`ContentRefused`).
     """
     litellm = _litellm()
     reason = ""
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
         try:
-            response = litellm.completion(model=model, messages=messages, max_tokens=max_tokens, timeout=REQUEST_S, num_retries=0, **more)
+            asked = functools.partial(litellm.completion, model=model, messages=messages, max_tokens=max_tokens, timeout=timeout_s, **more)
+            response = _in_time(functools.partial(asked, num_retries=0), timeout_s)
+            if response is None:  # LiteLLM's way to say that a server answered 422 twice, once without what it complained of
+                raise RefusedRequest(field, model, "the API cannot process the request", mend="Correct the model's name", status=422)
             return _reply(litellm, response, time.perf_counter() - started)
+        except RefusedRequest:
+            raise
         except Exception as error:
             reason = settings.without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
             status = getattr(error, "status_code", None)
             if isinstance(error, litellm.AuthenticationError) or status in (401, 403):
                 raise UserError(
-                    "model",
+                    field,
                     model,
                     f"the API refuses the key ({reason})",
                     mend="Set the provider's key in the environment, such as OPENAI_API_KEY",
                 ) from None
-            if isinstance(error, litellm.ContentPolicyViolationError):  # it concerns this request only
-                raise ApiError(f"{model} refuses to answer ({reason})") from None
-            if status is not None and status not in RETRIED and not isinstance(error, litellm.APIConnectionError):
-                raise UserError(
-                    "model", model, f"the API refuses the request ({reason})", mend="Correct the model's name or its address"
-                ) from None
+            if isinstance(error, litellm.ContentPolicyViolationError):
+                raise ContentRefused(f"{model} refuses to answer ({reason})") from None
+            passes = status is None or status in RETRIED or isinstance(error, litellm.APIConnectionError)
+            if "response_format" in more and "response_format" in reason:  # llama-cpp-python's server says 500 to a format it does not know
+                passes = False
+            if not passes:
+                problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
+                raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
             if attempt + 1 < ATTEMPTS:
                 sleep(_pause(error, attempt))
     raise ApiError(f"{model} gave no answer in {ATTEMPTS} attempts. The last: {reason}")
+
+
+def _in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """What a call returns, or TimeoutError. An HTTP client's limit is for each read, so an answer that drips in would never end."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)  # the client's own limit comes first, and its message says more
+    if not outcome:
+        raise TimeoutError(f"no whole answer within {seconds:g} s")
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _litellm() -> Any:

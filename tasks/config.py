@@ -27,6 +27,7 @@ from tasks.quantize_gguf import GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
 from tasks.register import RegisterConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
+from tasks.teach import TeacherConfig, check_teacher
 
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
 
@@ -39,6 +40,7 @@ class RunConfig(BaseModel):
     profile: str
     base_model: BaseModelConfig = BaseModelConfig()
     data: SynthesizeConfig = SynthesizeConfig()
+    teacher: TeacherConfig = TeacherConfig()
     train: FinetuneConfig = FinetuneConfig()
     merge: MergeConfig = MergeConfig()
     gguf: tuple[GgufFormat, ...] = Field(
@@ -136,7 +138,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """Check what the configuration points at, before any work, and fill in the digests that make it exact.
 
     Raises:
-        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, an unknown API.
+        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, an unknown API, a misconfigured teacher.
     """
     from tasks.base_model import resolve as resolve_base_model
 
@@ -146,6 +148,7 @@ def resolve(config: RunConfig) -> RunConfig:
     make_generator(config.data)
     if config.api:
         check_apis(config.api)
+    check_teacher(config.data, config.teacher)
     digest = digest_of(describe_files(domain_path(config.data.domain)))
     for path in config.data.extra:
         if not read_labelled(Path(path), spec)[0]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tasks.data_card import read_card
+from tasks.teaching.joining import shown_summary
 from tasks.templating import fill
 
 Json: TypeAlias = dict[str, Any]
@@ -182,10 +183,8 @@ TRAINING = [
     Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
     Column("Final loss", "final_loss"),
 ]  # fmt: skip
-MACHINE = [Column("Processor", "cpu"), Column("Cores", "cores"), Column("RAM, GB", "ram_gb"), Column("GPU", "gpu"),
-           Column("Python", "python")]  # fmt: skip
-STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"),
-          Column("Key", "key", "text")]  # fmt: skip
+MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"))]
+STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"), Column("Key", "key", "text")]
 PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]
 
 
@@ -224,7 +223,8 @@ class _Page:
             "breakdowns": [self._breakdown(head, key) for key, head in heads.items()],
             "paper": self._table("Claim of the paper", PAPER, report.get("paper") or [], "claim"),
             "counts": [self._counts(head, data, key) for key, head in counted.items()],
-            "data": self._facts(data, DATA),
+            "data": self._facts({**data, "teacher": (taught := shown_summary(data.get("teacher"))).get("Model", "none")}, DATA),
+            "teacher": self._facts(taught, [Column(name, name, "text") for name in _labels(taught)]),
             "training": self._facts(report.get("training"), TRAINING),
             "stages": self._table("Stage", STAGES, stages, "name"),
             "machine": self._facts(report.get("environment"), MACHINE),

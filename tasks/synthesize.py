@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -20,6 +20,7 @@ from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
 from tasks.leakage import ORDER, Admission, batched, check_leakage
+from tasks.teaching import joining
 
 ATTEMPTS = 30  # rows tried for one turn before it is left out
 BLOCK = 500  # rows made, and compared with the evaluation splits, at a time
@@ -53,7 +54,7 @@ class SynthesizeConfig(StageConfig):
         (), description="Labelled JSONL files of your own that join training: a `text` and its `gold` answer a line"
     )
     extra_sha256: tuple[str, ...] = Field((), description="Digests of these files; filled in, so that a changed file is new data")
-    teacher: Literal["none"] = Field("none", description="A model that extends the phrase banks; `none` works offline")
+    teacher: str = Field("none", description="A model that extends the phrase banks, by its LiteLLM id; `none` works offline")
     seed: int = Field(7, ge=0)
 
     @field_validator("held_out_noise")
@@ -93,12 +94,17 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
         LeakError: splits share what they must not, as written.
     """
     generator = make_generator(config)
+    lessons = inputs.get("teacher")
+    if lessons:
+        joining.join_banks(generator, lessons)
+    taught = (str(lessons / "utterances.jsonl"),) if lessons else ()
     admission, card = Admission(), DataCard(config.seed)
     total, done = sum(config.rows(split) for split in SPLITS), 0
     for split in ORDER:
         rows = distinct_rows(generator, split, config.rows(split), admission)
         if split == "train":
-            rows = itertools.chain(rows, extra_rows(config.extra, generator.spec, admission))
+            own = extra_rows(config.extra, generator.spec, admission)
+            rows = itertools.chain(rows, own, extra_rows(taught, generator.spec, admission, "teacher"))
         held_out = []
         with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for number, row in enumerate(rows):
@@ -116,7 +122,8 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
     # Later stages read prompt and schema from the data set, so that what was trained and what is asked cannot differ.
     written = (generator.spec.path / "spec.yaml").read_text(encoding="utf-8")
     (out_dir / "spec.yaml").write_text(f"{written}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
-    figures = {**card.counts(), **admission.counts(), "teacher": None}
+    figures = {**card.counts(), **admission.counts()}
+    figures |= joining.summary(lessons, figures["origins"]["train"].get("teacher", 0), admission.rejected)
     card.write(out_dir, figures)
     return figures
 
@@ -145,8 +152,11 @@ def _block(generator: Generator, split: Split, turns: Iterable[int], admission: 
     return [made[turn] for turn in sorted(made)]
 
 
-def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission) -> Iterator[dict[str, Any]]:
-    """Rows of the user's own files as rows of `train`; what cannot be used, or is nearly an evaluation row, is counted.
+def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission, kind: str = "extra") -> Iterator[dict[str, Any]]:
+    """Rows of labelled files as rows of `train`; what cannot be used, or is nearly an evaluation row, is counted.
+
+    Args:
+        kind: `extra` for the user's own files, `teacher` for a teacher's; what origins and reasons begin with.
 
     Raises:
         UserError: a file cannot be read.
@@ -154,16 +164,16 @@ def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission) -> Iter
     for path in paths:
         rows, bad = read_labelled(Path(path), spec)
         for _, problem in bad:
-            admission.rejected[f"extra: {problem.partition('. Allowed')[0]}"[:120]] += 1
+            admission.rejected[f"{kind}: {problem.partition('. Allowed')[0]}"[:120]] += 1
         for part in batched(rows, BLOCK):
-            for row, may in zip(part, admission.admit(part, prefix="extra: "), strict=True):
+            for row, may in zip(part, admission.admit(part, prefix=f"{kind}: "), strict=True):
                 if may:
                     yield {
                         "text": row["text"],
                         "gold": row["gold"],
                         "language": row.get("language", "?"),
                         "split": "train",
-                        "origin": f"extra:{row['source']}" if "source" in row else "extra",
+                        "origin": f"{kind}:{row['source']}" if "source" in row else kind,
                         "product": None,  # of the generator's catalog only: a shop's own rows may name what `test` asks about
                         "noise": [],
                     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault_server import KEY, Faults
+from tests.lessons import ask  # noqa: F401 - a fixture
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

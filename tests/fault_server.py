@@ -17,8 +17,8 @@ class Faults(ThreadingHTTPServer):
 
     Attributes:
         faults: what the next requests meet: a status such as `429` (with `retry_after`), `drop` (the connection), `half` (an
-            answer that breaks off), `nothing` (an empty body), `slow` (silence), `drip` (a byte now and then), `refuse` (content
-            policy), `no_format_422` (`response_format` is unknown, other requests are answered), or nothing.
+            answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
+            and then), `refuse` (content policy), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
         answer: what is said, a text or made from the request's body.
         open: while it is not set, requests wait; they are in `requests` already.
@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "half":
             self._send(200, b'{"choices": [{"mess')
+        elif fault == "wrong":
+            self._send(200, b'{"hello": "world"}')
         elif fault == "nothing":
             self._send(200, b"")
         elif fault == "slow":

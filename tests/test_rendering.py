@@ -32,6 +32,11 @@ MEASURED = [
 ]
 
 
+TAUGHT = {"model": "openai/gpt-4.1-mini", "prompt_version": 1, "requests": 72, "requests_from_log": 12, "tokens": 91_204, "usd": None,
+          "usd_reason": "LiteLLM does not know the price", "accepted": {"patterns": 120, "products": 80, "utterances": 431},
+          "rejected": {"wrong_language": 9, EVIL: 1}, "stopped": "budget teacher.max_tokens = 90000"}  # fmt: skip
+
+
 def interval(value: float, n: int) -> dict[str, float]:
     half = 1.96 * (max(value * (1 - value), 0.004) / n) ** 0.5
     return {"value": value, "low": max(value - half, 0.0), "high": min(value + half, 1.0), "n": n}
@@ -90,7 +95,7 @@ def sample_report() -> dict[str, Any]:
                     "pool": "local"} for i, name in enumerate(stages)],
         "dataset": {"sha256": "cd" * 32, "counts": {"train": 3000, "validation": 300, "test": 900, "hard": 450},
                     "languages": dict.fromkeys(LANGUAGES, 775), "intents": dict.fromkeys(INTENTS, 387),
-                    "duplicates_removed": 118, "rejected": {"slot not in text": 7, EVIL: 1}, "teacher": "grammar"},
+                    "duplicates_removed": 118, "rejected": {"slot not in text": 7, EVIL: 1}, "teacher": TAUGHT},
         "training": {"base_model": "SmolLM2-135M-Instruct", "examples": 3000, "epochs": 2, "tokens": 412_880,
                      "tokens_per_s": 296.4, "wall_s": 1393.0, "peak_rss_mb": 2811.0, "trainable_params": 4_884_480,
                      "final_loss": 0.0437},
@@ -247,3 +252,24 @@ def test_the_same_report_gives_the_same_page(tmp_path: Path, rendered: Path) -> 
     render(sample_report(), tmp_path)
     for path in rendered.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.fast
+def test_what_a_teacher_gave_is_shown_and_without_one_nothing_is(tmp_path: Path) -> None:
+    report = sample_report()
+    render(report, tmp_path / "taught")
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / "taught" / name).read_text(encoding="utf-8")
+        for text in (
+            "openai/gpt-4.1-mini",
+            "91,204",
+            "utterances: 431",
+            "LiteLLM does not know the price",
+            "budget teacher.max_tokens = 90000",
+        ):
+            assert text in page, (name, text)
+        assert EVIL not in page
+    report["dataset"]["teacher"] = None
+    render(report, tmp_path / "alone")
+    page = (tmp_path / "alone" / "report.md").read_text(encoding="utf-8")
+    assert "### Teacher" not in page and "- Teacher: none" in page

@@ -50,9 +50,18 @@ def die_with_parent(parent: int) -> None:
 
 
 def run_isolated(
-    stage: Stage, config: StageConfig, inputs: Mapping[str, Path], out_dir: Path, log: Path, on_event: Callable[[Event], None]
+    stage: Stage,
+    config: StageConfig,
+    inputs: Mapping[str, Path],
+    out_dir: Path,
+    log: Path,
+    on_event: Callable[[Event], None],
+    secrets: Mapping[str, str],
 ) -> Outcome:
     """Run a stage's function in a child process and wait for it.
+
+    Args:
+        secrets: environment variables for this child alone.
 
     Raises:
         StageError: the child failed or was killed.
@@ -76,7 +85,7 @@ def run_isolated(
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
-            env=settings.child_environment(stage.reuse_memory),
+            env={**settings.child_environment(stage.reuse_memory), **secrets},
             start_new_session=True,  # a signal to its group reaches its own children too
         )
     os.close(writing)

@@ -20,7 +20,10 @@ from tasks.core.tracking import Tracker
 
 @dataclass
 class Runner:
-    """Everything a stage call needs beside its config and inputs."""
+    """Everything a stage call needs beside its config and inputs.
+
+    `secrets` gives environment variables for the child processes; it is asked only when something is computed.
+    """
 
     run_id: str
     settings: Settings
@@ -29,6 +32,7 @@ class Runner:
     display: Display
     pool: str = "local"
     stages: list[dict[str, Any]] = field(default_factory=list)
+    secrets: Callable[[], Mapping[str, str]] = dict
 
     def __call__(self, stage: Stage, config: StageConfig, label: str = "", /, **inputs: Manifest) -> Manifest:
         """Run a stage, or find its artefact, as a Prefect task whose state is `Cached` if nothing was computed.
@@ -72,7 +76,15 @@ class Runner:
 
         try:
             manifest, state = seam.run(
-                stage, config, inputs, self.store, self.settings.home / "logs" / self.run_id, on_event, on_start, self.display.say
+                stage,
+                config,
+                inputs,
+                self.store,
+                self.settings.home / "logs" / self.run_id,
+                on_event,
+                on_start,
+                self.display.say,
+                self.secrets,
             )
         except BaseException as error:
             self.display.finish(label, "failed", time.monotonic() - started, str(error) if isinstance(error, StageError) else "")

@@ -98,6 +98,14 @@ def without_secrets(text: str) -> str:
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
+TEACHER_KEY = "CARTWRIGHT_TEACHER_KEY"
+
+
+def teacher_key() -> str | None:
+    """The key a parent handed to this process for the teacher; None where the provider's own variable holds it."""
+    return os.environ.get(TEACHER_KEY) or None
+
+
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
     """The environment of a stage's child process: ours, with defaults for third parties."""
     return {**_QUIET, **(_REUSE_MEMORY if reuse_memory else {}), **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -107,8 +107,12 @@ def run(
     on_event: Callable[[Event], None] = lambda event: None,
     on_start: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = logger.warning,
+    secrets: Callable[[], Mapping[str, str]] = dict,
 ) -> tuple[Manifest, State]:
     """Give the artefact of a stage: the stored one if it is whole, else a new one.
+
+    Args:
+        secrets: asked when something is to be computed; environment variables for the child process, kept nowhere.
 
     Raises:
         child.StageError: the stage failed; its message has the reason and the log's path.
@@ -122,7 +126,7 @@ def run(
         if damage:
             warn(f"Rebuilding {stage.name}: {damage}")
         on_start()
-        return _compute(stage, config, inputs, store, log_dir, key, on_event), "computed"
+        return _compute(stage, config, inputs, store, log_dir, key, on_event, secrets), "computed"
 
 
 def _compute(
@@ -133,6 +137,7 @@ def _compute(
     log_dir: Path,
     key: str,
     on_event: Callable[[Event], None],
+    secrets: Callable[[], Mapping[str, str]],
 ) -> Manifest:
     out_dir = store.partial(stage.name, key)
     if out_dir.exists() and not stage.resumable:
@@ -142,7 +147,8 @@ def _compute(
     started = time.monotonic()
     try:
         if stage.isolated:
-            outcome = child.run_isolated(stage, config, folders, out_dir, log_dir / f"{stage.name}-{key[:8]}.log", on_event)
+            log = log_dir / f"{stage.name}-{key[:8]}.log"
+            outcome = child.run_isolated(stage, config, folders, out_dir, log, on_event, secrets())
         else:
             outcome = child.Outcome(stage.function(config, folders, out_dir), None)
     except BaseException:

@@ -177,28 +177,27 @@ def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
 def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path: Path) -> list[Pattern]:
     if not lines:
         raise UserError(f"intents.{intent}", str(path), "has no pattern", mend="Write at least one pattern for every intent")
-    allowed = _allowed_placeholders(spec, bank, intent)
+    allowed = allowed_placeholders(spec, bank, intent)
     patterns: dict[str, Pattern] = {}
     for line in lines:
         where = f"{path}:{line.line}"
         try:
-            nodes = parse_pattern(line)
+            pattern = make_pattern(line, bank.language, intent)
         except ValueError as error:
             raise UserError(f"intents.{intent}", where, str(error), mend="Mend that pattern") from None
-        for placeholder in _placeholders(nodes):
+        for placeholder in pattern.placeholders:
             if placeholder.name not in allowed:
                 raise UserError(
                     f"intents.{intent}", where, f"placeholder {{{placeholder.name}}} does not fit the intent", allowed=sorted(allowed)
                 )
             if placeholder.form and placeholder.form not in bank.forms:
                 raise UserError(f"intents.{intent}", where, f"form {placeholder.form!r} is unknown", allowed=bank.forms)
-        digest = hashlib.sha256(f"{bank.language}\n{intent}\n{line}".encode()).hexdigest()[:8]
-        pattern = Pattern(f"{bank.language}.{intent}.{digest}", intent, str(line), nodes)
         patterns[pattern.id] = pattern
     return list(patterns.values())
 
 
-def _allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
+def allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
+    """The names that may stand in braces in a pattern of an intent."""
     slots = spec.intents[intent].slots
     allowed = set(slots) | set(bank.agree)
     has_product = any(isinstance(spec.slots[slot], CatalogSlot) for slot in slots)
@@ -207,6 +206,19 @@ def _allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
     if not has_product:
         allowed.add(MENTION)
     return allowed
+
+
+def make_pattern(text: str, language: str, intent: str, origin: str = "") -> Pattern:
+    """A line of a phrase bank as a pattern.
+
+    Args:
+        origin: begins its id, where it is not a phrase bank that it comes from.
+
+    Raises:
+        ValueError: as `parse_pattern`.
+    """
+    digest = hashlib.sha256(f"{language}\n{intent}\n{text}".encode()).hexdigest()[:8]
+    return Pattern(f"{origin}{language}.{intent}.{digest}", intent, str(text), parse_pattern(text))
 
 
 _TOKEN = re.compile(r"[\[\]()|]|\{([^{}]*)\}|[^\[\]()|{}]+|.", re.DOTALL)

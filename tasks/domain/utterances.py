@@ -86,6 +86,15 @@ class Generator:
             for language, bank in banks.items()
         }
 
+    def extend_training(self, language: str, patterns: list[Pattern], products: list[Product]) -> None:
+        """Let `train` use more patterns and products; the other splits stay as they are, so that figures stay comparable."""
+        for pattern in patterns:
+            if pattern.intent in self._patterns[language]:
+                parts = self._patterns[language][pattern.intent]
+                parts["train"] = [*parts["train"], pattern]  # a list of its own: it was shared with `test`
+        parts_of_catalog = self._products[language]
+        parts_of_catalog["train"] = [*parts_of_catalog["train"], *products]
+
     def row(self, split: Split, index: int, attempt: int = 0) -> dict[str, Any]:
         """One labelled row. Languages and intents take turns; `attempt` gives another row for the same turn."""
         languages = list(self.banks)

@@ -1,0 +1,96 @@
+"""Every answer that was paid for, in one append-only file: a resumed or repeated run never buys the same one twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tasks.core.artifacts import canonical_json
+
+
+def request_hash(request: dict[str, Any]) -> str:
+    """The name of a request: sha256 of its canonical JSON. No key and no address is in it."""
+    return hashlib.sha256(canonical_json(request).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher said to one request, and what it cost. `usd` is None where the model's price is unknown."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class AnswerLog:
+    """The log, open for as long as a teacher is asked. Threads may add to it; a second process waits until it is closed.
+
+    Args:
+        wanted: the requests of this run, by hash; answers to others stay in the file and are not held in memory.
+    """
+
+    def __init__(self, path: Path, wanted: Collection[str]) -> None:
+        self.path, self._wanted = path, frozenset(wanted)
+        self._answers: dict[str, Answer] = {}
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._process_lock = FileLock(path.with_suffix(".lock"))  # freed by the kernel when its holder dies
+
+    def __enter__(self) -> AnswerLog:
+        self._process_lock.acquire()
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")  # the last line was torn by a kill or a full disk: what follows begins a new one
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                self._read(line)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+        self._process_lock.release()
+
+    def _read(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+            if entry["hash"] in self._wanted:
+                self._answers[entry["hash"]] = Answer(**{field.name: entry[field.name] for field in fields(Answer)})
+        except (ValueError, KeyError, TypeError):  # torn: that answer is bought again
+            return
+
+    def get(self, request: str) -> Answer | None:
+        return self._answers.get(request)
+
+    def add(self, request: str, answer: Answer, about: dict[str, Any]) -> None:
+        """Write one answer and flush it to the disk before returning.
+
+        Args:
+            about: what else the line says, for people: the request itself.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = json.dumps({"hash": request, "time": now, **about, **asdict(answer)}, ensure_ascii=False) + "\n"
+        with self._lock:
+            data = line.encode()
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+            os.fsync(self._descriptor)
+            self._answers[request] = answer
