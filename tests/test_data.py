@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from tasks.domain.bank import Segment, load_bank, parse_pattern
+from tasks.domain.bank import Bank, load_bank, make_pattern, parse_pattern
 from tasks.domain.errors import UserError
+from tasks.domain.expansion import Segment, expand
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
 from tasks.domain.spec import DOMAINS_DIR, load_spec
@@ -239,3 +240,53 @@ def test_a_language_without_bank_is_named(domain: Path) -> None:
 def test_nested_choices_parse() -> None:
     nodes = parse_pattern("(a|b [c (d|e)]) {product.pl}")
     assert len(nodes) == 3
+
+
+def varied(bank: Bank, line: str, intent: str, variety: float = 1.0) -> list[tuple[str, dict[str, object]]]:
+    pattern = make_pattern(line, "en", intent)
+    said = []
+    for seed in range(200):
+        segments, values = expand(pattern, bank.products[seed], bank, SPEC, Random(seed), variety)
+        written = {segment.slot: segment.text for segment in segments if segment.slot}
+        said.append((" ".join("".join(segment.text for segment in segments).split()), {**written, **values}))
+    return said
+
+
+@pytest.fixture(scope="module")
+def varied_bank() -> Bank:
+    return load_bank(SPEC, "en").model_copy(update={"attributes": {"any": ["in blue"]}, "corrections": ["no wait"]})
+
+
+def test_an_attribute_becomes_part_of_the_product(varied_bank: Bank) -> None:
+    said = varied(varied_bank, "find {product} now", "search_product")
+    assert {label["product"] == text[len("find ") : -len(" now")] for text, label in said} == {True}
+    assert 50 < sum(text.endswith(" in blue now") for text, _ in said) < 150
+    assert not any("in blue" in text for text, _ in varied(varied_bank, "find {product} now", "search_product", variety=0))
+
+
+@pytest.mark.parametrize(
+    ("line", "intent", "slot"),
+    [
+        ("set {product} to {digits}", "update_quantity", "quantity"),
+        ("order {order_id}", "track_order", "order_id"),
+    ],
+)
+def test_who_corrects_himself_means_what_he_says_last(varied_bank: Bank, line: str, intent: str, slot: str) -> None:
+    corrected = [(text, label) for text, label in varied(varied_bank, line, intent) if "no wait" in text]
+    assert 10 < len(corrected) < 80
+    for text, label in corrected:
+        wrong, right = text.split(" no wait ")
+        assert right == str(label[slot]) != wrong.split()[-1]
+
+
+def test_another_number_is_no_label(varied_bank: Bank) -> None:
+    for text, label in varied(varied_bank, "{product}: {digits} instead of {other}", "update_quantity", variety=0):
+        said, other = text.rsplit(": ", 1)[1].split(" instead of ")
+        assert said == str(label["quantity"]) != other
+
+
+def test_attributes_of_an_unknown_department_name_file_and_line(domain: Path) -> None:
+    path = domain / "phrases" / "en.yaml"
+    path.write_text(path.read_text(encoding="utf-8") + "\nattributes: {cars: [red]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"en\.yaml:\d+.*'cars' is unknown.*any"):
+        load_bank(load_spec(str(domain)), "en")

@@ -1,4 +1,4 @@
-"""Phrase banks and catalogs: reading, checking, and expanding one pattern into one labelled utterance.
+"""Phrase banks and catalogs: reading and checking.
 
 A pattern is a line such as `"[please] (put|add) {counted} to my cart"`: `[x]` is optional, `(a|b)` one of, `{name}` a
 placeholder. `tasks/domain/README.md` has the whole format.
@@ -13,17 +13,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.domain.errors import UserError
-from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Spec, Text, line_of, load_yaml
+from tasks.domain.spec import CatalogSlot, Spec, Text, line_of, load_yaml
 
+OTHER = "other"  # a number that is not the quantity, and no label
 MENTION = "mention"  # a product that is no label: a near miss of an intent without product slot
 COUNTED = "counted"  # number, measure word and product, agreeing with each other
 DIGITS = "digits"
+ANY = "any"  # attributes that fit every department
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Bank(BaseModel):
     chatter: list[str] = Field(min_length=1)
     fillers: list[str] = Field(min_length=1)
     coupon_words: list[str] = Field(min_length=1)
+    attributes: dict[str, list[str]] = {}
+    corrections: list[str] = []
     intents: dict[str, list[str]]
     patterns: dict[str, list[Pattern]] = {}
     products: list[Product] = []
@@ -133,6 +135,10 @@ def load_bank(spec: Spec, language: str) -> Bank:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "bank"
         raise UserError(where, f"{path}:{line_of(path, first['loc'])}", first["msg"], mend="Mend that field") from None
+    for department in bank.attributes:
+        if department not in (ANY, *spec.departments):
+            where = f"{path}:{line_of(path, ('attributes', department))}"
+            raise UserError("attributes", where, f"department {department!r} is unknown", allowed=[ANY, *spec.departments])
     products = _load_catalog(spec, bank, spec.path / "catalog" / f"{language}.csv")
     patterns = {intent: _load_patterns(spec, bank, raw["intents"].get(intent, []), intent, path) for intent in spec.intents}
     unknown = set(bank.intents) - set(spec.intents)
@@ -202,7 +208,7 @@ def allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
     allowed = set(slots) | set(bank.agree)
     has_product = any(isinstance(spec.slots[slot], CatalogSlot) for slot in slots)
     if any(spec.slots[slot].type == "integer" for slot in slots):
-        allowed |= {DIGITS} | ({COUNTED} if has_product else set())
+        allowed |= {DIGITS, OTHER} | ({COUNTED} if has_product else set())
     if not has_product:
         allowed.add(MENTION)
     return allowed
@@ -271,96 +277,3 @@ def _placeholders(nodes: tuple[Node, ...]) -> Iterator[Placeholder]:
         elif isinstance(node, Choice):
             for option in node.options:
                 yield from _placeholders(option)
-
-
-# --- expanding ---------------------------------------------------------------------------------------------------
-
-# How often each is ordered: mostly a few, large ones seldom and round.
-QUANTITIES = [number for number, times in {
-    1: 6, 2: 12, 3: 10, 4: 7, 5: 6, 6: 5, 7: 2, 8: 2, 9: 1, 10: 4, 11: 1, 12: 3, 15: 1, 20: 2, 24: 1, 30: 1, 50: 1
-}.items() for _ in range(times)]  # fmt: skip
-
-
-@dataclass
-class Segment:
-    """A piece of an utterance; `slot` names the slot whose value it is, if it is one."""
-
-    text: str
-    slot: str | None = None
-    protected: bool = False  # numbers and codes: noise must not change what they say
-
-
-def expand(pattern: Pattern, product: Product, bank: Bank, spec: Spec, rng: Random) -> tuple[list[Segment], dict[str, Any]]:
-    """Expand one pattern into the segments of an utterance and the values of its integer slots."""
-    flat = list(_choose(pattern.nodes, rng))
-    values: dict[str, Any] = {}
-    segments: list[Segment] = []
-    for node in flat:
-        segments.extend(_render(node, product, bank, spec, rng, values))
-    return segments, values
-
-
-def _choose(nodes: tuple[Node, ...], rng: Random) -> Iterator[str | Placeholder]:
-    for node in nodes:
-        if isinstance(node, Choice):
-            yield from _choose(rng.choice(node.options), rng)
-        else:
-            yield node
-
-
-def _render(node: str | Placeholder, product: Product, bank: Bank, spec: Spec, rng: Random, values: dict[str, Any]) -> list[Segment]:
-    if isinstance(node, str):
-        return [Segment(node)]
-    name = node.name
-    if name in bank.agree:
-        return [Segment(bank.agree[name][product.agreement])]
-    if name == MENTION:
-        return [Segment(product.form(node.form))]
-    if name == COUNTED:
-        return _counted(product, bank, spec, rng, values)
-    slot = spec.slots.get(name)
-    if isinstance(slot, CatalogSlot):
-        return [Segment(product.form(node.form), name)]
-    if isinstance(slot, CodeSlot):
-        return [Segment(_code(rng.choice(slot.formats), bank, rng), name, protected=True)]
-    number = rng.choice(QUANTITIES)
-    values[name if isinstance(slot, IntegerSlot) else spec.slot_of_type("integer")[0]] = number
-    words = bank.bare_numbers.get(number)
-    if name == DIGITS or not words or rng.random() < 0.5:
-        return [Segment(str(number), protected=True)]
-    return [Segment(rng.choice(words))]
-
-
-def _counted(product: Product, bank: Bank, spec: Spec, rng: Random, values: dict[str, Any]) -> list[Segment]:
-    number = rng.choice(QUANTITIES)
-    values[spec.slot_of_type("integer")[0]] = number
-    category = bank.category(number)
-    form = bank.counted.get(category, bank.counted["other"])
-    mass_noun = bool(product.measures) and bank.counted["other"] not in product.forms
-    segments, agreement = [], product.agreement
-    if product.measures and (mass_noun or rng.random() < 0.5):
-        measure = bank.measures[rng.choice(product.measures)]
-        agreement, form = measure.agreement, bank.measured
-        segments.append(Segment(" " + measure.form(category), protected=True))
-    words = bank.numbers.get(number)
-    if words and rng.random() < 0.5:
-        word = rng.choice(words)
-        text = word if isinstance(word, str) else word.get(agreement, next(iter(word.values())))
-        count = Segment(text)
-    else:
-        count = Segment(str(number), protected=True)
-    catalog = spec.slot_of_type("catalog")[0]
-    # "bouteille d'" joins the product without a space
-    space = "" if segments and segments[0].text.endswith("'") else " "
-    return [count, *segments, Segment(space), Segment(product.form(form), catalog)]
-
-
-def _code(form: str, bank: Bank, rng: Random) -> str:
-    before, word, after = form.partition("{word}")
-    filled = [
-        re.sub(r"9|A", lambda m: str(rng.randrange(10)) if m.group() == "9" else rng.choice("ABCDEFGHJKLMNPRSTUVWX"), part)
-        for part in (before, after)
-    ]
-    if filled[0].startswith("0") and not word:
-        filled[0] = str(rng.randrange(1, 10)) + filled[0][1:]
-    return filled[0] + (rng.choice(bank.coupon_words) if word else "") + filled[1]

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable
 from random import Random
 
-from tasks.domain.bank import Segment
+from tasks.domain.expansion import Segment
 
 EMOJIS = ["🙂", "😊", "🙏", "👍", "😅", "🛒", "❤️", "😡", "🤔", "🎁", "🔥", "😭"]
 # Rows of QWERTY and QWERTZ/AZERTY share most neighbours; these pairs are wrong keys on any of them.

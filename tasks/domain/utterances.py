@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, get_args
 
-from tasks.domain.bank import COUNTED, MENTION, Bank, Pattern, Product, Segment, expand
+from tasks.domain.bank import COUNTED, MENTION, Bank, Pattern, Product
+from tasks.domain.expansion import Segment, expand
 from tasks.domain.noise import add_noise
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec
@@ -16,6 +17,7 @@ from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec
 Split = Literal["train", "validation", "test", "hard"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses; at least two
+FOREIGN_RATE = 0.06  # how often one greets in another language, where everything is decorated
 # Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
 PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
 
@@ -105,10 +107,12 @@ class Generator:
         pattern = rng.choice(self._patterns[language][intent][split])
         product = rng.choice(self._products[language][split])
         bank = self.banks[language]
-        segments, values = expand(pattern, product, bank, self.spec, rng)
         style = self.style[split]
-        _decorate(segments, bank, style.decoration_rate, rng)
-        noise = add_noise(segments, list(style.noise), style.noise_rate, rng)
+        segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate)
+        foreign = rng.choice(list(self.banks.values())) if rng.random() < style.decoration_rate * FOREIGN_RATE else bank
+        _decorate(segments, bank, foreign, style.decoration_rate, rng)
+        mixed = ["code_switch"] if foreign is not bank else []
+        noise = mixed + add_noise(segments, list(style.noise), style.noise_rate, rng)
         text, written = _join(segments)
         names_product = any(
             placeholder.name in (MENTION, COUNTED) or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
@@ -135,12 +139,16 @@ class Generator:
         return gold
 
 
-def _decorate(segments: list[Segment], bank: Bank, rate: float, rng: Random) -> None:
-    """Greetings, thanks, hesitation and sentences that carry nothing, around and inside an utterance."""
-    if rng.random() < rate * 0.5:
-        segments.insert(0, Segment(rng.choice(bank.openers) + " "))
+def _decorate(segments: list[Segment], bank: Bank, greeting: Bank, rate: float, rng: Random) -> None:
+    """Greetings, thanks, hesitation and sentences that carry nothing, around and inside an utterance.
+
+    Args:
+        greeting: the bank of the language in which one greets and thanks, mostly the same: people mix them ("Ciao, ...", "... thx").
+    """
+    if greeting is not bank or rng.random() < rate * 0.5:
+        segments.insert(0, Segment(rng.choice(greeting.openers) + " "))
     if rng.random() < rate * 0.4:
-        segments.append(Segment(" " + rng.choice(bank.closers)))
+        segments.append(Segment(" " + rng.choice(greeting.closers)))
     if rng.random() < rate * 0.25:
         sentence = rng.choice(bank.chatter)
         if rng.random() < 0.5:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from random import Random
 from typing import Any
 
-from tasks.domain.bank import MENTION, Bank, Pattern, Placeholder, Product, allowed_placeholders, expand, make_pattern
+from tasks.domain.bank import MENTION, Bank, Pattern, Placeholder, Product, allowed_placeholders, make_pattern
+from tasks.domain.expansion import expand
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Slot, SlotDefault, Spec
 from tasks.domain.utterances import split_products

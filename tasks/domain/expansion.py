@@ -1,0 +1,158 @@
+"""One phrase pattern as one labelled utterance: which alternatives, which product, which numbers and codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from tasks.domain.bank import ANY, COUNTED, DIGITS, MENTION, OTHER, Bank, Choice, Node, Pattern, Placeholder, Product
+from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Spec
+
+# How often each is ordered: mostly a few, large ones seldom and round.
+QUANTITIES = [number for number, times in {
+    1: 6, 2: 12, 3: 10, 4: 7, 5: 6, 6: 5, 7: 2, 8: 2, 9: 1, 10: 4, 11: 1, 12: 3, 15: 1, 20: 2, 24: 1, 30: 1, 50: 1
+}.items() for _ in range(times)]  # fmt: skip
+LARGE = range(25, 505, 5)  # what offices order; numbers that end in 0 or 5 take one plural form in every language
+LARGE_SHARE = 0.08
+# How often a product gets an attribute more, and a number or code is first said wrongly, where variety is 1.
+ATTRIBUTE_RATE, CORRECTION_RATE = 0.5, 0.15
+
+
+@dataclass
+class Segment:
+    """A piece of an utterance; `slot` names the slot whose value it is, if it is one."""
+
+    text: str
+    slot: str | None = None
+    protected: bool = False  # numbers and codes: noise must not change what they say
+
+
+@dataclass
+class _Utterance:
+    """What holds for all of one utterance."""
+
+    product: Product
+    bank: Bank
+    spec: Spec
+    rng: Random
+    attribute: str
+    corrected: bool
+    number: int
+    counts: bool = False  # the number was said, so it is a label
+
+    def named(self, form: str | None) -> str:
+        return self.product.form(form) + self.attribute
+
+
+def expand(
+    pattern: Pattern, product: Product, bank: Bank, spec: Spec, rng: Random, variety: float = 0.0
+) -> tuple[list[Segment], dict[str, Any]]:
+    """Expand one pattern into the segments of an utterance and the values of its integer slots.
+
+    Args:
+        variety: from 0 to 1; how readily products get attributes ("in blue"), and people correct themselves ("two, no, three").
+    """
+    attributes = [*bank.attributes.get(product.department, []), *bank.attributes.get(ANY, [])]
+    attribute = f" {rng.choice(attributes)}" if attributes and rng.random() < variety * ATTRIBUTE_RATE else ""
+    corrected = bool(bank.corrections) and rng.random() < variety * CORRECTION_RATE
+    said = _Utterance(product, bank, spec, rng, attribute, corrected, _number(spec, rng))
+    segments = [segment for node in list(_choose(pattern.nodes, rng)) for segment in _render(node, said)]
+    return segments, {spec.slot_of_type("integer")[0]: said.number} if said.counts else {}
+
+
+def _choose(nodes: tuple[Node, ...], rng: Random) -> Iterator[str | Placeholder]:
+    for node in nodes:
+        if isinstance(node, Choice):
+            yield from _choose(rng.choice(node.options), rng)
+        else:
+            yield node
+
+
+def _render(node: str | Placeholder, said: _Utterance) -> list[Segment]:
+    if isinstance(node, str):
+        return [Segment(node)]
+    name, bank = node.name, said.bank
+    if name in bank.agree:
+        return [Segment(bank.agree[name][said.product.agreement])]
+    if name == MENTION:
+        return [Segment(said.named(node.form))]
+    if name == OTHER:
+        return [_bare_number(_other_number(said), said)]
+    if name == COUNTED:
+        return _counted(said)
+    slot = said.spec.slots.get(name)
+    if isinstance(slot, CatalogSlot):
+        return [Segment(said.named(node.form), name)]
+    if isinstance(slot, CodeSlot):
+        code = Segment(_code(said.rng.choice(slot.formats), bank, said.rng), name, protected=True)
+        wrong = Segment(_code(said.rng.choice(slot.formats), bank, said.rng), protected=True)
+        return [*_taken_back(wrong, said), code]
+    said.counts = True
+    words: list[str] | None = [] if name == DIGITS else None
+    return [*_taken_back(_bare_number(_other_number(said), said, words), said), _bare_number(said.number, said, words)]
+
+
+def _taken_back(wrong: Segment, said: _Utterance) -> list[Segment]:
+    """What is said first by someone who corrects himself; only once in an utterance."""
+    if not said.corrected:
+        return []
+    said.corrected = False
+    return [wrong, Segment(f" {said.rng.choice(said.bank.corrections)} ")]
+
+
+def _number(spec: Spec, rng: Random) -> int:
+    slots = [slot for slot in spec.slots.values() if isinstance(slot, IntegerSlot)]
+    number = rng.choice(LARGE) if rng.random() < LARGE_SHARE else rng.choice(QUANTITIES)
+    return min(max(number, slots[0].minimum), slots[0].maximum) if slots else number
+
+
+def _other_number(said: _Utterance) -> int:
+    return said.rng.choice([number for number in QUANTITIES if number != said.number])
+
+
+def _bare_number(number: int, said: _Utterance, words: list[str] | None = None) -> Segment:
+    """A number on its own, as a word or in digits; `words` are those to choose from, else the bank's."""
+    known = said.bank.bare_numbers.get(number) if words is None else words
+    if not known or said.rng.random() < 0.5:
+        return Segment(str(number), protected=True)
+    return Segment(said.rng.choice(known))
+
+
+def _counted(said: _Utterance) -> list[Segment]:
+    """Number, measure word and product, agreeing with each other."""
+    product, bank, rng = said.product, said.bank, said.rng
+    said.counts = True
+    taken_back = _taken_back(_bare_number(_other_number(said), said), said)
+    category = bank.category(said.number)
+    form = bank.counted.get(category, bank.counted["other"])
+    mass_noun = bool(product.measures) and bank.counted["other"] not in product.forms
+    segments, agreement = [], product.agreement
+    if product.measures and (mass_noun or rng.random() < 0.5):
+        measure = bank.measures[rng.choice(product.measures)]
+        agreement, form = measure.agreement, bank.measured
+        segments.append(Segment(" " + measure.form(category), protected=True))
+    words = bank.numbers.get(said.number)
+    if words and rng.random() < 0.5:
+        word = rng.choice(words)
+        text = word if isinstance(word, str) else word.get(agreement, next(iter(word.values())))
+        count = Segment(text)
+    else:
+        count = Segment(str(said.number), protected=True)
+    catalog = said.spec.slot_of_type("catalog")[0]
+    # "bouteille d'" joins the product without a space
+    space = "" if segments and segments[0].text.endswith("'") else " "
+    return [*taken_back, count, *segments, Segment(space), Segment(said.named(form), catalog)]
+
+
+def _code(form: str, bank: Bank, rng: Random) -> str:
+    before, word, after = form.partition("{word}")
+    filled = [
+        re.sub(r"9|A", lambda m: str(rng.randrange(10)) if m.group() == "9" else rng.choice("ABCDEFGHJKLMNPRSTUVWX"), part)
+        for part in (before, after)
+    ]
+    if filled[0].startswith("0") and not word:
+        filled[0] = str(rng.randrange(1, 10)) + filled[0][1:]
+    return filled[0] + (rng.choice(bank.coupon_words) if word else "") + filled[1]
