@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 # llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
 # products crash (ggml-org/llama.cpp pull request 26954).
-CPU := $(shell grep -m1 -E '^(flags|Features)' /proc/cpuinfo | cksum | cut -d' ' -f1)
+CPU := $(shell (grep -m1 -E '^(flags|Features)' /proc/cpuinfo; echo "$$CMAKE_ARGS") | cksum | cut -d' ' -f1)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(LLAMA_CPP_PYTHON)-$(CPU)
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
@@ -23,7 +23,7 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
 	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
-	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
+	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
 		$(BIN)/pip wheel --quiet --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock -e '.[dev]'
