@@ -9,6 +9,7 @@ from tasks.domain.scoring import answer_text
 from tasks.domain.spec import Spec
 from tasks.tokenization import encode_example
 
+LENGTH_STEP = 8  # lengths of batches are multiples of it
 IGNORED = -100  # label of a position without loss
 
 
@@ -25,10 +26,11 @@ def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_leng
 
 
 def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Right-padded tensors of shape (batch, longest)."""
+    """Right-padded tensors of shape (batch, longest), with the longest rounded up: a CPU makes, and keeps, a kernel for every shape it meets."""
     import torch
 
     longest = max(len(example["input_ids"]) for example in examples)
+    longest += -longest % LENGTH_STEP
 
     def stack(field: str, filler: int) -> Any:
         return torch.tensor([example[field] + [filler] * (longest - len(example[field])) for example in examples])
