@@ -169,6 +169,8 @@ def evaluate(
     from tasks.domain.labelled import read_labelled
     from tasks.domain.scoring import score
 
+    if output and not output.parent.is_dir():
+        raise UserError("--output", str(output), "is in a folder that does not exist", mend=f"Make it first: mkdir -p {output.parent}")
     settings = environment.load_settings()
     found = find_model(settings, model)
     rows, bad = read_labelled(data or found.dataset / "test.jsonl", found.spec)

@@ -153,7 +153,7 @@ def release(
     """Registry, gate and report; the folder of the report."""
     call, config = runner(run), run.config
     challenger = models.get(recommended_cpu(decision) or "")
-    champion = champion_artefact(call.tracker, call.store, config.registry)
+    champion = champion_artefact(call.tracker, call.store, config.registry, config.data.prompt)
     asked = None
     if champion and challenger and champion.digest != challenger.digest:
         how = {"runtime": "llama_cpp" if champion.kind == "quantize_gguf" else "transformers"}

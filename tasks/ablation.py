@@ -20,6 +20,7 @@ from tasks.config import RunConfig, load_config, resolve
 from tasks.core.artifacts import Manifest, canonical_json
 from tasks.domain.errors import UserError
 from tasks.domain.spec import line_of, load_yaml
+from tasks.teach import NO_TEACHER
 
 SEED = "train.seed"
 PARTS = ("base_model", "data", "train")  # of a run's configuration: what the stages of an ablation read
@@ -150,10 +151,14 @@ def _explained(path: Path, error: ValidationError) -> UserError:
 
 
 def _check_changes(path: Path, location: tuple[str, ...], changes: Mapping[str, Any]) -> None:
-    for name in changes:
+    for name, value in changes.items():
         where = f"{path}:{line_of(path, (*location, name))}: {'.'.join(location)}"
         if name == SEED:
             raise UserError(where, name, "is given by `seeds`", mend="Leave it out")
+        if name == "data.teacher" and value != NO_TEACHER:
+            raise UserError(
+                where, value, "an ablation asks no teacher", mend="Leave it out; a run with a teacher keeps its lessons for data.extra"
+            )
         if name.partition(".")[0] not in PARTS or "." not in name:
             raise UserError(where, name, "is nothing an ablation runs", allowed=[f"{part}.<field>" for part in PARTS])
 

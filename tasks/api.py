@@ -109,7 +109,7 @@ def complete(
             response = _in_time(functools.partial(asked, num_retries=0), timeout_s)
             if response is None:  # LiteLLM's way to say that a server answered 422 twice, once without what it complained of
                 raise RefusedRequest(field, model, "the API cannot process the request", mend="Correct the model's name", status=422)
-            return _reply(litellm, response, time.perf_counter() - started)
+            return _reply(litellm, model, response, time.perf_counter() - started)
         except RefusedRequest:
             raise
         except Exception as error:
@@ -163,11 +163,11 @@ def _litellm() -> Any:
     return litellm
 
 
-def _reply(litellm: Any, response: Any, seconds: float) -> Reply:
+def _reply(litellm: Any, model: str, response: Any, seconds: float) -> Reply:
     text = response.choices[0].message.content or ""
     usage = getattr(response, "usage", None)
     try:
-        usd = float(litellm.completion_cost(completion_response=response))
+        usd = float(litellm.completion_cost(completion_response=response, model=model))
     except Exception:  # the model is in no price list
         usd = None
     return Reply(text, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, usd, seconds)

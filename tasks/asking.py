@@ -68,8 +68,9 @@ def find_model(settings: Settings, name: str) -> Found:
     if name == "champion":
         from tasks.core.tracking import champion_files
 
-        folder, runtime = champion_files(settings, report["config"]["registry"]["name"])
-        return Found(folder, runtime, spec, dataset)
+        # It may be older than the latest run, and have been trained with another prompt: its own specification came with it.
+        folder, runtime, asked_by = champion_files(settings, report["config"]["registry"]["name"])
+        return Found(folder, runtime, load_spec(str(asked_by)), dataset)
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
     if wanted not in variants and is_model_id(name):

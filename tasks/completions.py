@@ -77,12 +77,7 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     import torch
 
     causal, states, labels, _ = completion_states(model, inputs)
-    head = causal.get_output_embeddings()
-    if head.bias is None and not getattr(causal.config, "final_logit_softcapping", None):
-        # Head and softmax in one, which never holds the logits in float32: a twentieth of a step less.
-        loss = torch.nn.functional.linear_cross_entropy(states, head.weight.to(states.dtype), labels, reduction="sum").float()
-    else:
-        loss = torch.nn.functional.cross_entropy(_logits(causal, states), labels, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(_logits(causal, states), labels, reduction="sum")
     return loss / (items if items is not None else len(labels))
 
 

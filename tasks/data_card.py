@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 CARD = "data_card.json"
 SAMPLES = 3  # rows shown of each intent and language
 BIN = 10  # characters; the histogram of text lengths
-GENERATOR, UNKNOWN = "generator", "unknown"
+GENERATOR, TEACHER_PATTERN, UNKNOWN = "generator", "teacher pattern", "unknown"
 COUNTED = ("languages", "intents", "noise", "origins")
 Json = dict[str, Any]
 
 
 def origin_kind(origin: str) -> str:
-    """Where a row comes from: `generator`, or what stands before the colon, as in `extra:chat`."""
+    """Where a row comes from: `generator`, `teacher pattern`, or what stands before the colon, as in `extra:chat`."""
     kind = origin.partition(":")[0]
+    if kind.startswith("teacher."):
+        return TEACHER_PATTERN
     return GENERATOR if "." in kind else kind  # the id of a pattern: language.intent.hash
 
 
@@ -55,7 +57,7 @@ class DataCard:
         """Count one row of a split."""
         kind = origin_kind(row["origin"])
         self._rows[split] += 1
-        noise = row["noise"] or ["none" if kind == GENERATOR else UNKNOWN]
+        noise = row["noise"] or ["none" if kind in (GENERATOR, TEACHER_PATTERN) else UNKNOWN]
         for name, labels in zip(COUNTED, ([row["language"]], [row["gold"]["intent"]], noise, [kind]), strict=True):
             self._counts[name].setdefault(split, Counter()).update(labels)
         if kind == GENERATOR:

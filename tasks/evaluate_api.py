@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,7 @@ class EvaluateApiConfig(StageConfig):
     few_shot: int = Field(0, ge=0, le=64, description="Ask once more, with so many rows of `train` as examples; 0 leaves that out")
     api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")
     max_usd: float | None = Field(None, gt=0, description="Most dollars that asking once may cost; null does not limit")
-    splits: tuple[str, ...] = ("test", "hard")
+    splits: tuple[Literal["test", "hard", "validation"], ...] = Field(("test", "hard"), min_length=1)
     max_tokens: int = Field(256, ge=8, le=16_384, description="Longer answers are cut")
     parallel: int = Field(8, ge=1, le=256, description="Requests under way at a time")
 
@@ -67,7 +67,7 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
     Raises:
         UserError: a model no provider is known for, one that is listed twice, a limit that cannot be kept, a key in an address.
     """
-    from tasks.api import has_price, is_model_id
+    from tasks.api import has_key, has_price, is_model_id
 
     for number, config in enumerate(configs):
         field = f"api.{number}"
@@ -80,6 +80,10 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
         if not is_model_id(config.model):
             raise UserError(
                 f"{field}.model", config.model, "is no model id LiteLLM knows a provider for", mend="For example openai/gpt-4.1"
+            )
+        if not config.api_base and not has_key(config.model):
+            raise UserError(
+                f"{field}.model", config.model, "needs a key", mend="Set the provider's key in the environment, such as OPENAI_API_KEY"
             )
         if config.max_usd is not None and not has_price(config.model):
             problem = f"cannot be kept: LiteLLM has no price of {config.model}"

@@ -25,10 +25,10 @@ class RegisterConfig(StageConfig):
     )
 
 
-def champion_artefact(tracker: Tracker, store: Store, config: RegisterConfig) -> Manifest | None:
-    """The store's artefact of the registered champion, if both are there."""
+def champion_artefact(tracker: Tracker, store: Store, config: RegisterConfig, prompt: str) -> Manifest | None:
+    """The store's artefact of the registered champion, if both are there and it reads the data set's style of prompt."""
     champion = tracker.champion(config.name)
-    if not champion or "cartwright.key" not in champion:
+    if not champion or "cartwright.key" not in champion or champion.get("cartwright.prompt", prompt) != prompt:
         return None
     return store.find(champion["cartwright.kind"], champion["cartwright.key"])[0]
 
@@ -68,7 +68,9 @@ def gate(
         return {
             **result,
             "verdict": "inconclusive",
-            "checks": ["the champion's artefact is not in the store, so it could not be asked the same rows"],
+            "checks": [
+                "the champion could not be asked the same rows: its artefact is not in the store, or it reads another style of prompt"
+            ],
         }
     difference = paired_difference(correct_rows(mine), correct_rows(theirs))
     passed = difference["delta"] >= -config.margin
@@ -145,6 +147,7 @@ def register_variants(
     if not challenger or not name:
         return verdict, True
     tags = {"cartwright.kind": challenger.kind, "cartwright.key": challenger.key, "cartwright.run": run.run_id, "cartwright.variant": name}
+    tags["cartwright.prompt"] = dataset.config["prompt"]
     version, known = tracker.register(config.name, logged[name], challenger.digest, tags)
     if verdict["verdict"] == "promote":
         tracker.promote(config.name, version)

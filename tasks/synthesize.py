@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
-from tasks.data_card import GENERATOR, DataCard, origin_kind
+from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
 from tasks.domain.labelled import read_labelled
 from tasks.domain.noise import KINDS
@@ -109,7 +109,7 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
         with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for number, row in enumerate(rows):
                 kind = origin_kind(row["origin"])
-                name = f"{split if kind == GENERATOR else kind}-{number}"
+                name = f"{split if kind in (GENERATOR, TEACHER_PATTERN) else kind}-{number}"
                 file.write(json.dumps({"id": name, **row}, ensure_ascii=False) + "\n")
                 card.add(split, row)
                 if split != "train":
@@ -165,7 +165,10 @@ def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission, kind: s
         rows, bad = read_labelled(Path(path), spec)
         for _, problem in bad:
             admission.rejected[f"{kind}: {problem.partition('. Allowed')[0]}"[:120]] += 1
-        for part in batched(rows, BLOCK):
+        whole = [row for row in rows if "score" not in row]  # a label in part would teach the model to leave the rest out
+        if len(whole) < len(rows):
+            admission.rejected[f"{kind}: not every field is labelled"] += len(rows) - len(whole)
+        for part in batched(whole, BLOCK):
             for row, may in zip(part, admission.admit(part, prefix=f"{kind}: "), strict=True):
                 if may:
                     yield {

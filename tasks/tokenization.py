@@ -8,13 +8,14 @@ from tasks.domain.prompt import Message
 from tasks.domain.spec import Spec
 
 # The chat template of a model that was trained on short prompts. It says nothing of roles: there is one question and one answer.
-SHORT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+# Its special tokens are written out: a GGUF may name a first token that the tokenizer does not have.
+SHORT_TEMPLATE = "BOS{% for message in messages %}{{ message['content'] }}EOS{% endfor %}"
 
 
 def set_template(tokenizer: Any, spec: Spec) -> None:
     """Give the tokenizer of a model that is to be fine-tuned the template it will be asked with; all later stages read it there."""
     if spec.prompt == "short":
-        tokenizer.chat_template = SHORT_TEMPLATE
+        tokenizer.chat_template = SHORT_TEMPLATE.replace("BOS", tokenizer.bos_token or "").replace("EOS", tokenizer.eos_token)
 
 
 def prompt_text(tokenizer: Any, conversation: list[Message]) -> str:

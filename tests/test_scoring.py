@@ -48,6 +48,15 @@ def test_short_codes_are_words_and_letters_that_tell_names_apart() -> None:
     alike = Spec.model_validate({**data, "slots": slots, "intents": intents})
     assert alike.intent_codes == {"view_cart": "view_cart", "view_order": "view_order", "checkout": "checkout"}
     assert alike.slot_codes == {"color": "color", "colour": "colou", "size": "s"}
+    nested = Spec.model_validate(
+        {
+            **data,
+            "slots": {key: {"type": "catalog"} for key in ("order", "order_id")},
+            "intents": {"track": {"slots": {"order": "optional", "order_id": "optional"}}, "other": {"fallback": True}},
+        }
+    )
+    gold = {"intent": "track", "order_id": "55", "order": "shoes"}
+    assert parse_answer(answer_text(gold, nested), nested).answer == gold
 
 
 def test_a_fine_tuned_model_is_asked_with_the_text_alone_or_as_a_chat() -> None:

@@ -22,7 +22,8 @@ from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
 from tasks.domain.utterances import SPLITS, split_products
-from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
+from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthesize
+from tasks.teaching.joining import join_banks
 from tests.conftest import REPOSITORY
 from tests.fault_server import KEY, Faults
 from tests.lessons import DATA, holding, lesson, log_of
@@ -37,8 +38,9 @@ def test_lessons_join_training_and_leave_evaluation_alone(server: Faults, ask: C
     server.answer = lesson
     taught = ask(requests=24)
     lessons = home / "store" / "teach" / taught.key
-    alone = made(tmp_path / "alone", {})
-    joined = made(tmp_path / "joined", {"teacher": lessons})
+    few = DATA.model_copy(update={"patterns_per_intent": 2})  # so that a teacher's patterns surely have their turn
+    alone = made(tmp_path / "alone", {}, few)
+    joined = made(tmp_path / "joined", {"teacher": lessons}, few)
     for split in set(SPLITS) - {"train"}:
         assert (tmp_path / "alone" / f"{split}.jsonl").read_bytes() == (tmp_path / "joined" / f"{split}.jsonl").read_bytes()
     rows = read_rows(tmp_path / "joined" / "train.jsonl")
@@ -47,7 +49,11 @@ def test_lessons_join_training_and_leave_evaluation_alone(server: Faults, ask: C
     assert whole and {row["origin"].removeprefix("teacher:") for row in whole} <= asked
     assert {row["gold"]["intent"] for row in whole} == set(DATA.intents)
     from_patterns = {row["origin"] for row in rows if row["origin"].startswith("teacher.")}
-    assert len(from_patterns) >= 2 and {"brass kettle", "Messingkessel"} & {row["product"] for row in rows}
+    assert len(from_patterns) >= 2
+    generator = make_generator(few)
+    join_banks(generator, lessons)
+    catalogs = [{product.name for product in products["train"]} for products in generator._products.values()]
+    assert {"brass kettle", "Messingkessel"} & set.union(*catalogs)
     assert alone["teacher"] is None
     figures = joined["teacher"]
     assert figures["accepted"]["utterances"] == joined["origins"]["train"]["teacher"] == len(whole)

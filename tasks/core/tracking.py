@@ -244,8 +244,8 @@ def _serving_requirements(runtime: str) -> list[str]:
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
 
 
-def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime]:
-    """Path of the champion's model and the runtime that loads it.
+def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime, Path]:
+    """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
 
     Raises:
         UserError: the registry has none.
@@ -265,4 +265,5 @@ def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime]:
             mend="Run `cartwright run` first",
         ) from None
     flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
-    return folder / flavor["artifacts"]["model"]["path"], flavor["config"]["runtime"]
+    files = flavor["artifacts"]
+    return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent

@@ -68,8 +68,9 @@ def parse_answer(text: str, spec: Spec) -> Parsed:
 def _short_slots(lines: Sequence[str], spec: Spec) -> dict[str, Any]:
     """The slots of a short answer's lines; a line that begins with no slot's code is a slot of its own name, and so unknown."""
     slots: dict[str, Any] = {}
+    codes = sorted(spec.slot_codes.items(), key=lambda item: -len(item[1]))  # `order_` before `order`, where names begin alike
     for line in lines:
-        name, value = next(((name, line[len(code) :]) for name, code in spec.slot_codes.items() if line.startswith(code)), (line, ""))
+        name, value = next(((name, line[len(code) :]) for name, code in codes if line.startswith(code)), (line, ""))
         number = name in spec.slots and isinstance(spec.slots[name], IntegerSlot) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value)
         slots[name] = int(value) if number else value
     return slots
