@@ -37,8 +37,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 @pytest.mark.parametrize("language", SPEC.languages)
 def test_banks_are_large_enough(language: str) -> None:
     bank = load_bank(SPEC, language)
-    assert all(len(patterns) >= 12 for patterns in bank.patterns.values())
-    assert len(bank.products) >= 150
+    with_product_or_order = {name for name, intent in SPEC.intents.items() if {"product", "order_id"} & set(intent.slots)} | {"view_cart"}
+    assert all(len(patterns) >= (40 if name in with_product_or_order else 25) for name, patterns in bank.patterns.items())
+    assert len(bank.products) >= 400 and len(SPEC.departments) >= 12
+    assert len(bank.corrections) >= 12 and len(bank.attributes) == len(SPEC.departments) + 1
     assert {product.department for product in bank.products} == set(SPEC.departments)
 
 
