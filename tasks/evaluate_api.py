@@ -81,13 +81,13 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
             raise UserError(
                 f"{field}.model", config.model, "is no model id LiteLLM knows a provider for", mend="For example openai/gpt-4.1"
             )
+        if config.max_usd is not None and not has_price(config.model):
+            problem = f"cannot be kept: LiteLLM has no price of {config.model}"
+            raise UserError(f"{field}.max_usd", config.max_usd, problem, mend="Set it to null")
         if not config.api_base and not has_key(config.model):
             raise UserError(
                 f"{field}.model", config.model, "needs a key", mend="Set the provider's key in the environment, such as OPENAI_API_KEY"
             )
-        if config.max_usd is not None and not has_price(config.model):
-            problem = f"cannot be kept: LiteLLM has no price of {config.model}"
-            raise UserError(f"{field}.max_usd", config.max_usd, problem, mend="Set it to null")
 
 
 @stage("evaluate_api", version=1, resumable=True)

@@ -54,6 +54,7 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "api=[{model: nobody/knows}]"], "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
         (["--set", "api=[{model: openai/m}, {model: openai/m, few_shot: 2}]"], "api.0.model = 'openai/m': is listed twice"),
         (["--set", "api=[{model: openai/of-our-own, max_usd: 2}]"], "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
+        (["--set", "api=[{model: anthropic/m}]"], "api.0.model = 'anthropic/m': needs a key"),
         (["--set", "api=[{model: openai/m, api_base: somewhere}]"], "api.0.api_base = 'somewhere'"),
         (["--set", "api=[{model: openai/m, api_base: 'http://me:secret@here'}]"], "api.0.api_base: has a user name or a query"),
     ],
