@@ -77,8 +77,6 @@ def test_a_worker_that_is_killed_ends_training_with_a_word(trained: tuple[Any, A
 
     _, pool = trained
     inputs = batch(4)
-    pool.start(inputs, 10)
-    pool.finish()
     os.kill(pool._processes[0].pid, signal.SIGKILL)
     pool._processes[0].join()
     with pytest.raises(WorkerError, match=r"train\.workers=1"):
