@@ -42,7 +42,7 @@ def test_a_request_that_content_policy_forbids_fails_alone(server: Faults) -> No
     assert model.usd_per_1k_requests == pytest.approx(found[0].usd * 1000)  # type: ignore[operator]
 
 
-def test_the_budget_is_never_exceeded_and_what_was_paid_for_is_kept(server: Faults) -> None:
+def test_the_budget_ends_the_asking_and_what_was_paid_for_is_kept(server: Faults) -> None:
     price = complete("openai/gpt-4.1", ASK, 32).usd
     assert price
     server.requests.clear()

@@ -1,4 +1,4 @@
-"""`handwritten.jsonl`: utterances written by hand, by people's ways of speaking and without sight of the phrase banks. Never trained on."""
+"""`handwritten.jsonl`: utterances written one by one, not generated, and without sight of the phrase banks. Never trained on."""
 
 from __future__ import annotations
 
