@@ -9,7 +9,7 @@ from tasks.domain.scoring import answer_text
 from tasks.domain.spec import Spec
 from tasks.tokenization import encode_example
 
-LENGTH_STEP = 8  # lengths of batches are multiples of it
+LENGTH_STEP = 4  # lengths of batches are multiples of it
 IGNORED = -100  # label of a position without loss
 
 
@@ -42,13 +42,13 @@ def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
 def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """An order of rows whose batches hold rows of like length, while the batches themselves come in random order.
 
-    Sorting alone would show the model all short rows, then all long ones; lengths are jittered so that batches differ
+    Sorting alone would show the model all short rows, then all long ones. Rows of one length are shuffled, so that batches differ
     from epoch to epoch.
     """
     import numpy as np
 
     draw = np.random.default_rng(seed)
-    ordered = np.argsort(np.asarray(lengths) + draw.uniform(0, 4, len(lengths)))
+    ordered = np.argsort(np.asarray(lengths) + draw.random(len(lengths)))
     batches = [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
     return [row for at in draw.permutation(len(batches)) for row in batches[at]]
 

@@ -97,6 +97,17 @@ def test_rows_are_balanced_and_counted(dataset: tuple[Path, dict[str, Any]]) -> 
     assert card["near_duplicates_removed"] == card["rejected"].get("near_duplicate_of_evaluation", 0)
 
 
+def test_a_phrase_without_slots_is_learnt_though_test_has_it_too(tmp_path: Path) -> None:
+    config = SynthesizeConfig(
+        languages=("en", "hr"), intents=("view_cart", "checkout", "talk_to_agent"), train_rows=900, test_rows=60, hard_rows=12,
+        validation_rows=12, patterns_per_intent=12, noise_rate=0, decoration_rate=0,
+    )  # fmt: skip
+    synthesize.function(config, {}, tmp_path)
+    learnt = Counter(row["origin"] for row in read_rows(tmp_path / "train.jsonl"))
+    asked = {row["origin"] for row in read_rows(tmp_path / "test.jsonl")}
+    assert len(asked) > 20 and all(learnt[pattern] >= 3 for pattern in asked)
+
+
 def test_dataset_is_the_same_in_every_process(tmp_path: Path) -> None:
     digests = set()
     for seed in ("0", "1"):

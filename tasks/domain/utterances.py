@@ -17,6 +17,9 @@ from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec
 Split = Literal["train", "validation", "test", "hard"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses; at least two
+# Least decoration of a pattern without placeholders. It would be the same text every time, `train` may not have what another split
+# has, and the pattern would in effect be held out.
+FIXED_DECORATION_RATE = 0.6
 FOREIGN_RATE = 0.06  # how often one greets in another language, where everything is decorated
 # Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
 PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
@@ -109,8 +112,9 @@ class Generator:
         bank = self.banks[language]
         style = self.style[split]
         segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate)
-        foreign = rng.choice(list(self.banks.values())) if rng.random() < style.decoration_rate * FOREIGN_RATE else bank
-        _decorate(segments, bank, foreign, style.decoration_rate, rng)
+        decoration = style.decoration_rate if pattern.placeholders else max(style.decoration_rate, FIXED_DECORATION_RATE)
+        foreign = rng.choice(list(self.banks.values())) if rng.random() < decoration * FOREIGN_RATE else bank
+        _decorate(segments, bank, foreign, decoration, rng)
         mixed = ["code_switch"] if foreign is not bank else []
         noise = mixed + add_noise(segments, list(style.noise), style.noise_rate, rng)
         text, written = _join(segments)
