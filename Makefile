@@ -50,8 +50,10 @@ check: install
 report: install
 	$(BIN)/cartwright report
 
+LATEST := $(or $(CARTWRIGHT_HOME),.cartwright)/reports/latest
 readme: install
-	$(BIN)/python docs/update_readme.py $${CARTWRIGHT_HOME:-.cartwright}/reports/latest/report.json
+	$(BIN)/cartwright evaluate --data tests/handwritten.jsonl --model recommended --output $(LATEST)/handwritten.json
+	$(BIN)/python docs/update_readme.py $(LATEST)/report.json $(LATEST)/handwritten.json
 
 bench-data: install
 	$(BIN)/python docs/bench_data.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Write the results table of the latest report into README.md: figures are generated, not typed."""
+"""Write the results of a report into README.md: figures are generated, not typed. Each profile has a place of its own there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-START, END = "<!-- results: written by `make readme` -->", "<!-- end of results -->"
+START, END = "<!-- results of {}: written by `make readme` -->", "<!-- end of results of {} -->"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -25,7 +25,7 @@ def table(report: dict[str, Any]) -> str:
         name = f"**{v['name']}**" if v["name"] == report["recommendation"]["cpu"] else v["name"]
         interval = f"{exact['value']:.1%} ({exact['low']:.1%} to {exact['high']:.1%})"
         lines.append(
-            f"| {name} | {interval} | {hard['value']:.1%} | {known(v['size_mb'], '.0f')} | {known(p['rss_mb'], '.0f')} | {p['latency_ms']['p50']:.0f} "
+            f"| {name} | {interval} | {known(hard and hard['value'], '.1%')} | {known(v['size_mb'], '.0f')} | {known(p['rss_mb'], '.0f')} | {p['latency_ms']['p50']:.0f} "
             f"| {p['requests_s']:.1f} | {known(p['requests_s_batched'], '.1f')} | {known(v['speedup_vs_fp16'], '.1f', 'x')} | {known(v['ram_reduction_vs_fp16'], '.0%')} |"
         )
     e, t = report["environment"], report["training"]
@@ -34,7 +34,24 @@ def table(report: dict[str, Any]) -> str:
         f"{report['wall_s'] / 60:.0f} minutes in all, {t['wall_s'] / 60:.0f} of them training on {t['examples']:,} utterances "
         f"({t['tokens_per_s']:.0f} tokens/s, peak {t['peak_rss_mb'] / 1000:.1f} GB). {exact_rows(report)}"
     )
-    return "\n".join([about, "", *lines, "", report["recommendation"]["why"]])
+    return "\n".join([about, "", *lines, "", report["recommendation"]["why"], "", languages(report)])
+
+
+def languages(report: dict[str, Any]) -> str:
+    """Exact match of the 16-bit model on `test`, by language."""
+    quality = next(v["quality"] for v in report["variants"] if v["role"] == "reference")
+    found = ", ".join(f"{language} {part['value']:.1%}" for language, part in quality["by_language"].items())
+    return f"`tuned-fp16` by language: {found}; {1 - quality['json_valid']:.2%} of its answers were none."
+
+
+def handwritten(figures: dict[str, Any]) -> str:
+    """What `cartwright evaluate --output` said of the hand-written set."""
+    exact = figures["exact_match"]
+    by_language = ", ".join(f"{language} {part['value']:.0%}" for language, part in figures["by_language"].items())
+    return (
+        f"On the hand-written set, its {figures['model']} has {exact['value']:.1%} exact match ({exact['low']:.1%} to {exact['high']:.1%}), "
+        f"intent accuracy {figures['intent_accuracy']:.1%}; by language {by_language}."
+    )
 
 
 def known(figure: float | None, form: str, unit: str = "") -> str:
@@ -48,11 +65,15 @@ def exact_rows(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """`python docs/update_readme.py REPORT.json`."""
+    """`python docs/update_readme.py REPORT.json [HANDWRITTEN.json]`; the second is of `cartwright evaluate --data tests/handwritten.jsonl --output`."""
     text = README.read_text(encoding="utf-8")
-    report = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    before, after = text.split(START)[0], text.split(END)[1]
-    README.write_text(f"{before}{START}\n{table(report)}\n{END}{after}", encoding="utf-8")
+    report, *more = (json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:])
+    start, end = START.format(report["profile"]), END.format(report["profile"])
+    if start not in text or end not in text:
+        sys.exit(f"{README.name} has no place for the profile {report['profile']}: {start}")
+    before, after = text.split(start)[0], text.split(end)[1]
+    body = "\n\n".join([table(report), *map(handwritten, more)])
+    README.write_text(f"{before}{start}\n{body}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

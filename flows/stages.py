@@ -101,17 +101,11 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
         if variant.name in failed:
             continue
         how = {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
-        # The base model reads long instructions with every request, and nobody will choose it: `test` alone shows the contrast.
-        base = variant.role == "base"
-        asked = {"splits": ("test",)} if base else {}
-        few = {"requests": 5, "batched_requests": 8} if base else {}
+        # The base model reads long instructions with every request, and its speed is nobody's choice.
+        few = {"requests": 5, "batched_requests": 8} if variant.role == "base" else {}
         try:
             evaluations[variant.name] = call(
-                evaluate,
-                config.evaluate.model_copy(update=how | asked),
-                f"evaluate {variant.name}",
-                model=models[variant.name],
-                dataset=dataset,
+                evaluate, config.evaluate.model_copy(update=how), f"evaluate {variant.name}", model=models[variant.name], dataset=dataset
             )
             benchmarks[variant.name] = call(
                 benchmark,

@@ -33,6 +33,7 @@ class FinetuneConfig(StageConfig):
     )
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.05, ge=0, le=0.9)
+    adam_beta2: float = Field(0.999, gt=0, lt=1, description="Decay of Adam's mean of squared gradients; 0.95 forgets within 20 steps")
     weight_decay: float = Field(0.0, ge=0, le=1)
     rank: int = Field(16, ge=1, le=512, description="Rank of the LoRA matrices (Hu et al. 2021, arXiv 2106.09685)")
     alpha: int = Field(32, ge=1, le=1024)
@@ -101,7 +102,8 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
         attn_implementation="eager" if device == "cpu" else "sdpa",
     )
     if config.unpacks:
-        unpack_nf4(model, int8=precision == "int8")
+        packed = precision == "bf16" and device == "cpu" and hardware.has_amx()
+        unpack_nf4(model, "int8" if precision == "int8" else "packed" if packed else "plain")
     adapter = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -125,7 +127,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     from tasks.gradient_workers import GradientWorkers
 
-    torch.set_num_threads(hardware.cores())
     precision = resolve_precision(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
@@ -137,8 +138,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     workers = hardware.cores() if config.workers is None else config.workers
     workers = 1 if device != "cpu" else min(workers, config.batch_size)
-    if workers > 1:
-        torch.set_num_threads(1)
+    threads = 1 if workers > 1 else hardware.cores()
+    torch.set_num_threads(threads)
     model = build_model(config, inputs["base_model"])
     compiled = config.compile and has_compiler()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -173,6 +174,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
                     lr=config.learning_rate,
                     loraplus_lr_ratio=config.lora_plus_ratio,
                     loraplus_weight_decay=config.weight_decay,
+                    betas=(0.9, config.adam_beta2),
                     fused=True,
                 )
             return self.optimizer
@@ -187,6 +189,13 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
                 loss = completion_loss(model, inputs, num_items_in_batch)
             return (loss, {}) if return_outputs else loss
+
+        def evaluate(self, *arguments: Any, **more: Any) -> Any:
+            torch.set_num_threads(hardware.cores())  # the workers wait meanwhile
+            try:
+                return super().evaluate(*arguments, **more)
+            finally:
+                torch.set_num_threads(threads)
 
         def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):

@@ -37,7 +37,7 @@ def write(tmp_path: Path, text: str) -> Path:
 @pytest.mark.fast
 def test_every_ablation_is_valid() -> None:
     arms = {path.stem: len(load_ablation(path).arms) for path in ABLATIONS.iterdir()}
-    assert arms == {"recipe": 16}
+    assert arms == {"recipe": 14}
 
 
 @pytest.mark.fast
@@ -66,6 +66,7 @@ def test_an_arm_is_the_base_and_its_changes(tmp_path: Path) -> None:
         ("train.rank: 8", "train.seed: 8", "tiny.yaml:7: arms.rank 8 = 'train.seed': is given by `seeds`"),
         ("train.rank: 8", "gguf: [F16]", "tiny.yaml:7: arms.rank 8 = 'gguf': is nothing an ablation runs. Allowed: base_model.<field>"),
         ("data.train_rows", "decide.max_rss_mb", "tiny.yaml:3: base = 'decide.max_rss_mb': is nothing an ablation runs"),
+        ("train.rank: 8", "data.teacher: openai/gpt-4.1", "tiny.yaml:7: arms.rank 8 = 'openai/gpt-4.1': an ablation asks no teacher"),
         ("train.rank: 8", "data.languages: [xx]", "tiny.yaml:7: arms.rank 8: data.languages = 'xx': is unknown"),
         ("{train.rank: 8}", "[8]", "tiny.yaml:7: arms.rank 8: Input should be a valid dictionary"),
         ("{train.rank: 8}", "{train.rank: 4}", "tiny.yaml:7: arms.rank 8: is the same as baseline"),

@@ -126,6 +126,7 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
         {"text": "Zwei Kisten Fritz-Kola!", "gold": {"intent": "view_cart"}},
         {"text": "fliegen", "gold": {"intent": "fly"}},
         {"text": leaked["text"], "gold": leaked["gold"]},
+        {"text": "was kosten Mirabellen", "gold": {"intent": "search_product"}, "score": ["intent"]},
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in mine), encoding="utf-8")
@@ -136,7 +137,8 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
     added = read_rows(out / "train.jsonl")[-1]
     assert (added["text"], added["origin"], added["product"]) == ("zwei Kisten Fritz-Kola", "extra:chat", None)
     reasons = {reason: n for reason, n in card["rejected"].items() if reason.startswith("extra")}
-    assert sorted(reasons.values()) == [1, 1, 1] and {"extra: duplicate", "extra: near_duplicate_of_evaluation"} < set(reasons)
+    assert sorted(reasons.values()) == [1, 1, 1, 1]
+    assert {"extra: duplicate", "extra: near_duplicate_of_evaluation", "extra: not every field is labelled"} < set(reasons)
 
 
 def test_the_key_depends_on_what_a_file_of_ones_own_holds_and_not_on_where_it_is() -> None:

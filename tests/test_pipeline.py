@@ -19,6 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.asking import find_model
+from tasks.core.settings import load_settings
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -204,6 +207,26 @@ def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None
     wrong = call(home, "predict", "--model", "gguf-Q9", "hello")
     assert wrong.returncode == 2 and "gguf-Q8_0" in wrong.stderr
     assert "# " in call(home, "report").stdout
+
+
+def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(
+    first: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(first[0]))
+    (specification,) = (first[0] / "store" / "synthesize").glob("*/spec.yaml")
+    trained_with = specification.read_text()
+    specification.write_text(trained_with.replace("prompt: short", "prompt: chat"))
+    try:
+        found = {name: find_model(load_settings(), name).spec.prompt for name in ("champion", "recommended")}
+    finally:
+        specification.write_text(trained_with)
+    assert found == {"champion": "short", "recommended": "chat"}
+
+
+def test_figures_are_not_saved_where_there_is_no_folder(first: tuple[Path, Any], tmp_path: Path) -> None:
+    nowhere = tmp_path / "none"
+    refused = call(first[0], "evaluate", "--output", str(nowhere / "out.json"))
+    assert refused.returncode == 2 and f"mkdir -p {nowhere}" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path, Any]) -> None:
