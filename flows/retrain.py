@@ -32,11 +32,14 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
         dataset, card = stages.make_data(run)
         base, adapter, tuned = stages.train(run, dataset)
         gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
-        gguf, gguf_models, gguf_failed = stages.make_gguf(run, tuned)
+        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned)
 
         variants = stages.all_variants(config.base_few_shot, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}
         evaluations, benchmarks, failed = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
+        checked, unchecked = stages.check(run, variants, models, dataset, base, tuned, converted, failed)
         apis, answered, unanswered = stages.ask_apis(run, dataset) if config.api else ([], {}, {})
-        decision = stages.choose(run, [*variants, *apis], models, evaluations | answered, benchmarks, failed | unanswered)
+        decision = stages.choose(
+            run, [*variants, *apis], models, evaluations | answered, benchmarks, checked, failed | unanswered, unchecked
+        )
         return stages.release(run, decision, dataset, card, adapter, models, evaluations)

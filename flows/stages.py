@@ -17,6 +17,7 @@ from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE, Variant, decide, recomm
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
+from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
 from tasks.merge import merge
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
@@ -76,8 +77,8 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
 
 
 @flow(name="quantize-gguf")
-def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed]:
-    """Every GGUF format from one F16 file; one that fails does not stop the others."""
+def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed, Manifest]:
+    """Every GGUF format from one F16 file, which comes last; one that fails does not stop the others."""
     variants, models, failed = [], {}, {}
     converted = runner(run)(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)
     for kind in run.config.gguf:
@@ -89,7 +90,7 @@ def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed]
             models[name] = runner(run)(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", gguf=converted)
         except (StageError, UserError) as error:
             failed[name] = str(error)
-    return variants, models, failed
+    return variants, models, failed, converted
 
 
 @flow(name="measure")
@@ -119,6 +120,34 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
     return evaluations, benchmarks, failed
 
 
+@flow(name="check")
+def check(
+    run: Run,
+    variants: list[Variant],
+    models: Models,
+    dataset: Manifest,
+    base: Manifest,
+    tuned: Manifest,
+    converted: Manifest,
+    failed: Failed,
+) -> tuple[Models, Failed]:
+    """Whether every quantized variant still is the fine-tuned model. What could not be checked is noted, and stands unchecked."""
+    call, checked, unchecked = runner(run), {}, {}
+    reference = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
+    quantized = [variant for variant in variants if variant.role == "candidate" and variant.name not in failed]
+    as_gguf = {}
+    if any(variant.format == "gguf" for variant in quantized):
+        as_gguf = {"tuned": converted, "base": call(convert_gguf, ConvertGgufConfig(), "convert base to GGUF", model=base)}
+    for variant in quantized:
+        before = as_gguf if variant.format == "gguf" else {"tuned": tuned, "base": base}
+        config, model = FidelityConfig(runtime=variant.runtime), models[variant.name]
+        try:
+            checked[variant.name] = call(fidelity, config, f"check {variant.name}", model=model, reference=reference, **before)
+        except StageError as error:
+            unchecked[variant.name] = str(error)
+    return checked, unchecked
+
+
 @flow(name="ask-apis")
 def ask_apis(run: Run, dataset: Manifest) -> tuple[list[Variant], Models, Failed]:
     """Models behind an API, on the same rows; one that does not answer does not stop the others."""
@@ -133,16 +162,25 @@ def ask_apis(run: Run, dataset: Manifest) -> tuple[list[Variant], Models, Failed
 
 
 @flow(name="choose")
-def choose(run: Run, variants: list[Variant], models: Models, evaluations: Models, benchmarks: Models, failed: Failed) -> Manifest:
+def choose(
+    run: Run,
+    variants: list[Variant],
+    models: Models,
+    evaluations: Models,
+    benchmarks: Models,
+    checked: Models,
+    failed: Failed,
+    unchecked: Failed,
+) -> Manifest:
     """Figures side by side, Pareto front, recommendation."""
     inputs = {
         f"{kind}:{v.name}": found[v.name]
         for v in variants
         if v.name not in failed
-        for kind, found in (("model", models), ("evaluate", evaluations), ("benchmark", benchmarks))
-        if v.role != "api" or kind == "evaluate"
+        for kind, found in (("model", models), ("evaluate", evaluations), ("benchmark", benchmarks), ("fidelity", checked))
+        if v.name in found and (v.role != "api" or kind == "evaluate")
     }
-    config = run.config.decide.model_copy(update={"variants": tuple(variants), "failed": failed})
+    config = run.config.decide.model_copy(update={"variants": tuple(variants), "failed": failed, "unchecked": unchecked})
     return runner(run).run(decide, config, "decide", inputs)
 
 

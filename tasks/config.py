@@ -21,6 +21,7 @@ from tasks.domain.spec import domain_path, load_spec
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
+from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
 from tasks.merge import MergeConfig
 from tasks.quantize_gguf import GgufFormat
@@ -50,6 +51,7 @@ class RunConfig(BaseModel):
     base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
     api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")
     evaluate: EvaluateConfig = EvaluateConfig()
+    fidelity: ReferenceLogitsConfig = ReferenceLogitsConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
     registry: RegisterConfig = RegisterConfig()

@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.artifacts import MANIFEST, Manifest
 from tasks.core.stage import StageConfig, stage
+from tasks.fidelity import UNUSABLE
 from tasks.paper import compare_with_paper
 from tasks.runtimes import Dtype, RuntimeName
 
 BASE, BASE_FEW_SHOT, REFERENCE = "base-bf16", "base-bf16-few-shot", "tuned-fp16"
 OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
+SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 ELSEWHERE = "the model runs on its provider's machines"
 
 
@@ -45,15 +47,18 @@ class DecideConfig(StageConfig):
     max_rss_mb: float | None = Field(None, gt=0)
     max_latency_p95_ms: float | None = Field(None, gt=0)
     variants: tuple[Variant, ...] = Field((), description="Filled in by the flow")
+    unchecked: dict[str, str] = Field(
+        {}, description="Variants whose fidelity could not be measured, with the reason; filled in by the flow"
+    )
     failed: dict[str, str] = Field({}, description="Variants that could not be made or measured, with the reason; filled in by the flow")
 
 
-@stage("decide", version=2, libraries=("scipy", "numpy"), isolated=False)
+@stage("decide", version=3, libraries=("scipy", "numpy"), isolated=False)
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
-    `inputs` has `model:<variant>`, `evaluate:<variant>` and `benchmark:<variant>` for every variant that did not fail; of a model
-    behind an API, only `evaluate:<variant>`.
+    `inputs` has `model:<variant>`, `evaluate:<variant>` and `benchmark:<variant>` for every variant that did not fail, and
+    `fidelity:<variant>` for the quantized ones; of a model behind an API, only `evaluate:<variant>`.
     """
     variants = [_describe(variant, config, inputs) for variant in config.variants]
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
@@ -114,13 +119,20 @@ def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]
         "tensor_types": model["metrics"].get("tensor_types"),
         "bits": model["metrics"].get("bits_per_weight", variant.bits),
         "quality": {**quality["test"], "hard_exact_match": hard.get("exact_match"), "hard": hard},
-        "fidelity": None,
-        "fidelity_reason": "not measured yet",
+        **_fidelity(variant, config, inputs),
         "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel")}
         | {"energy_j_per_request": None, "energy_source": None, "usd_per_1k_requests": None}
         | {"usd_per_1k_requests_reason": "runs on a machine of one's own, whose price is not known here"},
         "notes": notes,
     }
+
+
+def _fidelity(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What is known of a variant's fidelity, or why nothing is."""
+    if found := inputs.get(f"fidelity:{variant.name}"):
+        return {"fidelity": _manifest(found)["metrics"]}
+    usual = {"base": "not made from the fine-tuned model", "reference": "it is what the others are compared with"}
+    return {"fidelity": None, "fidelity_reason": config.unchecked.get(variant.name) or usual.get(variant.role, "not measured")}
 
 
 def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +174,15 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
         variant["quality"]["vs_reference"] = paired_difference(
             correct_rows(inputs[f"evaluate:{variant['name']}"]), correct_rows(inputs[f"evaluate:{reference['name']}"])
         )
+    if fidelity := variant["fidelity"]:
+        lost = variant["quality"]["vs_reference"]
+        if fidelity["verdict"] == "ok" and lost["delta"] < 0 and lost["mcnemar_p"] < SIGNIFICANT:
+            fidelity |= {
+                "verdict": "degraded",
+                "why": f"It is right {-lost['delta'] * 100:.1f} percentage points less often than the 16-bit model (McNemar p {lost['mcnemar_p']:.3f}).",
+            }
+        if fidelity["verdict"] != "ok":
+            variant["notes"].append(f"{fidelity['verdict']}: {fidelity['why']}")
 
 
 def correct_rows(folder: Path) -> list[bool]:
@@ -196,13 +217,18 @@ def measured(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [v for v in variants if v["quality"] and v["role"] not in ("base", "api")]
 
 
+def usable(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The measured ones whose file, weights and runtime are what they should be."""
+    return [v for v in measured(variants) if not (v["fidelity"] and v["fidelity"]["verdict"] in UNUSABLE)]
+
+
 def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
     """Variants that no other beats in accuracy, speed and memory at once (and in one of them strictly)."""
 
     def figures(v: dict[str, Any]) -> tuple[float, float, float]:
         return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -v["performance"]["rss_mb"]
 
-    found = measured(variants)
+    found = usable(variants)
     return [v["name"] for v in found if not any(_dominates(figures(other), figures(v)) for other in found)]
 
 
@@ -221,7 +247,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
             "constraints": limits,
             "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
         }
-    fitting = [v for v in measured(variants) if _within(v, reference, config)]
+    fitting = [v for v in usable(variants) if _within(v, reference, config)]
     on_cpu = [v for v in fitting if v["device"] == "cpu" and v["role"] == "candidate"]
     cpu = max(on_cpu, key=lambda v: v["performance"]["requests_s"], default=None)
     for_gpu = [v for v in fitting if v["runtime"] == "transformers"]

@@ -102,6 +102,7 @@ def log_variants(
             {
                 **variant["quality"],
                 **variant["performance"],
+                **(variant["fidelity"] or {}),
                 **{k: variant[k] for k in ("size_mb", "bits", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
             }
         )
@@ -110,6 +111,8 @@ def log_variants(
             figures,
             as_params({k: variant[k] for k in ("name", "role", "format", "bits", "runtime", "device", "threads", "sha256")}),
         )
+        if variant["fidelity"]:
+            tracker.client.set_tag(run_id, "cartwright.verdict", variant["fidelity"]["verdict"])
         if variant["role"] == "candidate":
             manifest = models[variant["name"]]
             folder = store.path(manifest.kind, manifest.key)

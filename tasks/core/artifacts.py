@@ -128,7 +128,7 @@ class Store:
             return None, f"{folder / MANIFEST} cannot be read ({error.error_count()} problems)"
         if (manifest.kind, manifest.key) != (kind, key):
             return None, f"{folder / MANIFEST} belongs to {manifest.kind} {manifest.key}"
-        damage = _damage(folder, manifest)
+        damage = damage_of(folder, manifest)
         return (None, damage) if damage else (manifest, None)
 
     def commit(self, folder: Path, manifest: Manifest) -> None:
@@ -202,7 +202,8 @@ class Store:
         partial.rename(target)
 
 
-def _damage(folder: Path, manifest: Manifest) -> str | None:
+def damage_of(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with an artefact's files, or None if they are what its manifest says."""
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():

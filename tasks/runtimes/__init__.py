@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tasks.domain.prompt import Message
 
@@ -45,6 +45,18 @@ class Runtime(Protocol):
         ...
 
 
+class LocalRuntime(Runtime, Protocol):
+    """A model on this machine, which can be looked into."""
+
+    def encode(self, conversation: list[Message]) -> list[int]:
+        """Token ids of a prompt, as this runtime's own template and tokenizer make them."""
+        ...
+
+    def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
+        """Logits by which each token of a completion is foretold: float32, (tokens of the completion, vocabulary)."""
+        ...
+
+
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     """Tokens with which all of several prompts begin, so that they need to be read only once; none for a single prompt.
 
@@ -58,6 +70,17 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
+def load_local(runtime: Literal["transformers", "llama_cpp"], path: Path, threads: int, dtype: Dtype = "auto") -> LocalRuntime:
+    """Load a GGUF file or a Hugging Face folder."""
+    if runtime == "llama_cpp":
+        from tasks.runtimes.llama_cpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(path, threads)
+    from tasks.runtimes.transformers import TransformersRuntime
+
+    return TransformersRuntime(path, threads, dtype)
+
+
 def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto", api_base: str | None = None) -> Runtime:
     """Load the model at `path`.
 
@@ -69,11 +92,4 @@ def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "a
         from tasks.runtimes.litellm import LiteLlmRuntime
 
         return LiteLlmRuntime(str(path), api_base)
-    path = Path(path)
-    if runtime == "llama_cpp":
-        from tasks.runtimes.llama_cpp import LlamaCppRuntime
-
-        return LlamaCppRuntime(path, threads)
-    from tasks.runtimes.transformers import TransformersRuntime
-
-    return TransformersRuntime(path, threads, dtype)
+    return load_local(runtime, Path(path), threads, dtype)

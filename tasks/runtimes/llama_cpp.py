@@ -120,7 +120,11 @@ class LlamaCppRuntime:
         self._shape = (parallel, parameters.n_ctx)
 
     def _evaluate(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run one batch of (token, position, sequence, wants logits); the likeliest next token of each that wants it."""
+        """The likeliest next token of each entry that wants logits, see `_logits`."""
+        return [int(np.argmax(logits)) for logits in self._logits(entries)]
+
+    def _logits(self, entries: list[tuple[int, int, int, bool]]) -> list[Any]:
+        """Run one batch of (token, position, sequence, wants logits); logits of each that wants them, valid until the next batch."""
         batch = api.llama_batch_init(len(entries), 0, 1)
         try:
             batch.n_tokens = len(entries)
@@ -134,10 +138,16 @@ class LlamaCppRuntime:
         finally:
             api.llama_batch_free(batch)
         return [
-            int(np.argmax(np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, i), (self._vocab_size,))))
+            np.ctypeslib.as_array(api.llama_get_logits_ith(self._context, i), (self._vocab_size,))
             for i, entry in enumerate(entries)
             if entry[3]
         ]
+
+    def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
+        """See `Runtime`."""
+        tokens = [*prompt, *completion[:-1]]
+        self._make_context(1, len(tokens))
+        return np.stack(self._logits([(token, at, 1, at >= len(prompt) - 1) for at, token in enumerate(tokens)]))
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""

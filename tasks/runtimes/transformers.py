@@ -17,9 +17,13 @@ WORTH_SHARING = 64  # tokens of a common prefix from which a copy of its cache i
 
 
 class TransformersRuntime:
-    """A model in transformers, on the first CUDA device if there is one."""
+    """A model in transformers, on the first CUDA device if there is one.
 
-    def __init__(self, path: Path, threads: int, dtype: str) -> None:
+    Args:
+        gguf_file: read the weights, dequantized, from this file of the folder.
+    """
+
+    def __init__(self, path: Path, threads: int, dtype: str, gguf_file: str | None = None) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,10 +33,15 @@ class TransformersRuntime:
         torch.set_num_threads(threads)
         if dtype == "auto":
             dtype = "float16" if self.device == "cuda" else "bfloat16" if hardware.native_bf16() else "float32"
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}).eval()
+        file = {"gguf_file": gguf_file} if gguf_file else {}
+        self._tokenizer = AutoTokenizer.from_pretrained(path, **file)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}, **file).eval()
         self._shared: tuple[list[int], Any] = ([], None)
         self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+
+    @property
+    def model(self) -> Any:
+        return self._model
 
     @property
     def kernel(self) -> str:
@@ -90,6 +99,12 @@ class TransformersRuntime:
             length = next((i + 1 for i, token in enumerate(written) if token == self._tokenizer.eos_token_id), len(written))
             text = str(self._tokenizer.decode(written[:length], skip_special_tokens=True))
             yield Completion(index, text, len(ids), length, clock.first - clock.started, total)
+
+    def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
+        """See `Runtime`."""
+        input_ids = self._torch.tensor([[*prompt, *completion[:-1]]], device=self.device)
+        with self._torch.inference_mode():
+            return self._model(input_ids=input_ids, logits_to_keep=len(completion)).logits[0].float().cpu().numpy()
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
         """See `Runtime`: one forward pass from an empty cache."""

@@ -1,0 +1,230 @@
+"""Stages `reference_logits` and `fidelity`: whether a variant still is the fine-tuned model, and if not, what broke it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tasks import runtimes
+from tasks.core import hardware, progress
+from tasks.core.artifacts import MANIFEST, Manifest, damage_of
+from tasks.core.stage import StageConfig, stage
+from tasks.domain import prompt
+from tasks.domain.scoring import answer_text
+from tasks.domain.spec import load_spec
+from tasks.quantize_gguf import MODEL_FILE
+from tasks.runtimes import LocalRuntime
+from tasks.synthesize import read_rows
+from tasks.tokenization import encode_example
+from tasks.weights import BrokenFileError, Comparison, compare, folder_weights, gguf_weights, layer_weights
+
+Verdict = Literal["ok", "degraded", "erased", "runtime-broken", "file-broken"]
+UNUSABLE: frozenset[Verdict] = frozenset({"erased", "runtime-broken", "file-broken"})  # never recommended, never promoted
+ERASED = 0.5  # of the fine-tuning, below which nothing reliable is left
+SAME_TOKEN = 0.95  # below it one token in twenty is another: an answer has about ten
+RUNTIME_SHARE = 1 / 3  # of the divergence; if the same weights elsewhere have less, the runtime made the rest
+LOGITS, ASKED = "logits.npz", "asked.json"
+
+
+class ReferenceLogitsConfig(StageConfig):
+    """On what variants are compared with the 16-bit model."""
+
+    rows: int = Field(48, ge=4, le=2000, description="Validation rows; each takes about a megabyte")
+
+
+class FidelityConfig(StageConfig):
+    """How a variant is run."""
+
+    runtime: Literal["transformers", "llama_cpp"] = "llama_cpp"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A validation row as token ids: the prompt, and the completion that would be right."""
+
+    conversation: list[prompt.Message]
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass
+class Divergence:
+    """How far a variant's next-token probabilities are from the 16-bit model's, over the tokens of the right completions.
+
+    Attributes:
+        mean_kld, p99_kld: Kullback-Leibler divergence, nats.
+        top1_agreement: share of tokens that are the likeliest for both.
+        perplexity, reference_perplexity: of the right completions.
+    """
+
+    mean_kld: float
+    p99_kld: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+
+
+@stage("reference_logits", version=1, libraries=("torch", "transformers"), reuse_memory=True)
+def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """What `inputs["model"]`, computed in float32, foretells for the right completions of rows of `inputs["dataset"]`."""
+    from transformers import AutoTokenizer
+
+    spec = load_spec(str(inputs["dataset"]))
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    model = runtimes.load_local("transformers", inputs["model"], hardware.cores(), "float32")
+    asked = []
+    for row in read_rows(inputs["dataset"] / "validation.jsonl")[: config.rows]:
+        conversation = prompt.messages(spec, row["text"])
+        asked.append(Asked(conversation, *encode_example(tokenizer, conversation, answer_text(row["gold"], spec))))
+    logits = {str(i): logits.astype(np.float16) for i, logits in enumerate(_ask(model, asked))}
+    np.savez(out_dir / LOGITS, **logits)  # type: ignore[arg-type]
+    (out_dir / ASKED).write_text(json.dumps([asdict(row) for row in asked], ensure_ascii=False), encoding="utf-8")
+    return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
+
+
+@stage("fidelity", version=1, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
+def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
+
+    `inputs` also has `reference`, of `reference_logits`; and `tuned` and `base`, the 16-bit models before quantization and before
+    fine-tuning, in the variant's own kind of file: GGUF of 16 bits for a GGUF file, else Hugging Face folders.
+    """
+    manifest = Manifest.model_validate_json((inputs["model"] / MANIFEST).read_bytes())
+    asked = [Asked(**row) for row in json.loads((inputs["reference"] / ASKED).read_text(encoding="utf-8"))]
+    with np.load(inputs["reference"] / LOGITS) as kept:
+        reference = [kept[str(i)].astype(np.float32) for i in range(len(asked))]
+    try:
+        if damage := damage_of(inputs["model"], manifest):
+            raise BrokenFileError(damage)
+        return judge(*_opened(config, inputs), asked, reference)
+    except BrokenFileError as error:
+        return _broken(str(error))
+
+
+def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison, Callable[[], LocalRuntime]]:
+    """The variant in its runtime, what became of its weights, and how to load the same weights into transformers."""
+    if config.runtime == "llama_cpp":
+        file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
+        comparison = compare(gguf_weights(file), *map(gguf_weights, others))
+        return runtimes.load_local("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
+    model: Any = runtimes.load_local("transformers", inputs["model"], hardware.cores())
+    with folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:
+        comparison = compare(layer_weights(model.model), tuned, base)
+    return model, comparison, lambda: model
+
+
+def _in_transformers(file: Path, inputs: Mapping[str, Path]) -> LocalRuntime:
+    from tasks.runtimes.transformers import TransformersRuntime
+
+    return TransformersRuntime(file.parent, hardware.cores(), "float32", gguf_file=file.name)
+
+
+def judge(
+    model: LocalRuntime,
+    weights: Comparison,
+    elsewhere: Callable[[], LocalRuntime],
+    asked: Sequence[Asked],
+    reference: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """The verdict on a variant, with the figures it rests on.
+
+    Args:
+        elsewhere: loads the variant's weights into transformers; called only if its answers are off and its weights are not.
+        reference: logits of the 16-bit model for each row of `asked`.
+    """
+    same_prompts = sum(model.encode(row.conversation) == row.prompt for row in asked)
+    found = divergence(list(_ask(model, asked)), reference, asked)
+    figures = {
+        **asdict(found),
+        "weight_rel_error": weights.weight_rel_error,
+        "delta_retained": weights.delta_retained,
+        "delta_retained_by_layer": weights.by_layer,
+        "worst_tensor": {"name": weights.worst_tensor[0], "rel_error": weights.worst_tensor[1]},
+        "prompt_ids_match": same_prompts == len(asked),
+    }
+    verdict, why = _verdict(found, weights, same_prompts, len(asked), lambda: divergence(list(_ask(elsewhere(), asked)), reference, asked))
+    return {**figures, "verdict": verdict, "why": why}
+
+
+def _verdict(
+    found: Divergence, weights: Comparison, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
+) -> tuple[Verdict, str]:
+    if weights.delta_retained < ERASED:
+        return "erased", (
+            f"Only {max(weights.delta_retained, 0):.0%} of what fine-tuning changed is left in the weights: this format's steps are coarser than the "
+            "change, and the base model lies on them, so that rounding leads back to it."
+        )
+    if same_prompts < rows:
+        return "runtime-broken", (
+            f"The runtime reads other tokens than the model was trained with in {rows - same_prompts} of {rows} prompts: its chat template or its tokenizer is not the model's."
+        )
+    if found.top1_agreement >= SAME_TOKEN:
+        return "ok", f"{found.top1_agreement:.1%} of the next tokens are those of the 16-bit model."
+    same_weights = elsewhere()
+    if same_weights.mean_kld < found.mean_kld * RUNTIME_SHARE:
+        return "runtime-broken", (
+            f"The weights are right and the answers are not: run in transformers, the same weights agree with the 16-bit model in {same_weights.top1_agreement:.1%} "
+            f"of the next tokens, in this runtime in {found.top1_agreement:.1%}."
+        )
+    return "degraded", (
+        f"{1 - found.top1_agreement:.1%} of the next tokens are others than the 16-bit model's; its weights are off by {weights.weight_rel_error:.1%}."
+    )
+
+
+def _broken(problem: str) -> dict[str, Any]:
+    names = (
+        "mean_kld",
+        "p99_kld",
+        "top1_agreement",
+        "perplexity",
+        "reference_perplexity",
+        "weight_rel_error",
+        "delta_retained",
+        "prompt_ids_match",
+    )
+    return {**dict.fromkeys(names), "verdict": "file-broken", "why": f"{problem}. Delete its folder and run again: it is made anew."}
+
+
+def divergence(logits: Sequence[np.ndarray], reference: Sequence[np.ndarray], asked: Sequence[Asked]) -> Divergence:
+    """Compare logits of the same completions, row by row.
+
+    Raises:
+        BrokenFileError: logits that are no numbers, or for another vocabulary.
+    """
+    klds, same, mine_nll, theirs_nll = [], [], [], []
+    for mine, theirs, row in zip(logits, reference, asked, strict=True):
+        if mine.shape != theirs.shape:
+            raise BrokenFileError(f"it foretells {mine.shape[-1]} tokens, and the 16-bit model {theirs.shape[-1]}")
+        if not np.isfinite(mine).all():
+            raise BrokenFileError("what it foretells are no numbers")
+        p, q = _log_softmax(theirs), _log_softmax(mine)
+        klds.append((np.exp(p) * (p - q)).sum(-1))
+        same.append(mine.argmax(-1) == theirs.argmax(-1))
+        at = np.arange(len(row.completion)), np.asarray(row.completion)
+        mine_nll.append(-q[at])
+        theirs_nll.append(-p[at])
+    kld = np.concatenate(klds)
+    return Divergence(
+        mean_kld=float(kld.mean()),
+        p99_kld=float(np.quantile(kld, 0.99)),
+        top1_agreement=float(np.concatenate(same).mean()),
+        perplexity=math.exp(float(np.concatenate(mine_nll).mean())),
+        reference_perplexity=math.exp(float(np.concatenate(theirs_nll).mean())),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _ask(model: LocalRuntime, asked: Sequence[Asked]) -> Iterator[np.ndarray]:
+    for row in progress.track(asked, len(asked), "rows"):
+        yield model.completion_logits(row.prompt, row.completion)

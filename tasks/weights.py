@@ -1,0 +1,137 @@
+"""Weights of a model file as plain numbers, and what quantization left of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Weights = Mapping[str, Callable[[], np.ndarray]]  # matrices by name, float32, read when they are called for
+_LAYER = re.compile(r"(?:blk|layers|h)\.(\d+)\.")
+_SUFFIX = ".weight"
+
+
+class BrokenFileError(ValueError):
+    """The weights cannot be what was written: a tensor is missing, of another shape, or not finite."""
+
+
+@dataclass
+class Comparison:
+    """What became of the fine-tuned weights.
+
+    Attributes:
+        weight_rel_error: norm of (variant - tuned) as a share of the norm of tuned.
+        delta_retained: projection of (variant - base) on (tuned - base): 1 if all of the fine-tuning is there, 0 if none.
+        by_layer: `delta_retained` of each layer in which fine-tuning changed something.
+        worst_tensor: the tensor with the largest relative error, and that error.
+    """
+
+    weight_rel_error: float
+    delta_retained: float
+    by_layer: dict[str, float] = field(default_factory=dict)
+    worst_tensor: tuple[str, float] = ("", 0.0)
+
+
+def gguf_weights(path: Path) -> Weights:
+    """The matrices of a GGUF file, dequantized by gguf-py. Names, and the order of rows, are llama.cpp's."""
+    import gguf
+
+    tensors = gguf.GGUFReader(str(path)).tensors
+    return {
+        tensor.name: functools.partial(_dequantized, gguf.dequantize, tensor)
+        for tensor in tensors
+        if sum(int(n) > 1 for n in tensor.shape) > 1
+    }
+
+
+def _dequantized(dequantize: Callable[..., Any], tensor: Any) -> np.ndarray:
+    return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+
+
+@contextmanager
+def folder_weights(path: Path) -> Iterator[Weights]:
+    """The matrices of the safetensors files of a Hugging Face folder."""
+    from contextlib import ExitStack
+
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        found: dict[str, Callable[[], np.ndarray]] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                if len(opened.get_slice(name).get_shape()) > 1:
+                    found[name] = functools.partial(_as_float32, opened.get_tensor, name)
+        yield found
+
+
+def _as_float32(get: Callable[[str], Any], name: str) -> np.ndarray:
+    return get(name).float().numpy()
+
+
+def layer_weights(model: Any) -> Weights:
+    """The matrices by which a model's linear layers multiply, whatever kernel does it: what they make of the unit vectors."""
+    import torch
+
+    def read(layer: Any) -> np.ndarray:
+        with torch.inference_mode():
+            unit = torch.eye(layer.in_features, dtype=next((p.dtype for p in layer.parameters()), torch.float32))
+            return layer(unit).float().T.numpy()
+
+    return {
+        f"{name}{_SUFFIX}": functools.partial(read, layer)
+        for name, layer in model.named_modules()
+        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    }
+
+
+def compare(variant: Weights, tuned: Weights, base: Weights) -> Comparison:
+    """Compare a variant's matrices with the fine-tuned and the base model's, those that `variant` and `tuned` share by name.
+
+    Raises:
+        BrokenFileError: a matrix of a changed layer is missing, has another shape, or holds what is no number.
+    """
+    error = norm = 0.0
+    projected: dict[str, float] = defaultdict(float)
+    changed: dict[str, float] = defaultdict(float)
+    worst = ("", 0.0)
+    for name in tuned:
+        if name not in variant:
+            if _LAYER.search(name):
+                raise BrokenFileError(f"tensor {name} is missing")
+            continue
+        mine, wanted, before = variant[name](), tuned[name](), base[name]()
+        if mine.shape != wanted.shape:
+            raise BrokenFileError(f"tensor {name} has the shape {mine.shape} instead of {wanted.shape}")
+        if not np.isfinite(mine).all():
+            raise BrokenFileError(f"tensor {name} holds values that are no numbers")
+        off, size = _squared(mine - wanted), _squared(wanted)
+        error, norm = error + off, norm + size
+        relative = float(np.sqrt(off / size)) if size else 0.0
+        worst = max(worst, (name, relative), key=lambda item: item[1])
+        delta = wanted - before
+        layer = found[1] if (found := _LAYER.search(name)) else "other"
+        projected[layer] += float(np.vdot(mine - before, delta))
+        changed[layer] += _squared(delta)
+    total = sum(changed.values())
+    return Comparison(
+        weight_rel_error=float(np.sqrt(error / norm)) if norm else 0.0,
+        delta_retained=sum(projected.values()) / total if total else 1.0,
+        by_layer={layer: projected[layer] / changed[layer] for layer in sorted(changed, key=_layer_order) if changed[layer]},
+        worst_tensor=worst,
+    )
+
+
+def _squared(matrix: np.ndarray) -> float:
+    return float(np.vdot(matrix, matrix))
+
+
+def _layer_order(layer: str) -> tuple[bool, int]:
+    return (not layer.isdigit(), int(layer) if layer.isdigit() else 0)
