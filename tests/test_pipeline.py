@@ -123,7 +123,10 @@ def test_the_report_keeps_its_contract(first: tuple[Path, Any]) -> None:
             assert performance[figure] > 0, (variant["name"], figure)
         assert performance["latency_ms"]["p50"] <= performance["latency_ms"]["p95"] <= performance["latency_ms"]["p99"]
         assert performance["vram_mb"] is None and variant["size_mb"] > 0
+        figures = {"mean_kld", "p99_kld", "top1_agreement", "weight_rel_error", "delta_retained", "prompt_ids_match", "verdict", "why"}
+        assert figures <= set(variant["fidelity"]) if variant["role"] == "candidate" else variant["fidelity_reason"]
     by_name = {v["name"]: v for v in report["variants"]}
+    assert by_name["gguf-F16"]["fidelity"]["verdict"] == "ok" and by_name["gguf-F16"]["fidelity"]["mean_kld"] < 1e-3
     assert by_name["tuned-fp16"]["speedup_vs_fp16"] == 1
     assert by_name["gguf-Q4_0"]["size_mb"] < by_name["gguf-Q8_0"]["size_mb"] < by_name["gguf-F16"]["size_mb"]
     assert by_name["gguf-Q4_0"]["tensor_types"]["Q4_0"] > 0

@@ -16,7 +16,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     home = tmp_path / "home"
     small = {
         "data.train_rows": 480, "data.validation_rows": 24, "data.test_rows": 60, "data.hard_rows": 12, "data.languages": "[en]", "data.patterns_per_intent": 4,
-        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "gguf": "[F16,Q8_0]", "gptq": "[]",
+        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "gguf": "[F16,Q8_0,Q4_1]", "gptq": "[]",
         "evaluate.max_tokens": 40, "benchmark.requests": 5, "benchmark.batched_requests": 16, "benchmark.repeats": 1,
     }  # fmt: skip
     result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
@@ -35,5 +35,14 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     for name in ("gguf-F16", "gguf-Q8_0"):
         same = sum(a == b for a, b in zip(answers(name), reference, strict=True))
         assert same >= 0.9 * len(reference), (name, same)
+    # The base model was published as Q4_1: its weights lie on that grid, and rounding to it leads back to them.
+    verdicts = {name: v["fidelity"]["verdict"] for name, v in variants.items() if v["fidelity"]}
+    assert verdicts == {"gguf-F16": "ok", "gguf-Q8_0": "ok", "gguf-Q4_1": "erased"}, verdicts
+    assert variants["gguf-Q4_1"]["fidelity"]["delta_retained"] < 0.3 < 0.9 < variants["gguf-Q8_0"]["fidelity"]["delta_retained"]
+    assert exact["gguf-Q4_1"] < exact["tuned-fp16"] and "gguf-Q4_1" not in {
+        *report["pareto"],
+        report["recommendation"]["cpu"],
+        report["recommendation"]["gpu"],
+    }
     assert variants["gguf-Q8_0"]["performance"]["rss_mb"] < variants["tuned-fp16"]["performance"]["rss_mb"]
     assert max(stage["peak_rss_mb"] or 0 for stage in report["stages"]) < 6000
