@@ -102,8 +102,7 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
         attn_implementation="eager" if device == "cpu" else "sdpa",
     )
     if config.unpacks:
-        packed = precision == "bf16" and device == "cpu" and hardware.has_amx()
-        unpack_nf4(model, "int8" if precision == "int8" else "packed" if packed else "plain")
+        unpack_nf4(model, int8=precision == "int8")
     adapter = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -146,7 +145,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     steps_per_epoch = -(-len(train) // config.batch_size)
     total_steps = max(1, round(steps_per_epoch * config.epochs))
-    every = max(1, total_steps // config.checkpoints)
+    every = -(-total_steps // config.checkpoints)
 
     class BucketSampler(Sampler[int]):
         """Rows in bucketed order; Trainer sets the epoch, so that a resumed epoch has the order of the interrupted one."""

@@ -1,4 +1,4 @@
-"""Frozen layers in 8-bit integers or laid out by oneDNN: their products, and the gradients that pass through them."""
+"""Frozen layers in 8-bit integers: their products, and the gradients that pass through them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def layers(rows: int = 48, columns: int = 64) -> tuple[torch.nn.Linear, torch.nn
     exact = torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)
     rounded = Int8Linear(columns, rows, bias=False, dtype=torch.bfloat16)
     rounded.weight = torch.nn.Parameter(exact.weight.detach().clone(), requires_grad=False)
-    rounded.prepare()
+    rounded.round_weight()
     return exact, rounded
 
 
@@ -48,39 +48,3 @@ def test_tokens_of_very_different_size_keep_their_own_scale() -> None:
 def test_the_integer_copies_are_not_saved() -> None:
     _, rounded = layers()
     assert set(rounded.state_dict()) == {"weight"}
-
-
-def test_packed_products_and_gradients_are_exact_and_compile_once_for_all_layers() -> None:
-    from tasks.frozen import PackedLinear
-
-    torch.manual_seed(1)
-    exact = torch.nn.Sequential(*(torch.nn.Linear(64, 64, dtype=torch.bfloat16) for _ in range(3)))
-    packed = torch.nn.Sequential(*(PackedLinear(64, 64, dtype=torch.bfloat16) for _ in range(3)))
-    packed.load_state_dict(exact.state_dict())
-    for layer in packed:
-        layer.prepare()
-    compiled = [torch.compile(layer, backend="aot_eager", dynamic=True, fullgraph=True) for layer in packed]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for layers_ in (packed, compiled):
-            x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
-            gradients = []
-            for stack in (exact, layers_):
-                mine = x.clone().requires_grad_()
-                y = mine
-                for layer in stack:
-                    y = layer(y)
-                y.sum().backward()
-                gradients.append((y, mine.grad))
-            for found, wanted in zip(gradients[1], gradients[0], strict=True):
-                assert relative(found, wanted) < 0.01
-
-
-def test_packed_weights_go_with_their_layer() -> None:
-    from tasks import frozen
-
-    layer = frozen.PackedLinear(64, 48, bias=False, dtype=torch.bfloat16)
-    layer.prepare()
-    number = int(layer.number)
-    assert {number, number + 1} <= set(frozen._packed)
-    del layer
-    assert not {number, number + 1} & set(frozen._packed)
