@@ -49,7 +49,7 @@ def handwritten(figures: dict[str, Any]) -> str:
     exact = figures["exact_match"]
     by_language = ", ".join(f"{language} {part['value']:.0%}" for language, part in figures["by_language"].items())
     return (
-        f"On the hand-written set, its {figures['model']} has {exact['value']:.1%} exact match ({exact['low']:.1%} to {exact['high']:.1%}), "
+        f"On the hand-written set, the {figures['model']} variant has {exact['value']:.1%} exact match ({exact['low']:.1%} to {exact['high']:.1%}), "
         f"intent accuracy {figures['intent_accuracy']:.1%}; by language {by_language}."
     )
 
