@@ -195,9 +195,9 @@ def evaluate(
         "bad_lines": [{"line": line, "problem": problem} for line, problem in bad],
         "wrong": wrong_answers(rows, asked.answers, found.spec),
     }
-    _print_figures(figures)
-    if output:
+    if output:  # before anything is printed, which may be cut off: `| head`
         output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
+    _print_figures(figures)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
