@@ -21,6 +21,7 @@ def variant(
 ) -> dict[str, Any]:
     return {
         "name": name, "role": role, "format": name.split("-")[0], "runtime": runtime, "device": "cpu", "bits": 4.5, "size_mb": size, "kernel": "Linear",
+        "fidelity": None,
         "quality": {"exact_match": {"value": exact}},
         "performance": {"requests_s": speed, "rss_mb": rss, "latency_ms": {"p95": 1000 / speed}},
         "speedup_vs_fp16": speed, "speedup_vs_fp16_batched": speed, "ram_reduction_vs_fp16": 1 - rss / 700,
