@@ -252,6 +252,7 @@ def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path
         "quantize-gptq",
         "quantize-gguf",
         "measure",
+        "check",
         "choose",
         "release",
     }  # Prefect shows a flow within a flow as a task too
