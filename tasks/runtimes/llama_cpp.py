@@ -144,7 +144,7 @@ class LlamaCppRuntime:
         ]
 
     def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
-        """See `Runtime`."""
+        """See `LocalRuntime`."""
         tokens = [*prompt, *completion[:-1]]
         self._make_context(1, len(tokens))
         return np.stack(self._logits([(token, at, 1, at >= len(prompt) - 1) for at, token in enumerate(tokens)]))

@@ -101,7 +101,7 @@ class TransformersRuntime:
             yield Completion(index, text, len(ids), length, clock.first - clock.started, total)
 
     def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
-        """See `Runtime`."""
+        """See `LocalRuntime`."""
         input_ids = self._torch.tensor([[*prompt, *completion[:-1]]], device=self.device)
         with self._torch.inference_mode():
             return self._model(input_ids=input_ids, logits_to_keep=len(completion)).logits[0].float().cpu().numpy()
