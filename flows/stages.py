@@ -10,6 +10,7 @@ from prefect import flow
 from flows.session import Run, runner, teacher_secret
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
+from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
 from tasks.data_card import DataCardConfig, data_card, publish
@@ -19,8 +20,9 @@ from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
+from tasks.importance import importance
 from tasks.merge import merge
-from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import UNWEIGHTED, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
 from tasks.register import champion_artefact, register_variants
 from tasks.report import write_report
@@ -77,20 +79,37 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
 
 
 @flow(name="quantize-gguf")
-def make_gguf(run: Run, tuned: Manifest) -> tuple[list[Variant], Models, Failed, Manifest]:
-    """Every GGUF format from one F16 file, which comes last; one that fails does not stop the others."""
+def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed, Manifest | None]:
+    """Every GGUF format from one F16 file, which comes last, if the model could be converted; one that fails does not stop the others."""
+    call, config = runner(run), run.config
     variants, models, failed = [], {}, {}
-    converted = runner(run)(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)
-    for kind in run.config.gguf:
-        name = f"gguf-{kind}"
-        variants.append(
-            Variant(name=name, format="gguf", bits=16 if kind == "F16" else int(kind.strip("IQ")[0]), runtime="llama_cpp", role="candidate")
-        )
+    made: dict[bool, dict[str, Manifest]] = {}  # what a format is made from, without and with an importance matrix
+    problem = ""
+    try:
+        made[False] = {"gguf": call(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)}
+        if config.gguf_importance != "without":
+            matrix = call(importance, config.importance, "importance matrix", model=tuned, dataset=dataset, **made[False])
+            made[True] = {**made[False], "importance": matrix}
+    except (StageError, UserError) as error:
+        problem = str(error)
+    for kind, weighted in gguf_kinds(config):
+        name = f"gguf-{kind}" + ("-imatrix" if weighted else "")
+        bits = 16 if kind == "F16" else int(kind.strip("IQ")[0])
+        variants.append(Variant(name=name, format="gguf", bits=bits, runtime="llama_cpp", role="candidate"))
+        if weighted not in made:
+            failed[name] = problem
+            continue
         try:
-            models[name] = runner(run)(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", gguf=converted)
+            models[name] = call(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", **made[weighted])
         except (StageError, UserError) as error:
             failed[name] = str(error)
-    return variants, models, failed, converted
+    return variants, models, failed, made.get(False, {}).get("gguf")
+
+
+def gguf_kinds(config: RunConfig) -> list[tuple[GgufFormat, bool]]:
+    """The GGUF variants to make: format, and whether an importance matrix weights its rounding."""
+    wanted = {"without": (False,), "with": (True,), "both": (False, True)}[config.gguf_importance]
+    return [(kind, weighted) for kind in config.gguf for weighted in ((False,) if kind in UNWEIGHTED else wanted)]
 
 
 @flow(name="measure")
@@ -103,7 +122,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
             continue
         how = {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
         # The base model reads long instructions with every request, and its speed is nobody's choice.
-        few = {"requests": 5, "batched_requests": 8} if variant.role == "base" else {}
+        few = {"requests": 5, "batched_requests": 8, "repeats": 1} if variant.role == "base" else {}
         try:
             evaluations[variant.name] = call(
                 evaluate, config.evaluate.model_copy(update=how), f"evaluate {variant.name}", model=models[variant.name], dataset=dataset
@@ -128,22 +147,31 @@ def check(
     dataset: Manifest,
     base: Manifest,
     tuned: Manifest,
-    converted: Manifest,
+    converted: Manifest | None,
     failed: Failed,
 ) -> tuple[Models, Failed]:
     """Whether every quantized variant still is the fine-tuned model. What could not be checked is noted, and stands unchecked."""
     call, checked, unchecked = runner(run), {}, {}
-    reference = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
     quantized = [variant for variant in variants if variant.role == "candidate" and variant.name not in failed]
-    as_gguf = {}
-    if any(variant.format == "gguf" for variant in quantized):
-        as_gguf = {"tuned": converted, "base": call(convert_gguf, ConvertGgufConfig(), "convert base to GGUF", model=base)}
-    for variant in quantized:
-        before = as_gguf if variant.format == "gguf" else {"tuned": tuned, "base": base}
-        config, model = FidelityConfig(runtime=variant.runtime), models[variant.name]
+    before, problems = {"hf": {"tuned": tuned, "base": base}}, {}
+    try:
+        reference = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
+    except (StageError, UserError) as error:
+        return {}, {variant.name: str(error) for variant in quantized}
+    if converted and any(variant.format == "gguf" for variant in quantized):
         try:
-            checked[variant.name] = call(fidelity, config, f"check {variant.name}", model=model, reference=reference, **before)
-        except StageError as error:
+            before["gguf"] = {"tuned": converted, "base": call(convert_gguf, ConvertGgufConfig(), "convert base to GGUF", model=base)}
+        except (StageError, UserError) as error:
+            problems["gguf"] = str(error)
+    for variant in quantized:
+        kind = "gguf" if variant.format == "gguf" else "hf"
+        if kind in problems:
+            unchecked[variant.name] = problems[kind]
+            continue
+        try:
+            config, model = FidelityConfig(runtime=variant.runtime), models[variant.name]
+            checked[variant.name] = call(fidelity, config, f"check {variant.name}", model=model, reference=reference, **before[kind])
+        except (StageError, UserError) as error:
             unchecked[variant.name] = str(error)
     return checked, unchecked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from tasks.domain import prompt
@@ -10,6 +11,7 @@ from tasks.domain.spec import Spec
 from tasks.tokenization import encode_example
 
 LENGTH_STEP = 8  # lengths of batches are multiples of it; half of it took a third more memory
+LABELS_STEP = 64  # the output head is given a multiple of so many states; hundreds of different counts took gigabytes
 IGNORED = -100  # label of a position without loss
 
 
@@ -39,6 +41,20 @@ def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
 
 
+def parts(inputs: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
+    """A batch in parts of `most_tokens` tokens at most and of about as many rows each; a part has one row at least.
+
+    Products of a few hundred tokens compute as fast as longer ones, and what is kept for the backward pass grows with their number.
+    """
+    rows, longest = inputs["labels"].shape
+    if not rows:
+        return
+    count = -(-rows // max(1, most_tokens // longest))
+    size = -(-rows // count)
+    for start in range(0, rows, size):
+        yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
+
+
 def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """An order of rows whose batches hold rows of like length, while the batches themselves come in random order.
 
@@ -64,6 +80,14 @@ def completion_states(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any
     return causal, hidden[:, :-1][wanted], targets[wanted], wanted
 
 
+def _rounded_up(states: Any, labels: Any) -> tuple[Any, Any]:
+    """States and labels with as many ignored ones behind them as make their number a multiple of `LABELS_STEP`."""
+    from torch.nn.functional import pad
+
+    more = -len(labels) % LABELS_STEP
+    return pad(states, (0, 0, 0, more)), pad(labels, (0, more), value=IGNORED)
+
+
 def _logits(causal: Any, states: Any) -> Any:
     import torch
 
@@ -77,8 +101,9 @@ def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> An
     import torch
 
     causal, states, labels, _ = completion_states(model, inputs)
-    loss = torch.nn.functional.cross_entropy(_logits(causal, states), labels, reduction="sum")
-    return loss / (items if items is not None else len(labels))
+    count = items if items is not None else len(labels)
+    states, labels = _rounded_up(states, labels)
+    return torch.nn.functional.cross_entropy(_logits(causal, states), labels, reduction="sum", ignore_index=IGNORED) / count
 
 
 def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -86,7 +111,7 @@ def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     import torch
 
     causal, states, labels, wanted = completion_states(model, inputs)
-    logits = _logits(causal, states)
+    logits = _logits(causal, _rounded_up(states, labels)[0])[: len(labels)]
     right = torch.ones_like(wanted)
     right[wanted] = logits.argmax(-1) == labels
     return torch.nn.functional.cross_entropy(logits, labels), right.all(-1)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,6 +23,7 @@ from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
 from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
+from tasks.importance import ImportanceConfig
 from tasks.merge import MergeConfig
 from tasks.quantize_gguf import GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
@@ -47,6 +48,10 @@ class RunConfig(BaseModel):
     gguf: tuple[GgufFormat, ...] = Field(
         ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"), min_length=1, description="GGUF formats to make"
     )
+    gguf_importance: Literal["without", "with", "both"] = Field(
+        "without", description="Make GGUF formats below 8 bits with an importance matrix, without, or both to compare them"
+    )
+    importance: ImportanceConfig = ImportanceConfig()
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
     base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
     api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")

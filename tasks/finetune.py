@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad
+from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad, parts
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.spec import load_spec
@@ -49,6 +50,11 @@ class FinetuneConfig(StageConfig):
     workers: int | None = Field(
         None, ge=1, le=256, description="Processes that share each batch on a CPU, of one thread each; null for one on every core"
     )
+    tokens_at_a_time: int | None = Field(
+        None,
+        ge=64,
+        description="A batch with more is computed in parts; null for 768 on each core of a CPU, and for whole batches on a GPU",
+    )
     seed: int = Field(7, ge=0)
 
     @property
@@ -73,6 +79,13 @@ def resolve_precision(config: FinetuneConfig) -> str:
     if hardware.has_amx():  # its bf16 products leave integers nothing to win
         return "bf16"
     return "int8" if config.unpacks and hardware.native_int8() else "bf16"
+
+
+def tokens_at_a_time(config: FinetuneConfig, device: str) -> int:
+    """The most tokens, with padding, that a process computes at a time."""
+    if config.tokens_at_a_time is not None:
+        return config.tokens_at_a_time
+    return 768 if device == "cpu" else sys.maxsize
 
 
 def has_compiler() -> bool:
@@ -128,6 +141,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     precision = resolve_precision(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = hardware.cores() if config.workers is None else config.workers
+    workers = 1 if device != "cpu" else min(workers, config.batch_size)
+    pool = GradientWorkers(workers - 1, config, inputs["base_model"], precision != "fp32") if workers > 1 else None
     tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
     spec = load_spec(str(inputs["dataset"]))
     set_template(tokenizer, spec)
@@ -135,8 +151,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     train = encode_rows(rows, tokenizer, spec, config.max_length)
     validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
 
-    workers = hardware.cores() if config.workers is None else config.workers
-    workers = 1 if device != "cpu" else min(workers, config.batch_size)
+    most_tokens = tokens_at_a_time(config, device)
     threads = 1 if workers > 1 else hardware.cores()
     torch.set_num_threads(threads)
     model = build_model(config, inputs["base_model"])
@@ -181,7 +196,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             items = (inputs["labels"][:, 1:] != IGNORED).sum()
             mine = pool.start(inputs, int(items)) if pool else inputs
-            loss = super().training_step(model, mine, items)
+            loss = sum(super(CompletionTrainer, self).training_step(model, part, items) for part in parts(mine, most_tokens))
             return loss + pool.finish() if pool else loss
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -250,12 +265,15 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     )
     progress.advance(0, total_steps, "starting")
     resumed_from = get_last_checkpoint(str(out_dir / "checkpoints")) if (out_dir / "checkpoints").is_dir() else None
-    pool = GradientWorkers(workers - 1, config, inputs["base_model"], model, precision != "fp32") if workers > 1 else None
+    if pool:
+        pool.follow(model)
     try:
         outcome = trainer.train(resume_from_checkpoint=resumed_from)
     finally:
         workers_peak = pool.close() if pool else 0.0
-    evaluation = trainer.evaluate()
+    # The last step's evaluation, if there was one at that step.
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    evaluation = last if last.get("step") == total_steps else trainer.evaluate()
 
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import multiprocessing
 
-from tasks.completions import completion_loss
+from tasks.completions import completion_loss, parts
 from tasks.core import child, hardware
 
 if TYPE_CHECKING:
@@ -31,24 +31,29 @@ class WorkerError(RuntimeError):
 class GradientWorkers:
     """Processes with a copy of the model each, which follow its trainable parameters and add to their gradients.
 
-    `start`, then the caller's own forward and backward pass, then `finish`: the parameters' gradients are those of the whole batch.
+    They build their copies while the caller builds the model. `follow` that, and for each batch `start`, the caller's own forward
+    and backward pass, then `finish`: the parameters' gradients are those of the whole batch.
     """
 
-    def __init__(self, count: int, config: FinetuneConfig, base_model: Path, model: Any, autocast: bool) -> None:
-        self._model = model
-        size = sum(parameter.numel() for parameter in self._parameters)
-        self._values = torch.zeros(size).share_memory_()
-        self._gradients = [torch.zeros(size).share_memory_() for _ in range(count)]
+    def __init__(self, count: int, config: FinetuneConfig, base_model: Path, autocast: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        for gradients in self._gradients:
+        for _ in range(count):
             mine, theirs = context.Pipe()
-            arguments = (os.getpid(), config, base_model, autocast, self._values, gradients, theirs)
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            process = context.Process(target=_work, args=(os.getpid(), config, base_model, autocast, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
             self._processes.append(process)
+
+    def follow(self, model: Any) -> None:
+        """Share the memory of a model's trainable parameters and of their gradients with the processes."""
+        self._model = model
+        size = sum(parameter.numel() for parameter in self._parameters)
+        self._values = torch.zeros(size).share_memory_()
+        self._gradients = [torch.zeros(size).share_memory_() for _ in self._pipes]
+        for pipe, gradients in zip(self._pipes, self._gradients, strict=True):
+            self._send(pipe, (self._values, gradients))
 
     @property
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -108,25 +113,27 @@ def _views(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch
     return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
 
 
-def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool, values: Any, gradients: Any, pipe: Any) -> None:
+def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool, pipe: Any) -> None:
     """A worker: its parameters and their gradients are the shared memory itself."""
-    from tasks.finetune import build_model
+    from tasks.finetune import build_model, tokens_at_a_time
 
     child.die_with_parent(parent)
     torch.set_num_threads(1)
     model = build_model(config, base_model)
     model.train()
+    most_tokens = tokens_at_a_time(config, "cpu")
     parameters = _trainable(model)
+    values, gradients = pipe.recv()
     for parameter, value, gradient in zip(parameters, _views(values, parameters), _views(gradients, parameters), strict=True):
         parameter.data, parameter.grad = value, gradient
     while (task := pipe.recv()) is not None:
         inputs, items = task
         gradients.zero_()
-        if not len(inputs["labels"]):  # fewer rows than processes: the end of an epoch
-            pipe.send(0.0)
-            continue
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = completion_loss(model, {name: torch.from_numpy(array) for name, array in inputs.items()}, items)
-        loss.backward()
-        pipe.send(loss.item())
+        total = 0.0
+        for part in parts({name: torch.from_numpy(array) for name, array in inputs.items()}, most_tokens):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = completion_loss(model, part, items)
+            loss.backward()
+            total += loss.item()
+        pipe.send(total)
     pipe.send(hardware.peak_rss_mb())

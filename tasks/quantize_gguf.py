@@ -13,9 +13,12 @@ from tasks.core import hardware, settings
 from tasks.core.child import tied
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
+from tasks.importance import as_parameter
+from tasks.weights import open_gguf
 
 GgufFormat = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"]
 GGUF_FORMATS: tuple[str, ...] = get_args(GgufFormat)
+UNWEIGHTED = ("F16", "Q8_0")  # formats which an importance matrix changes nothing of
 MODEL_FILE = "model.gguf"
 
 
@@ -53,7 +56,7 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
 
 @stage("quantize_gguf", version=1, libraries=("llama-cpp-python",))
 def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Quantize the F16 file `inputs["gguf"]` into `model.gguf`."""
+    """Quantize the F16 file `inputs["gguf"]` into `model.gguf`, weighted by `inputs["importance"]`, if that is given."""
     import llama_cpp.llama_cpp as api
 
     source, output = inputs["gguf"] / MODEL_FILE, out_dir / MODEL_FILE
@@ -63,6 +66,8 @@ def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_di
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = hardware.cores()
     parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{config.format}")
+    if "importance" in inputs:
+        parameters.imatrix, _kept = as_parameter(inputs["importance"])
     code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     if code:
         raise RuntimeError(f"llama_model_quantize returned {code} for {config.format}")
@@ -74,9 +79,7 @@ def describe(path: Path) -> dict[str, Any]:
 
     llama.cpp falls back to another type where a dimension does not fit, so the name of a format is not enough.
     """
-    import gguf
-
-    tensors = gguf.GGUFReader(str(path)).tensors
+    tensors = open_gguf(path).tensors
     bits = sum(int(tensor.n_bytes) * 8 for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
     return {
         "tensor_types": dict(Counter(tensor.tensor_type.name for tensor in tensors)),

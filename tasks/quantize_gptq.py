@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 from pydantic import Field
 
+from tasks.calibration import calibration_examples
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
-from tasks.domain import prompt
 from tasks.domain.errors import UserError
-from tasks.domain.scoring import answer_text
-from tasks.domain.spec import load_spec
-from tasks.synthesize import read_rows
-from tasks.tokenization import encode_example
 
 GROUP_SIZES = (128, 64, 32, 16)
 BATCH = 8  # calibration rows at a time
@@ -69,14 +64,8 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
     group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]])
-    spec = load_spec(str(inputs["dataset"]))
-    rows = read_rows(inputs["dataset"] / "train.jsonl")
-    chosen = Random(config.seed).sample(rows, min(config.calibration_rows, len(rows)))
-    pairs = [encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec)) for row in chosen]
-    # Rows of like length share a batch, so that there is little padding.
-    calibration = [
-        str(tokenizer.decode(question + answer)) for question, answer in sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    ]
+    examples = calibration_examples(inputs["dataset"], tokenizer, config.calibration_rows, config.seed)
+    calibration = [str(tokenizer.decode(ids)) for ids in examples]
 
     _report_progress(optimum_quantizer)
     settings = GPTQConfig(

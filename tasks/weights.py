@@ -39,14 +39,41 @@ class Comparison:
     worst_tensor: tuple[str, float] = ("", 0.0)
 
 
+def open_gguf(path: Path) -> Any:
+    """A GGUF file as gguf-py reads it, without the arrays among its metadata.
+
+    gguf-py makes an object of every token of the vocabulary, which takes longer than all the weights.
+
+    Raises:
+        ValueError: it is no GGUF file.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+            count = int(self._get(orig_offs + 4, np.uint64)[0])
+            end = orig_offs + 12
+            if kind == gguf.GGUFValueType.STRING:
+                view = self.data.data
+                for _ in range(count):
+                    end += 8 + int.from_bytes(view[end : end + 8], "little")
+            else:
+                end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]
+
+    return Reader(str(path))
+
+
 def gguf_weights(path: Path) -> Weights:
     """The matrices of a GGUF file, dequantized by gguf-py. Names, and the order of rows, are llama.cpp's."""
     import gguf
 
-    tensors = gguf.GGUFReader(str(path)).tensors
     return {
         tensor.name: functools.partial(_dequantized, gguf.dequantize, tensor)
-        for tensor in tensors
+        for tensor in open_gguf(path).tensors
         if sum(int(n) > 1 for n in tensor.shape) > 1
     }
 

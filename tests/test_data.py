@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,15 @@ def test_an_attribute_becomes_part_of_the_product(varied_bank: Bank) -> None:
     assert not any("in blue" in text for text, _ in varied(varied_bank, "find {product} now", "search_product", variety=0))
 
 
+def test_attributes_have_numbers_of_their_own_and_may_be_two(varied_bank: Bank) -> None:
+    sized = varied_bank.model_copy(update={"attributes": {"any": ["black", "{n}x{n} cm"]}})
+    products = [label["product"] for _, label in varied(sized, "find {product} now", "search_product")]
+    sizes = {found.group(1) for product in products if (found := re.search(r" (\d+x\d+) cm", product))}
+    assert len(sizes) > 30 and all(2 <= int(side) <= 500 for size in sizes for side in size.split("x"))
+    both = sum("black" in product and "cm" in product for product in products)
+    assert 3 < both < 40
+
+
 @pytest.mark.parametrize(
     ("line", "intent", "slot"),
     [
@@ -300,8 +310,12 @@ def test_another_number_is_no_label(varied_bank: Bank) -> None:
         assert said == str(label["quantity"]) != other
 
 
-def test_attributes_of_an_unknown_department_name_file_and_line(domain: Path) -> None:
+@pytest.mark.parametrize(
+    ("attributes", "problem"),
+    [("{cars: [red]}", r"'cars' is unknown.*any"), ('{any: ["size {size}"]}', r"'size \{size\}' has an unknown placeholder.*\{n\}")],
+)
+def test_attributes_that_cannot_be_used_name_file_and_line(domain: Path, attributes: str, problem: str) -> None:
     path = domain / "phrases" / "en.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + "\nattributes: {cars: [red]}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"en\.yaml:\d+.*'cars' is unknown.*any"):
+    path.write_text(path.read_text(encoding="utf-8") + f"\nattributes: {attributes}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"en\.yaml:\d+.*{problem}"):
         load_bank(load_spec(str(domain)), "en")

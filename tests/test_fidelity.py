@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flows.session import Run
 from tasks import runtimes
 from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.config import load_config
 from tasks.core.artifacts import MANIFEST, Manifest, Store
+from tasks.core.child import StageError
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.decide import DecideConfig, Variant, decide
 from tasks.domain.prompt import Message
@@ -318,3 +321,29 @@ def test_a_variant_that_is_significantly_less_often_right_is_degraded(tmp_path: 
     variant = _decision(tmp_path / "much", "ok", [False] * 8 + [True] * 52)["variants"][2]
     assert variant["fidelity"]["verdict"] == "degraded" and "13.3 percentage points less often" in variant["fidelity"]["why"]
     assert _decision(tmp_path / "little", "ok", [False] * 3 + [True] * 57)["variants"][2]["fidelity"]["verdict"] == "ok"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("broken", "unchecked"),
+    [("reference_logits", {"gptq-4bit", "gguf-Q4_0"}), ("convert_gguf", {"gguf-Q4_0"}), ("fidelity", {"gptq-4bit", "gguf-Q4_0"})],
+)
+def test_what_cannot_be_checked_stands_unchecked_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, broken: str, unchecked: set[str]
+) -> None:
+    from flows import stages
+
+    manifest: Any = object()
+
+    def call(stage: Stage, *_: Any, **__: Any) -> Any:
+        if stage.name == broken:
+            raise StageError(f"{broken}: no memory left")
+        return manifest
+
+    monkeypatch.setattr(stages, "runner", lambda run: call)
+    names = {"gptq-4bit": ("gptq", "transformers"), "gguf-Q4_0": ("gguf", "llama_cpp")}
+    variants = [Variant(name=n, format=f, bits=4, runtime=r, role="candidate") for n, (f, r) in names.items()]  # type: ignore[arg-type]
+    run: Any = Run(run_id="x", config=load_config("smoke"), started="", resumed=False)
+    checked, found = stages.check.fn(run, variants, dict.fromkeys(names, manifest), manifest, manifest, manifest, manifest, {})
+    assert set(found) == unchecked and set(checked) == set(names) - unchecked
+    assert set(found.values()) == {f"{broken}: no memory left"}

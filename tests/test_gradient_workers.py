@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-CONFIG = {"method": "lora", "precision": "fp32", "rank": 4, "compile": False}
+CONFIG = {"method": "lora", "precision": "fp32", "rank": 4, "compile": False, "tokens_at_a_time": 64}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,13 @@ def trained(base: Path) -> Iterator[tuple[Any, Any]]:
     from tasks.gradient_workers import GradientWorkers
 
     config = FinetuneConfig(**CONFIG)
+    pool = GradientWorkers(2, config, base, autocast=False)
     model = build_model(config, base)
     torch.manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.05)
-    pool = GradientWorkers(2, config, base, model, autocast=False)
+    pool.follow(model)
     yield model, pool
     pool.close()
 
@@ -51,9 +52,9 @@ def batch(rows: int) -> dict[str, Any]:
     return pad(examples, 0)
 
 
-@pytest.mark.parametrize("rows", [5, 1])
+@pytest.mark.parametrize("rows", [17, 5, 1])
 def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any], rows: int) -> None:
-    from tasks.completions import completion_loss
+    from tasks.completions import completion_loss, parts
 
     model, pool = trained
     inputs = batch(rows)
@@ -64,12 +65,26 @@ def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any
     for step in range(2):  # the second time, gradients of the first must be gone
         model.zero_grad()
         mine = pool.start(inputs, int((inputs["labels"][:, 1:] >= 0).sum()))
-        loss = completion_loss(model, mine, (inputs["labels"][:, 1:] >= 0).sum())
-        loss.backward()
-        total = float(loss) + pool.finish()
+        total = 0.0
+        for part in parts(mine, 64):
+            loss = completion_loss(model, part, (inputs["labels"][:, 1:] >= 0).sum())
+            loss.backward()
+            total += float(loss)
+        total += pool.finish()
         assert total == pytest.approx(float(whole), rel=1e-5), step
         for parameter, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "most_tokens", "sizes"), [(17, 64, [2] * 8 + [1]), (8, 200, [8]), (3, 8, [1, 1, 1]), (0, 64, [])])
+def test_a_batch_in_parts_is_the_whole_batch(rows: int, most_tokens: int, sizes: list[int]) -> None:
+    from tasks.completions import parts
+
+    whole = {name: torch.arange(rows * 24).reshape(rows, 24) for name in ("input_ids", "labels")}
+    found = list(parts(whole, most_tokens))
+    assert [len(part["labels"]) for part in found] == sizes
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in found] or [tensor]), tensor)
 
 
 def test_a_worker_that_is_killed_ends_training_with_a_word(trained: tuple[Any, Any]) -> None:

@@ -24,6 +24,7 @@ MENTION = "mention"  # a product that is no label: a near miss of an intent with
 COUNTED = "counted"  # number, measure word and product, agreeing with each other
 DIGITS = "digits"
 ANY = "any"  # attributes that fit every department
+SIZE = "{n}"  # in an attribute: any whole number from 2 to 500
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,10 @@ def load_bank(spec: Spec, language: str) -> Bank:
         if department not in (ANY, *spec.departments):
             where = f"{path}:{line_of(path, ('attributes', department))}"
             raise UserError("attributes", where, f"department {department!r} is unknown", allowed=[ANY, *spec.departments])
+        for number, attribute in enumerate(bank.attributes[department]):
+            if re.search(r"[{}]", attribute.replace(SIZE, "")):
+                where = f"{path}:{line_of(path, ('attributes', department, number))}"
+                raise UserError("attributes", where, f"{attribute!r} has an unknown placeholder", allowed=[SIZE])
     products = _load_catalog(spec, bank, spec.path / "catalog" / f"{language}.csv")
     patterns = {intent: _load_patterns(spec, bank, raw["intents"].get(intent, []), intent, path) for intent in spec.intents}
     unknown = set(bank.intents) - set(spec.intents)

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tasks.domain.bank import ANY, COUNTED, DIGITS, MENTION, OTHER, Bank, Choice, Node, Pattern, Placeholder, Product
+from tasks.domain.bank import ANY, COUNTED, DIGITS, MENTION, OTHER, SIZE, Bank, Choice, Node, Pattern, Placeholder, Product
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Spec
 
-# How often each is ordered: mostly a few, large ones seldom and round.
+# How often each is ordered: mostly a few, large ones seldom and round; the seldom ones often enough for their words to be learnt.
 QUANTITIES = [number for number, times in {
-    1: 6, 2: 12, 3: 10, 4: 7, 5: 6, 6: 5, 7: 2, 8: 2, 9: 1, 10: 4, 11: 1, 12: 3, 15: 1, 20: 2, 24: 1, 30: 1, 50: 1
+    1: 5, 2: 8, 3: 7, 4: 6, 5: 5, 6: 5, 7: 4, 8: 4, 9: 3, 10: 5, 11: 2, 12: 4, 13: 1, 14: 1, 15: 3, 16: 1, 18: 1, 20: 3, 24: 2, 25: 1, 30: 2,
+    40: 1, 50: 2, 100: 1
 }.items() for _ in range(times)]  # fmt: skip
 LARGE = range(25, 505, 5)  # what offices order; numbers that end in 0 or 5 take one plural form in every language
 LARGE_SHARE = 0.08
 # How often a product gets an attribute more, and a number or code is first said wrongly, where variety is 1.
 ATTRIBUTE_RATE, CORRECTION_RATE = 0.5, 0.15
+SECOND_ATTRIBUTE_RATE = 0.2  # of those that get one: "black, size 42"
 
 
 @dataclass
@@ -55,12 +57,19 @@ def expand(
     Args:
         variety: from 0 to 1; how readily products get attributes ("in blue"), and people correct themselves ("two, no, three").
     """
-    attributes = [*bank.attributes.get(product.department, []), *bank.attributes.get(ANY, [])]
-    attribute = f" {rng.choice(attributes)}" if attributes and rng.random() < variety * ATTRIBUTE_RATE else ""
+    attribute = _attribute(product, bank, rng) if rng.random() < variety * ATTRIBUTE_RATE else ""
     corrected = bool(bank.corrections) and rng.random() < variety * CORRECTION_RATE
     said = _Utterance(product, bank, spec, rng, attribute, corrected, _number(spec, rng))
     segments = [segment for node in list(_choose(pattern.nodes, rng)) for segment in _render(node, said)]
     return segments, {spec.slot_of_type("integer")[0]: said.number} if said.counts else {}
+
+
+def _attribute(product: Product, bank: Bank, rng: Random) -> str:
+    """One or two attributes of a product's department, with a space before each; sizes are mostly small numbers."""
+    known = list(dict.fromkeys([*bank.attributes.get(product.department, []), *bank.attributes.get(ANY, [])]))
+    wanted = 2 if rng.random() < SECOND_ATTRIBUTE_RATE else 1
+    chosen = rng.sample(known, min(wanted, len(known)))
+    return "".join(" " + re.sub(re.escape(SIZE), lambda _: str(round(2 * 250 ** rng.random())), text) for text in chosen)
 
 
 def _choose(nodes: tuple[Node, ...], rng: Random) -> Iterator[str | Placeholder]:
