@@ -87,6 +87,22 @@ def test_a_batch_in_parts_is_the_whole_batch(rows: int, most_tokens: int, sizes:
         assert torch.equal(torch.cat([part[name] for part in found] or [tensor]), tensor)
 
 
+def test_batches_hold_rows_of_like_length_also_when_they_do_not_come_out_even() -> None:
+    from random import Random
+
+    from tasks.completions import bucketed_order
+
+    lengths = [Random(3).randint(10, 60) for _ in range(10)] + [Random(i).randint(10, 60) for i in range(997)]
+    order = bucketed_order(lengths, 32, 1)
+    assert sorted(order) == list(range(len(lengths)))
+    batches = [[lengths[row] for row in order[start : start + 32]] for start in range(0, len(order), 32)]
+    assert len(batches[-1]) == len(lengths) % 32
+    assert max(max(batch) - min(batch) for batch in batches) <= 6  # 1,007 rows of 51 lengths: a batch spans two or three
+    first = [batch[0] for batch in batches]
+    assert first != sorted(first) and order != bucketed_order(lengths, 32, 2)
+    assert sorted(bucketed_order([5, 3], 32, 1)) == [0, 1]
+
+
 def test_a_worker_that_is_killed_ends_training_with_a_word(trained: tuple[Any, Any]) -> None:
     from tasks.gradient_workers import WorkerError
 
