@@ -31,13 +31,14 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
     with open_run(config, load_settings(), Display()) as run:
         dataset, card = stages.make_data(run)
         base, adapter, tuned = stages.train(run, dataset)
+        reference = stages.refer(run, tuned, dataset)
         gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
-        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned, dataset)
+        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned, dataset, reference)
 
         variants = stages.all_variants(config.base_few_shot, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}
         evaluations, benchmarks, failed = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
-        checked, unchecked = stages.check(run, variants, models, dataset, base, tuned, converted, failed)
+        checked, unchecked = stages.check(run, variants, models, reference, base, tuned, converted, failed)
         apis, answered, unanswered = stages.ask_apis(run, dataset) if config.api else ([], {}, {})
         decision = stages.choose(
             run, [*variants, *apis], models, evaluations | answered, benchmarks, checked, failed | unanswered, unchecked

@@ -14,7 +14,7 @@ from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
 from tasks.data_card import DataCardConfig, data_card, publish
-from tasks.decide import BASE, BASE_FEW_SHOT, REFERENCE, Variant, decide, recommended_cpu
+from tasks.decide import BASE, BASE_FEW_SHOT, MIXED, REFERENCE, Variant, decide, recommended_cpu
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
@@ -26,6 +26,7 @@ from tasks.quantize_gguf import UNWEIGHTED, ConvertGgufConfig, GgufFormat, Quant
 from tasks.quantize_gptq import quantize_gptq
 from tasks.register import champion_artefact, register_variants
 from tasks.report import write_report
+from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
 from tasks.teach import NO_TEACHER, teach, teach_config
 
@@ -64,6 +65,15 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
     return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
 
 
+@flow(name="refer")
+def refer(run: Run, tuned: Manifest, dataset: Manifest) -> Manifest | str:
+    """What the 16-bit model foretells, with which every quantized variant is compared; or why that could not be computed."""
+    try:
+        return runner(run)(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
+    except (StageError, UserError) as error:
+        return str(error)
+
+
 @flow(name="quantize-gptq")
 def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed]:
     """Every GPTQ variant; one that fails does not stop the others."""
@@ -79,7 +89,9 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
 
 
 @flow(name="quantize-gguf")
-def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed, Manifest | None]:
+def make_gguf(
+    run: Run, tuned: Manifest, dataset: Manifest, reference: Manifest | str
+) -> tuple[list[Variant], Models, Failed, Manifest | None]:
     """Every GGUF format from one F16 file, which comes last, if the model could be converted; one that fails does not stop the others."""
     call, config = runner(run), run.config
     variants, models, failed = [], {}, {}
@@ -87,7 +99,7 @@ def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
     problem = ""
     try:
         made[False] = {"gguf": call(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)}
-        if config.gguf_importance != "without":
+        if config.gguf_importance != "without" or config.gguf_search:
             matrix = call(importance, config.importance, "importance matrix", model=tuned, dataset=dataset, **made[False])
             made[True] = {**made[False], "importance": matrix}
     except (StageError, UserError) as error:
@@ -103,6 +115,14 @@ def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
             models[name] = call(quantize_gguf, QuantizeGgufConfig(format=kind), f"quantize {name}", **made[weighted])
         except (StageError, UserError) as error:
             failed[name] = str(error)
+    if config.gguf_search:
+        variants.append(Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate"))
+        try:
+            if True not in made or isinstance(reference, str):
+                raise StageError(problem or str(reference))
+            models[MIXED] = call(search_gguf, config.gguf_search, f"search {MIXED}", reference=reference, **made[True])
+        except (StageError, UserError) as error:
+            failed[MIXED] = str(error)
     return variants, models, failed, made.get(False, {}).get("gguf")
 
 
@@ -122,7 +142,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
             continue
         how = {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
         # The base model reads long instructions with every request, and its speed is nobody's choice.
-        few = {"requests": 5, "batched_requests": 8, "repeats": 1} if variant.role == "base" else {}
+        few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1} if variant.role == "base" else {}
         try:
             evaluations[variant.name] = call(
                 evaluate, config.evaluate.model_copy(update=how), f"evaluate {variant.name}", model=models[variant.name], dataset=dataset
@@ -144,7 +164,7 @@ def check(
     run: Run,
     variants: list[Variant],
     models: Models,
-    dataset: Manifest,
+    reference: Manifest | str,
     base: Manifest,
     tuned: Manifest,
     converted: Manifest | None,
@@ -154,10 +174,8 @@ def check(
     call, checked, unchecked = runner(run), {}, {}
     quantized = [variant for variant in variants if variant.role == "candidate" and variant.name not in failed]
     before, problems = {"hf": {"tuned": tuned, "base": base}}, {}
-    try:
-        reference = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
-    except (StageError, UserError) as error:
-        return {}, {variant.name: str(error) for variant in quantized}
+    if isinstance(reference, str):
+        return {}, {variant.name: reference for variant in quantized}
     if converted and any(variant.format == "gguf" for variant in quantized):
         try:
             before["gguf"] = {"tuned": converted, "base": call(convert_gguf, ConvertGgufConfig(), "convert base to GGUF", model=base)}
@@ -222,7 +240,7 @@ def release(
     champion = champion_artefact(call.tracker, call.store, config.registry, config.data.prompt)
     asked = None
     if champion and challenger and champion.digest != challenger.digest:
-        how = {"runtime": "llama_cpp" if champion.kind == "quantize_gguf" else "transformers"}
+        how = {"runtime": "llama_cpp" if champion.kind in ("quantize_gguf", "search_gguf") else "transformers"}
         asked = call(evaluate, config.evaluate.model_copy(update=how), "evaluate champion", model=champion, dataset=dataset)
     verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluations, asked))
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))

@@ -15,6 +15,7 @@ from tasks.api import is_model_id
 from tasks.core import hardware
 from tasks.core.artifacts import Store
 from tasks.core.settings import Settings
+from tasks.decide import MIXED
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import parse_json
@@ -94,7 +95,11 @@ def find_model(settings: Settings, name: str) -> Found:
     if variant["format"] == "api":
         where = next((api["api_base"] for api in report["config"]["api"] if api["model"] == variant["model"]), None)
         return Found(variant["model"], "litellm", spec, dataset, zero_shot=True, few_shot=few_shot, api_base=where)
-    kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq"}.get(variant["format"], "base_model" if variant["role"] == "base" else "merge")
+    if variant["name"] == MIXED:
+        kind = "search_gguf"
+    else:
+        others = "base_model" if variant["role"] == "base" else "merge"
+        kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq"}.get(variant["format"], others)
     manifest, damage = store.find(kind, variant["key"])
     if not manifest:
         raise UserError(

@@ -43,7 +43,7 @@ class BenchmarkConfig(StageConfig):
     max_tokens: int = Field(64, ge=8, le=1024)
 
 
-@stage("benchmark", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
+@stage("benchmark", version=3, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))

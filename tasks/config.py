@@ -28,6 +28,7 @@ from tasks.merge import MergeConfig
 from tasks.quantize_gguf import GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
 from tasks.register import RegisterConfig
+from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
@@ -46,12 +47,15 @@ class RunConfig(BaseModel):
     train: FinetuneConfig = FinetuneConfig()
     merge: MergeConfig = MergeConfig()
     gguf: tuple[GgufFormat, ...] = Field(
-        ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"), min_length=1, description="GGUF formats to make"
+        ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"), min_length=1, description="GGUF formats to make"
     )
     gguf_importance: Literal["without", "with", "both"] = Field(
-        "without", description="Make GGUF formats below 8 bits with an importance matrix, without, or both to compare them"
+        "with", description="Make GGUF formats below 8 bits with an importance matrix, without, or both to compare them"
     )
     importance: ImportanceConfig = ImportanceConfig()
+    gguf_search: SearchGgufConfig | None = Field(
+        None, description="Look for a GGUF file of mixed precision too; `{}` does it with the usual settings"
+    )
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
     base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
     api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")

@@ -16,6 +16,7 @@ from tasks.paper import compare_with_paper
 from tasks.runtimes import Dtype, RuntimeName
 
 BASE, BASE_FEW_SHOT, REFERENCE = "base-bf16", "base-bf16-few-shot", "tuned-fp16"
+MIXED = "gguf-mixed"
 OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 ELSEWHERE = "the model runs on its provider's machines"

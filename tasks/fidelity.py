@@ -83,7 +83,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     for row in read_rows(inputs["dataset"] / "validation.jsonl")[: config.rows]:
         conversation = prompt.messages(spec, row["text"])
         asked.append(Asked(conversation, *encode_example(tokenizer, conversation, answer_text(row["gold"], spec))))
-    logits = {str(i): logits.astype(np.float16) for i, logits in enumerate(_ask(model, asked))}
+    logits = {str(i): logits.astype(np.float16) for i, logits in enumerate(ask(model, asked))}
     np.savez(out_dir / LOGITS, **logits)  # type: ignore[arg-type]
     (out_dir / ASKED).write_text(json.dumps([asdict(row) for row in asked], ensure_ascii=False), encoding="utf-8")
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
@@ -97,15 +97,20 @@ def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) 
     fine-tuning, in the variant's own kind of file: GGUF of 16 bits for a GGUF file, else Hugging Face folders.
     """
     manifest = Manifest.model_validate_json((inputs["model"] / MANIFEST).read_bytes())
-    asked = [Asked(**row) for row in json.loads((inputs["reference"] / ASKED).read_text(encoding="utf-8"))]
-    with np.load(inputs["reference"] / LOGITS) as kept:
-        reference = [kept[str(i)].astype(np.float32) for i in range(len(asked))]
+    asked, reference = read_reference(inputs["reference"])
     try:
         if damage := damage_of(inputs["model"], manifest):
             raise BrokenFileError(damage)
         return judge(*_opened(config, inputs), asked, reference)
     except BrokenFileError as error:
         return _broken(str(error))
+
+
+def read_reference(folder: Path) -> tuple[list[Asked], list[np.ndarray]]:
+    """The rows of `reference_logits`, and the 16-bit model's logits for each: float32, (tokens of the completion, vocabulary)."""
+    asked = [Asked(**row) for row in json.loads((folder / ASKED).read_text(encoding="utf-8"))]
+    with np.load(folder / LOGITS) as kept:
+        return asked, [kept[str(i)].astype(np.float32) for i in range(len(asked))]
 
 
 def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison, Callable[[], LocalRuntime]]:
@@ -140,7 +145,7 @@ def judge(
         reference: logits of the 16-bit model for each row of `asked`.
     """
     same_prompts = sum(model.encode(row.conversation) == row.prompt for row in asked)
-    found = divergence(list(_ask(model, asked)), reference, asked)
+    found = divergence(list(ask(model, asked)), reference, asked)
     figures = {
         **asdict(found),
         "weight_rel_error": weights.weight_rel_error,
@@ -149,7 +154,7 @@ def judge(
         "worst_tensor": {"name": weights.worst_tensor[0], "rel_error": weights.worst_tensor[1]},
         "prompt_ids_match": same_prompts == len(asked),
     }
-    verdict, why = _verdict(found, weights, same_prompts, len(asked), lambda: divergence(list(_ask(elsewhere(), asked)), reference, asked))
+    verdict, why = _verdict(found, weights, same_prompts, len(asked), lambda: divergence(list(ask(elsewhere(), asked)), reference, asked))
     return {**figures, "verdict": verdict, "why": why}
 
 
@@ -225,6 +230,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _ask(model: LocalRuntime, asked: Sequence[Asked]) -> Iterator[np.ndarray]:
+def ask(model: LocalRuntime, asked: Sequence[Asked]) -> Iterator[np.ndarray]:
+    """Logits by which a model foretells the right completion of each row."""
     for row in progress.track(asked, len(asked), "rows"):
         yield model.completion_logits(row.prompt, row.completion)

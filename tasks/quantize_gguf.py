@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
@@ -57,21 +58,44 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
 @stage("quantize_gguf", version=1, libraries=("llama-cpp-python",))
 def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize the F16 file `inputs["gguf"]` into `model.gguf`, weighted by `inputs["importance"]`, if that is given."""
-    import llama_cpp.llama_cpp as api
-
     source, output = inputs["gguf"] / MODEL_FILE, out_dir / MODEL_FILE
     if config.format == "F16":
         os.link(source, output)
         return {"format": "F16", **describe(output)}
+    matrix, _kept = as_parameter(inputs["importance"]) if "importance" in inputs else (None, None)
+    quantize(source, output, config.format, matrix)
+    return {"format": config.format, **describe(output)}
+
+
+def quantize(source: Path, output: Path, kind: str, importance: Any = None, types: Mapping[str, str] | None = None) -> None:
+    """Quantize a GGUF file.
+
+    Args:
+        importance: an importance matrix as llama.cpp takes it, see `tasks.importance.as_parameter`.
+        types: type of single tensors by name, where it is not to be what `kind` gives them.
+
+    Raises:
+        RuntimeError: llama.cpp cannot do it.
+    """
+    import llama_cpp.llama_cpp as api
+
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = hardware.cores()
-    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{config.format}")
-    if "importance" in inputs:
-        parameters.imatrix, _kept = as_parameter(inputs["importance"])
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if importance is not None:
+        parameters.imatrix = importance
+    overrides = (api.llama_model_tensor_override * (len(types or {}) + 1))()  # ends with an entry without a pattern
+    for entry, (name, type_name) in zip(overrides, (types or {}).items(), strict=False):
+        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.type = getattr(api, f"GGML_TYPE_{type_name}")
+    if types:
+        parameters.tt_overrides = overrides
+        for field, name in (("token_embedding_type", "token_embd.weight"), ("output_tensor_type", "output.weight")):
+            if name in types:  # these two have settings of their own
+                setattr(parameters, field, getattr(api, f"GGML_TYPE_{types[name]}"))
     code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     if code:
-        raise RuntimeError(f"llama_model_quantize returned {code} for {config.format}")
-    return {"format": config.format, **describe(output)}
+        raise RuntimeError(f"llama_model_quantize returned {code} for {kind}")
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -249,6 +249,7 @@ def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path
     flows = {
         "data",
         "train",
+        "refer",
         "quantize-gptq",
         "quantize-gguf",
         "measure",

@@ -1,8 +1,10 @@
-"""GGUF files through llama.cpp: continuous batching over parallel sequences, the shared prompt prefix evaluated once."""
+"""GGUF files through llama.cpp: continuous batching over parallel sequences, the shared prompt prefix evaluated once, and guessed
+tokens checked several at a time."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from tasks.domain.prompt import Message
 from tasks.runtimes import Completion, common_prefix
 
 BATCH = 2048  # most tokens one call of llama_decode takes
+FEW = 4  # sequences; with more of them the processor is busy without guesses
+REMEMBERED = 20_000  # pairs of tokens of earlier answers
 
 
 @api.llama_log_callback
@@ -38,8 +42,42 @@ class _Sequence:
     written: list[int] = field(default_factory=list)
 
 
+class Guesses:
+    """What may come next, from the prompt, which products are copied from, and from earlier answers, which are built alike.
+
+    Speculative decoding without a second model (prompt lookup): the model reads guessed tokens in the same pass as the last one it
+    wrote, and those are kept that it would have written, so that greedy answers stay what they are and take fewer passes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._followed: dict[tuple[int, ...], list[int]] = {}
+
+    def after(self, prompt: list[int], written: list[int]) -> list[int]:
+        """Up to `most` tokens that may follow `written`."""
+        if not self._most:
+            return []
+        pair = tuple(written[-2:])
+        return (len(pair) > 1 and self._copied(prompt, pair)) or self._followed.get(pair) or self._copied(prompt, pair[-1:])
+
+    def _copied(self, prompt: list[int], last: tuple[int, ...]) -> list[int]:
+        for end in range(len(prompt) - 1, len(last) - 1, -1):
+            if tuple(prompt[end - len(last) : end]) == last:
+                return prompt[end : end + self._most]
+        return []
+
+    def learn(self, written: list[int]) -> None:
+        """Remember what followed what in an answer."""
+        for at in range(len(written) - 1):
+            if len(self._followed) < REMEMBERED:
+                self._followed[tuple(written[max(0, at - 1) : at + 1])] = written[at + 1 : at + 1 + self._most]
+
+
 class LlamaCppRuntime:
     """A GGUF file on the CPU.
+
+    Args:
+        guesses: most tokens guessed at a time, see `Guesses`; 0 writes token after token.
 
     Raises:
         ValueError: llama.cpp cannot load the file.
@@ -47,11 +85,16 @@ class LlamaCppRuntime:
 
     device = "cpu"
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, guesses: int = 4) -> None:
         self.threads = threads
+        self._most_guesses = guesses
+        self._guesses = Guesses(guesses)
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
+        parameters.load_mode = (
+            api.LLAMA_LOAD_MODE_NONE
+        )  # most weights are rearranged for the CPU; mapped, the file's pages would stay beside them
         self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {path}")
@@ -154,7 +197,7 @@ class LlamaCppRuntime:
         prompts = [self.encode(conversation) for conversation in conversations]
         prefix = common_prefix(prompts)
         longest = max(map(len, prompts), default=0)
-        self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens))
+        self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses))
         memory = api.llama_get_memory(self._context)
         if prefix:
             for start in range(0, len(prefix), BATCH):
@@ -164,10 +207,12 @@ class LlamaCppRuntime:
         running: dict[int, _Sequence] = {}
         while waiting or running:
             entries: list[tuple[int, int, int, bool]] = []
-            owners: list[int] = []
+            owners: list[tuple[int, list[int]]] = []
             for slot, sequence in running.items():
-                entries.append((sequence.written[-1], len(sequence.prompt) + len(sequence.written) - 1, slot, True))
-                owners.append(slot)
+                guessed = self._guesses.after(sequence.prompt, sequence.written) if len(running) <= FEW else []
+                at = len(sequence.prompt) + len(sequence.written) - 1
+                entries.extend((token, at + i, slot, True) for i, token in enumerate([sequence.written[-1], *guessed]))
+                owners.append((slot, guessed))
             while waiting and free and len(entries) + len(waiting[-1][1]) - len(prefix) <= BATCH:
                 index, prompt = waiting.pop()
                 slot = free.pop()
@@ -175,16 +220,23 @@ class LlamaCppRuntime:
                 api.llama_memory_seq_cp(memory, 0, slot, 0, len(prefix))
                 rest = prompt[len(prefix) :]
                 entries.extend((token, len(prefix) + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
-                owners.append(slot)
+                owners.append((slot, []))
             if not entries:
                 raise ValueError(f"conversation {waiting[-1][0]} has more than {BATCH} tokens")
-            for slot, token in zip(owners, self._evaluate(entries), strict=True):
+            likeliest = iter(self._evaluate(entries))
+            for slot, guessed in owners:
                 sequence = running[slot]
                 sequence.first_token_s = sequence.first_token_s or time.perf_counter() - sequence.started
-                sequence.written.append(token)
-                ended = api.llama_vocab_is_eog(self._vocab, token)
-                if ended or len(sequence.written) >= max_tokens:
-                    text = self.decode(sequence.written[:-1] if ended else sequence.written)
+                found = list(itertools.islice(likeliest, 1 + len(guessed)))
+                right = next((i for i, token in enumerate(guessed) if token != found[i]), len(guessed))
+                new = found[: min(right + 1, max_tokens - len(sequence.written))]
+                ended = next((i for i, token in enumerate(new) if api.llama_vocab_is_eog(self._vocab, token)), None)
+                sequence.written.extend(new if ended is None else new[: ended + 1])
+                if ended is None and right < len(guessed):  # forget the wrong guesses
+                    api.llama_memory_seq_rm(memory, slot, len(sequence.prompt) + len(sequence.written) - 1, -1)
+                if ended is not None or len(sequence.written) >= max_tokens:
+                    self._guesses.learn(sequence.written)
+                    text = self.decode(sequence.written if ended is None else sequence.written[:-1])
                     yield Completion(
                         sequence.index,
                         text,

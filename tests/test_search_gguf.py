@@ -1,0 +1,93 @@
+"""The search for a mixture of precisions: on a tiny real model, and the choice of parts by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.core.artifacts import Manifest, Store
+from tasks.core.stage import Stage, StageConfig, run
+from tasks.fidelity import ReferenceLogitsConfig, read_reference, reference_logits
+from tasks.importance import ImportanceConfig, importance
+from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf, quantize
+from tasks.search_gguf import Part, SearchGgufConfig, cheapest, mean_divergence, parts, search_gguf
+from tasks.synthesize import SynthesizeConfig, synthesize
+from tasks.weights import gguf_weights, open_gguf
+
+
+class World:
+    """A tiny model and what its search reads."""
+
+    def __init__(self, home: Path) -> None:
+        self.store, self.logs = Store((home / "store").as_uri(), home), home / "logs"
+        data = SynthesizeConfig(languages=("en", "hr"), train_rows=40, validation_rows=12, test_rows=12, hard_rows=12)
+        dataset = self.make(synthesize, data)
+        model = self.make(base_model, BaseModelConfig(source=TINY))
+        gguf = self.make(convert_gguf, ConvertGgufConfig(), model=model)
+        matrix = self.make(importance, ImportanceConfig(rows=20), model=model, dataset=dataset, gguf=gguf)
+        reference = self.make(reference_logits, ReferenceLogitsConfig(rows=6), model=model, dataset=dataset)
+        self.inputs = {"gguf": gguf, "importance": matrix, "reference": reference}
+
+    def make(self, stage: Stage, config: StageConfig, **inputs: Manifest) -> Manifest:
+        return run(stage, config, inputs, self.store, self.logs)[0]
+
+    def path(self, manifest: Manifest) -> Path:
+        return self.store.path(manifest.kind, manifest.key)
+
+    @property
+    def source(self) -> Path:
+        return self.path(self.inputs["gguf"]) / MODEL_FILE
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("search"))
+
+
+def test_types_of_single_tensors_are_what_was_asked_for_and_the_others_what_they_were(world: World, tmp_path: Path) -> None:
+    quantize(world.source, tmp_path / "m.gguf", "Q8_0", types={"blk.0.attn_q.weight": "Q4_0", "token_embd.weight": "Q4_0"})
+    found = {tensor.name: tensor.tensor_type.name for tensor in open_gguf(tmp_path / "m.gguf").tensors}
+    assert found.pop("blk.0.attn_q.weight") == found.pop("token_embd.weight") == "Q4_0"
+    assert {kind for name, kind in found.items() if "norm" not in name} == {"Q8_0"}
+
+
+def test_the_parts_are_all_the_matrices(world: World) -> None:
+    found = parts(world.source)
+    assert sorted(name for part in found for name in part.tensors) == sorted(gguf_weights(world.source))
+    assert {"blk.0.attn", "blk.0.ffn", "token_embd"} <= {part.name for part in found}
+    assert sum(part.weights for part in found) == sum(read().size for read in gguf_weights(world.source).values())
+
+
+def test_what_is_found_is_smaller_and_diverges_no_more(world: World, tmp_path: Path) -> None:
+    made = world.make(search_gguf, SearchGgufConfig(), **world.inputs)
+    file = world.path(made) / MODEL_FILE
+    asked, reference = read_reference(world.path(world.inputs["reference"]))
+    quantize(world.source, tmp_path / "beat.gguf", "Q4_0")
+    to_beat = mean_divergence(tmp_path / "beat.gguf", asked, reference)
+    kept = json.loads((world.path(made) / "search.json").read_text())
+    assert set(kept["costs"]) == {part.name for part in parts(world.source)} and made.metrics["parts_measured"] == made.metrics["parts"]
+    if made.metrics["found"]:
+        assert file.stat().st_size < (tmp_path / "beat.gguf").stat().st_size
+        assert mean_divergence(file, asked, reference) <= to_beat * 1.001
+        assert made.metrics["tensor_types"]["Q8_0"] > 0
+    else:
+        assert np.array_equal(np.fromfile(file, np.uint8), np.fromfile(tmp_path / "beat.gguf", np.uint8))
+
+
+def test_when_the_time_is_up_the_rest_keeps_its_bits_and_the_result_says_so(world: World) -> None:
+    made = world.make(search_gguf, SearchGgufConfig(seconds=0.001), **world.inputs)
+    assert made.metrics["parts_measured"] < made.metrics["parts"]
+    assert (world.path(made) / MODEL_FILE).is_file()
+
+
+@pytest.mark.fast
+def test_the_cheapest_for_what_they_save_are_chosen_within_the_budget() -> None:
+    known = [Part("large", ("a",), 1000), Part("small", ("b",), 10), Part("dear", ("c",), 1000), Part("unmeasured", ("d",), 9999)]
+    costs = {"large": 0.02, "small": 0.001, "dear": 0.5}
+    assert [part.name for part in cheapest(known, costs, 0.05)] == ["large", "small"]
+    assert [part.name for part in cheapest(known, costs, 0.01)] == ["small"]
+    assert cheapest(known, costs, 0.0) == []
