@@ -1,8 +1,8 @@
 """Stage `search_gguf`: a GGUF file of mixed precision, in which each part of the model has as many bits as it needs.
 
-How much a part matters is measured: everything at 8 bits, that part alone at 4, and the divergence from the 16-bit model. Divergences of
-parts about add up, so the parts that cost least for what they save are given 4 bits, as many as the divergence of a ready-made
-format allows; and what comes out is measured again.
+How much a part matters is measured: everything at 8 bits, that part alone at fewer. Divergences of parts about add up, so each part is
+given the type whose divergence and size cost least together, at the exchange rate at which the whole keeps within the divergence that
+is allowed; and what comes out is measured again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,27 @@ from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
 from tasks.fidelity import Asked, ask, divergence, read_reference
 from tasks.importance import as_parameter
-from tasks.quantize_gguf import MODEL_FILE, GgufFormat, describe, quantize
+from tasks.quantize_gguf import MODEL_FILE, describe, quantize
 from tasks.weights import open_gguf
 
-FINE, COARSE = "Q8_0", "Q4_0"  # the two that llama.cpp multiplies fastest on a CPU; both fit every model whose dimensions 32 divides
+FINE = "Q8_0"
+# Bits per weight, with scales, of the types that llama.cpp multiplies fastest on a CPU. They fit every model whose dimensions 32 divides.
+BITS = {FINE: 8.5, "Q4_1": 5.0, "Q4_0": 4.5}
+COARSE = tuple(kind for kind in BITS if kind != FINE)
 _PART = re.compile(r"blk\.(\d+)\.(attn|ffn)_")
 BACK_OFF = 0.85  # of the allowed divergence, each time what was predicted turns out too low
+TRIALS = 8
 
 
 class SearchGgufConfig(StageConfig):
-    """What a mixture is to beat, and how long to look for it."""
+    """What a mixture must keep to, and how long to look for it."""
 
-    beat: GgufFormat = Field("Q4_0", description="The ready-made format to be smaller than, at no more divergence from the 16-bit model")
-    seconds: float = Field(300, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits")
+    max_kld: float = Field(
+        0.004,
+        gt=0,
+        description="Largest mean divergence from the 16-bit model, nats; Q4_K_M had 0.003, and Q4_0, which lost accuracy, 0.010",
+    )
+    seconds: float = Field(600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits")
 
 
 @dataclass(frozen=True)
@@ -45,74 +53,66 @@ class Part:
     tensors: tuple[str, ...]
     weights: int
 
-    @property
-    def saving(self) -> float:
-        """Bytes that 4 bits save against 8: 4.5 and 8.5 bits per weight with their scales."""
-        return self.weights * 4 / 8
+    def size(self, kind: str) -> float:
+        """Bytes."""
+        return self.weights * BITS[kind] / 8
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A file that was made and measured: which parts have 4 bits, its mean divergence in nats, its size."""
+    """A file that was made and measured: the parts that have fewer than 8 bits, its mean divergence in nats, its size."""
 
-    coarse: list[str]
+    types: dict[str, str]
     mean_kld: float
     size_mb: float
 
 
-@stage("search_gguf", version=1, libraries=("llama-cpp-python",), reuse_memory=True)
+@stage("search_gguf", version=2, libraries=("llama-cpp-python",), reuse_memory=True)
 def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Look for a mixture of 8 and 4 bits that is smaller than the format to beat and diverges no more.
+    """Look for the smallest mixture of 8 and 4 bits that diverges no more than is allowed.
 
     `inputs` has `gguf`, the F16 file; `importance`, its importance matrix; `reference`, what the 16-bit model foretells. Writes
-    `model.gguf`, the best that was found, and `search.json`, what was measured. Without a find the file is the format to beat.
+    `model.gguf`, the best that was found (with 8 bits everywhere, if nothing smaller will do), and `search.json`, what was measured.
     """
     deadline = time.monotonic() + config.seconds
     asked, reference = read_reference(inputs["reference"])
     source = inputs["gguf"] / MODEL_FILE
-    trial = out_dir / "trial.gguf"
     matrix, _kept = as_parameter(inputs["importance"])
+    known = sorted(parts(source), key=lambda part: -part.weights)
 
-    def measure(kind: str, types: dict[str, str], weighted: bool) -> tuple[float, float]:
-        """Mean divergence and size in MB of the file with these types by tensor, all others of `kind`."""
-        quantize(source, trial, kind, matrix if weighted else None, types)
-        return mean_divergence(trial, asked, reference), trial.stat().st_size / 1e6
+    def measure(types: Mapping[str, str]) -> Mixture:
+        """The file with these types by part, and 8 bits in all others."""
+        by_tensor = {name: types.get(part.name, FINE) for part in known for name in part.tensors}
+        quantize(source, out_dir / MODEL_FILE, FINE, matrix, by_tensor)
+        size_mb = (out_dir / MODEL_FILE).stat().st_size / 1e6
+        return Mixture(dict(types), mean_divergence(out_dir / MODEL_FILE, asked, reference), size_mb)
 
-    allowed, size_to_beat = measure(config.beat, {}, weighted=False)
-    everything_fine = {name: FINE for part in parts(source) for name in part.tensors}
-    least, _ = measure(FINE, everything_fine, weighted=True)
-    costs: dict[str, float] = {}
-    largest_first = sorted(parts(source), key=lambda part: -part.weights)
-    for part in progress.track(largest_first, len(largest_first), "parts measured"):
-        if time.monotonic() > deadline:
-            continue
-        found, _ = measure(FINE, everything_fine | dict.fromkeys(part.tensors, COARSE), weighted=True)
-        costs[part.name] = max(found - least, 0.0)
+    fine = measure({})
+    costs: dict[str, dict[str, float]] = {part.name: {FINE: 0.0} for part in known}
+    trials = [(part, kind) for kind in COARSE for part in known]
+    for part, kind in progress.track(trials, len(trials), "trials"):
+        if time.monotonic() < deadline:
+            costs[part.name][kind] = max(measure({part.name: kind}).mean_kld - fine.mean_kld, 0.0)
 
-    tried: list[Mixture] = []
-    budget = allowed - least
-    while not (tried and tried[-1].mean_kld <= allowed) and budget > (allowed - least) / 10:
-        coarse = cheapest(largest_first, costs, budget)
-        found, size = measure(FINE, everything_fine | {name: COARSE for part in coarse for name in part.tensors}, weighted=True)
-        tried.append(Mixture([part.name for part in coarse], found, size))
+    tried, best, budget = [], fine, config.max_kld - fine.mean_kld
+    for _ in range(TRIALS if budget > 0 else 0):
+        tried.append(measure(cheapest(known, costs, budget)))
+        if tried[-1].mean_kld <= config.max_kld:
+            best = tried[-1]
+            break
         budget *= BACK_OFF
-    best = tried[-1] if tried and tried[-1].mean_kld <= allowed and tried[-1].size_mb < size_to_beat else None
-    if not best:
-        quantize(source, trial, config.beat)
-    trial.rename(out_dir / MODEL_FILE)
-    (out_dir / "search.json").write_text(
-        json.dumps({"costs": costs, "tried": [asdict(mixture) for mixture in tried]}, indent=1), encoding="utf-8"
-    )
+    if best is fine:
+        measure({})
+    (out_dir / "search.json").write_text(json.dumps({"costs": costs, "tried": [asdict(mixture) for mixture in tried]}, indent=1))
     return {
-        "format": "mixed" if best else config.beat,
-        "found": best is not None,
-        "beat": config.beat,
-        "beat_size_mb": round(size_to_beat, 3),
-        "beat_mean_kld": allowed,
-        "mean_kld": best.mean_kld if best else allowed,
-        "coarse_parts": len(best.coarse) if best else None,
-        "parts": len(largest_first),
-        "parts_measured": len(costs),
+        "format": "mixed",
+        "mean_kld": best.mean_kld,
+        "fine_mean_kld": fine.mean_kld,
+        "fine_size_mb": round(fine.size_mb, 3),
+        "parts": len(known),
+        "coarse_parts": len(best.types),
+        "trials": len(trials),
+        "trials_measured": sum(len(found) - 1 for found in costs.values()),
         **describe(out_dir / MODEL_FILE),
     }
 
@@ -142,11 +142,32 @@ def parts(path: Path) -> list[Part]:
     return [Part(name, tuple(names), weights[name]) for name, names in tensors.items()]
 
 
-def cheapest(known: Sequence[Part], costs: Mapping[str, float], budget: float) -> list[Part]:
-    """Parts to make coarse: those that cost least for what they save, while their costs together keep within the budget."""
-    chosen, spent = [], 0.0
-    for part in sorted((part for part in known if part.name in costs), key=lambda part: costs[part.name] / part.saving):
-        if spent + costs[part.name] <= budget:
-            chosen.append(part)
-            spent += costs[part.name]
-    return chosen
+def cheapest(known: Sequence[Part], costs: Mapping[str, Mapping[str, float]], budget: float) -> dict[str, str]:
+    """Types of the parts that are to have fewer than 8 bits: the smallest choice found whose costs together keep within the budget.
+
+    Every part takes the type with the least cost + rate * size; the highest rate that keeps within the budget is looked for by
+    bisection (Lagrangian relaxation). What is left of the budget then goes to single parts.
+    """
+
+    def choice(rate: float) -> dict[str, str]:
+        return {part.name: min(costs[part.name], key=lambda kind: costs[part.name][kind] + rate * part.size(kind)) for part in known}
+
+    low, high = 0.0, 1.0  # nats per byte: at 1 every part takes its smallest type
+    if cost_of(choice(high), costs) <= budget:
+        low = high
+    for _ in range(100):
+        rate = (low + high) / 2
+        low, high = (rate, high) if cost_of(choice(rate), costs) <= budget else (low, rate)
+    types = choice(low)
+    for part in known:  # a large part may have been too dear for the budget, and left some of it
+        for kind in sorted(costs[part.name], key=part.size):
+            smaller = {**types, part.name: kind}
+            if part.size(kind) < part.size(types[part.name]) and cost_of(smaller, costs) <= budget:
+                types = smaller
+                break
+    return {name: kind for name, kind in types.items() if kind != FINE}
+
+
+def cost_of(types: Mapping[str, str], costs: Mapping[str, Mapping[str, float]]) -> float:
+    """Divergence these types add, as far as that of parts adds up."""
+    return sum(costs[name][kind] for name, kind in types.items())
