@@ -27,7 +27,7 @@ ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
-        help="`champion`, `recommended`, a variant of the latest run such as gguf-Q4_0, a .gguf file, a Hugging Face folder, or a LiteLLM model id such as openai/gpt-4.1.",
+        help="`champion`, `recommended`, a variant of the latest run such as gguf-Q8_0, a .gguf file, a Hugging Face folder, or a LiteLLM model id such as openai/gpt-4.1.",
     ),
 ]
 

@@ -33,7 +33,7 @@ def retrain(profile: str = "quick", overrides: dict[str, Any] | None = None, exe
         base, adapter, tuned = stages.train(run, dataset)
         reference = stages.refer(run, tuned, dataset)
         gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
-        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned, dataset, reference)
+        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned, dataset)
 
         variants = stages.all_variants(config.base_few_shot, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, REFERENCE: tuned, **gptq_models, **gguf_models}

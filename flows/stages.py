@@ -10,7 +10,6 @@ from prefect import flow
 from flows.session import Run, runner, teacher_secret
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
-from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
 from tasks.data_card import DataCardConfig, data_card, publish
@@ -22,7 +21,7 @@ from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
 from tasks.importance import importance
 from tasks.merge import merge
-from tasks.quantize_gguf import UNWEIGHTED, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
 from tasks.register import champion_artefact, register_variants
 from tasks.report import write_report
@@ -89,9 +88,7 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
 
 
 @flow(name="quantize-gguf")
-def make_gguf(
-    run: Run, tuned: Manifest, dataset: Manifest, reference: Manifest | str
-) -> tuple[list[Variant], Models, Failed, Manifest | None]:
+def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed, Manifest | None]:
     """Every GGUF format from one F16 file, which comes last, if the model could be converted; one that fails does not stop the others."""
     call, config = runner(run), run.config
     variants, models, failed = [], {}, {}
@@ -104,7 +101,7 @@ def make_gguf(
             made[True] = {**made[False], "importance": matrix}
     except (StageError, UserError) as error:
         problem = str(error)
-    for kind, weighted in gguf_kinds(config):
+    for kind, weighted in config.gguf_kinds():
         name = f"gguf-{kind}" + ("-imatrix" if weighted else "")
         bits = 16 if kind == "F16" else int(kind.strip("IQ")[0])
         variants.append(Variant(name=name, format="gguf", bits=bits, runtime="llama_cpp", role="candidate"))
@@ -118,18 +115,21 @@ def make_gguf(
     if config.gguf_search:
         variants.append(Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate"))
         try:
-            if True not in made or isinstance(reference, str):
-                raise StageError(problem or str(reference))
-            models[MIXED] = call(search_gguf, config.gguf_search, f"search {MIXED}", reference=reference, **made[True])
+            if True not in made:
+                raise StageError(problem)
+            models[MIXED] = call(
+                search_gguf, config.gguf_search, f"search {MIXED}", reference=other_rows(run, tuned, dataset), **made[True]
+            )
         except (StageError, UserError) as error:
             failed[MIXED] = str(error)
     return variants, models, failed, made.get(False, {}).get("gguf")
 
 
-def gguf_kinds(config: RunConfig) -> list[tuple[GgufFormat, bool]]:
-    """The GGUF variants to make: format, and whether an importance matrix weights its rounding."""
-    wanted = {"without": (False,), "with": (True,), "both": (False, True)}[config.gguf_importance]
-    return [(kind, weighted) for kind in config.gguf for weighted in ((False,) if kind in UNWEIGHTED else wanted)]
+def other_rows(run: Run, tuned: Manifest, dataset: Manifest) -> Manifest:
+    """What the 16-bit model foretells of other rows than those variants are checked on: what is chosen on rows is not judged on them."""
+    rows = run.config.fidelity
+    config = rows.model_copy(update={"skip": rows.skip + rows.rows})
+    return runner(run)(reference_logits, config, "reference_logits for the search", model=tuned, dataset=dataset)
 
 
 @flow(name="measure")

@@ -25,7 +25,7 @@ from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
 from tasks.importance import ImportanceConfig
 from tasks.merge import MergeConfig
-from tasks.quantize_gguf import GgufFormat
+from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
 from tasks.register import RegisterConfig
 from tasks.search_gguf import SearchGgufConfig
@@ -64,6 +64,11 @@ class RunConfig(BaseModel):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
     registry: RegisterConfig = RegisterConfig()
+
+    def gguf_kinds(self) -> list[tuple[GgufFormat, bool]]:
+        """The GGUF variants to make: format, and whether an importance matrix weights its rounding."""
+        wanted = {"without": (False,), "with": (True,), "both": (False, True)}[self.gguf_importance]
+        return [(kind, weighted) for kind in self.gguf for weighted in ((False,) if kind in UNWEIGHTED else wanted)]
 
     def key(self) -> str:
         """Hash of the whole configuration: what makes two pipeline runs the same one."""
@@ -180,7 +185,7 @@ def disk_needed(config: RunConfig) -> int:
     """About how many bytes a run adds to the disk: base, merged model and checkpoints, every variant, and MLflow's copies."""
     from tasks.base_model import size_16bit
 
-    return size_16bit(config.base_model) * (3 + len(config.gguf) + len(config.gptq))
+    return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq))
 
 
 def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:

@@ -38,7 +38,7 @@ class EvaluateConfig(StageConfig):
 
 
 def load_variant(runtime: RuntimeName, folder: Path, dtype: Dtype) -> Runtime:
-    """Load an artefact of `merge`, `base_model`, `quantize_gptq` or `quantize_gguf` in its runtime."""
+    """Load an artefact of `merge`, `base_model`, `quantize_gptq`, `quantize_gguf` or `search_gguf` in its runtime."""
     path = folder / MODEL_FILE if runtime == "llama_cpp" else folder
     return runtimes.load(runtime, path, hardware.cores(), dtype)
 

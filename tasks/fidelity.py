@@ -37,6 +37,7 @@ class ReferenceLogitsConfig(StageConfig):
     """On what variants are compared with the 16-bit model."""
 
     rows: int = Field(48, ge=4, le=2000, description="Validation rows; each takes about a megabyte")
+    skip: int = Field(0, ge=0, description="Validation rows left out before them")
 
 
 class FidelityConfig(StageConfig):
@@ -80,7 +81,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
     model = runtimes.load_local("transformers", inputs["model"], hardware.cores(), "float32")
     asked = []
-    for row in read_rows(inputs["dataset"] / "validation.jsonl")[: config.rows]:
+    for row in read_rows(inputs["dataset"] / "validation.jsonl")[config.skip : config.skip + config.rows]:
         conversation = prompt.messages(spec, row["text"])
         asked.append(Asked(conversation, *encode_example(tokenizer, conversation, answer_text(row["gold"], spec))))
     logits = {str(i): logits.astype(np.float16) for i, logits in enumerate(ask(model, asked))}

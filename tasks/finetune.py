@@ -53,7 +53,7 @@ class FinetuneConfig(StageConfig):
     tokens_at_a_time: int | None = Field(
         None,
         ge=64,
-        description="A batch with more is computed in parts; null for 768 on each core of a CPU, and for whole batches on a GPU",
+        description="A batch with more is computed in parts; null for 768 in each process on a CPU, and for whole batches on a GPU",
     )
     seed: int = Field(7, ge=0)
 
@@ -126,7 +126,7 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
     return model
 
 
-@stage("finetune", version=5, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+@stage("finetune", version=6, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import numpy as np

@@ -123,7 +123,10 @@ def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool,
     model.train()
     most_tokens = tokens_at_a_time(config, "cpu")
     parameters = _trainable(model)
-    values, gradients = pipe.recv()
+    if (shared := pipe.recv()) is None:
+        pipe.send(hardware.peak_rss_mb())
+        return
+    values, gradients = shared
     for parameter, value, gradient in zip(parameters, _views(values, parameters), _views(gradients, parameters), strict=True):
         parameter.data, parameter.grad = value, gradient
     while (task := pipe.recv()) is not None:

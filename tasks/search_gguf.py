@@ -42,7 +42,9 @@ class SearchGgufConfig(StageConfig):
         gt=0,
         description="Largest mean divergence from the 16-bit model, nats; Q4_K_M had 0.003, and Q4_0, which lost accuracy, 0.010",
     )
-    seconds: float = Field(600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits")
+    seconds: float = Field(
+        600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits; the mixture itself is measured all the same"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class Mixture:
     size_mb: float
 
 
-@stage("search_gguf", version=2, libraries=("llama-cpp-python",), reuse_memory=True)
+@stage("search_gguf", version=3, libraries=("llama-cpp-python",), measures=True, reuse_memory=True)
 def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Look for the smallest mixture of 8 and 4 bits that diverges no more than is allowed.
+    """Look for the smallest mixture of 8, 5 and 4 bits that diverges no more than is allowed.
 
     `inputs` has `gguf`, the F16 file; `importance`, its importance matrix; `reference`, what the 16-bit model foretells. Writes
     `model.gguf`, the best that was found (with 8 bits everywhere, if nothing smaller will do), and `search.json`, what was measured.
@@ -88,21 +90,21 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         return Mixture(dict(types), mean_divergence(out_dir / MODEL_FILE, asked, reference), size_mb)
 
     fine = measure({})
+    budget = config.max_kld - fine.mean_kld
     costs: dict[str, dict[str, float]] = {part.name: {FINE: 0.0} for part in known}
     trials = [(part, kind) for kind in COARSE for part in known]
     for part, kind in progress.track(trials, len(trials), "trials"):
-        if time.monotonic() < deadline:
+        if budget > 0 and time.monotonic() < deadline:
             costs[part.name][kind] = max(measure({part.name: kind}).mean_kld - fine.mean_kld, 0.0)
 
-    tried, best, budget = [], fine, config.max_kld - fine.mean_kld
-    for _ in range(TRIALS if budget > 0 else 0):
-        tried.append(measure(cheapest(known, costs, budget)))
-        if tried[-1].mean_kld <= config.max_kld:
-            best = tried[-1]
-            break
-        budget *= BACK_OFF
-    if best is fine:
-        measure({})
+    tried: list[Mixture] = []
+    for back_off in range(TRIALS):
+        types = cheapest(known, costs, budget * BACK_OFF**back_off)
+        if types and types not in [mixture.types for mixture in tried]:
+            tried.append(measure(types))
+            if tried[-1].mean_kld <= config.max_kld:
+                break
+    best = tried[-1] if tried and tried[-1].mean_kld <= config.max_kld else measure({})
     (out_dir / "search.json").write_text(json.dumps({"costs": costs, "tried": [asdict(mixture) for mixture in tried]}, indent=1))
     return {
         "format": "mixed",
@@ -153,6 +155,8 @@ def cheapest(known: Sequence[Part], costs: Mapping[str, Mapping[str, float]], bu
         return {part.name: min(costs[part.name], key=lambda kind: costs[part.name][kind] + rate * part.size(kind)) for part in known}
 
     low, high = 0.0, 1.0  # nats per byte: at 1 every part takes its smallest type
+    if budget < 0:
+        return {}
     if cost_of(choice(high), costs) <= budget:
         low = high
     for _ in range(100):

@@ -54,12 +54,16 @@ def open_gguf(path: Path) -> Any:
             if raw_type != gguf.GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+            if kind == gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
             count = int(self._get(orig_offs + 4, np.uint64)[0])
             end = orig_offs + 12
             if kind == gguf.GGUFValueType.STRING:
                 view = self.data.data
                 for _ in range(count):
                     end += 8 + int.from_bytes(view[end : end + 8], "little")
+                    if end > len(view):
+                        raise ValueError(f"{path} ends within its metadata")
             else:
                 end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
             return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]

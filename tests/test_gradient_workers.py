@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(base: Path) -> Iterator[tuple[Any, Any]]:
     """A model whose adapter is no longer zero, and a pool of two more processes."""
     from tasks.finetune import FinetuneConfig, build_model
@@ -59,6 +59,7 @@ def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any
     model, pool = trained
     inputs = batch(rows)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
     whole = completion_loss(model, inputs)
     whole.backward()
     expected = [parameter.grad.clone() for parameter in parameters]
@@ -101,6 +102,15 @@ def test_batches_hold_rows_of_like_length_also_when_they_do_not_come_out_even() 
     first = [batch[0] for batch in batches]
     assert first != sorted(first) and order != bucketed_order(lengths, 32, 2)
     assert sorted(bucketed_order([5, 3], 32, 1)) == [0, 1]
+
+
+def test_workers_that_never_got_a_model_end_when_told_to(base: Path) -> None:
+    from tasks.finetune import FinetuneConfig
+    from tasks.gradient_workers import GradientWorkers
+
+    pool = GradientWorkers(1, FinetuneConfig(**CONFIG), base, autocast=False)
+    assert pool.close() > 0
+    assert pool._processes[0].exitcode == 0
 
 
 def test_a_worker_that_is_killed_ends_training_with_a_word(trained: tuple[Any, Any]) -> None:

@@ -122,6 +122,4 @@ def test_too_few_rows_to_calibrate_on_are_refused(world: World, tmp_path: Path) 
     ],
 )
 def test_a_run_makes_formats_with_it_without_it_or_both(choice: str, kinds: list[tuple[str, bool]]) -> None:
-    from flows.stages import gguf_kinds
-
-    assert gguf_kinds(load_config("smoke", {"gguf": ["F16", "Q4_0"], "gguf_importance": choice})) == kinds
+    assert load_config("smoke", {"gguf": ["F16", "Q4_0"], "gguf_importance": choice}).gguf_kinds() == kinds

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf
-from tasks.runtimes.llama_cpp import Guesses, LlamaCppRuntime
+from tasks.runtimes.llama_cpp import FEW, Guesses, LlamaCppRuntime
 
 QUESTIONS = ["two olive oils please", "where is order 4711", "dvije boce maslinovog ulja, molim", "bye", "two olive oils please"]
 
@@ -45,6 +45,12 @@ def test_guesses_change_no_answer_and_save_passes(file: Path, parallel: int) -> 
     guessed, few = answers(file, 4, parallel)
     assert guessed == plain
     assert few < 0.8 * many
+
+
+def test_many_conversations_are_answered_without_guesses_until_few_are_left(file: Path) -> None:
+    plain, many = answers(file, 0, 5)
+    guessed, few = answers(file, 4, 5)
+    assert FEW < 5 and guessed == plain and few <= many
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])

@@ -16,7 +16,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     home = tmp_path / "home"
     small = {
         "data.train_rows": 480, "data.validation_rows": 24, "data.test_rows": 60, "data.hard_rows": 12, "data.languages": "[en]", "data.patterns_per_intent": 4,
-        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "gguf": "[F16,Q8_0,Q4_1]", "gptq": "[]",
+        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "train.batch_size": 16, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "both", "gptq": "[]",
         "evaluate.max_tokens": 40, "benchmark.requests": 5, "benchmark.batched_requests": 16, "benchmark.repeats": 1,
     }  # fmt: skip
     result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
@@ -41,5 +41,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     assert fidelity["gguf-Q4_1"]["delta_retained"] < fidelity["gguf-Q8_0"]["delta_retained"]
     assert fidelity["gguf-Q4_1"]["mean_kld"] > 10 * fidelity["gguf-Q8_0"]["mean_kld"]
     assert fidelity["gguf-Q4_1"]["verdict"] in ("degraded", "erased")
+    # An importance matrix makes llama.cpp look for other scales than those of that grid.
+    assert fidelity["gguf-Q4_1-imatrix"]["mean_kld"] < fidelity["gguf-Q4_1"]["mean_kld"]
     assert variants["gguf-Q8_0"]["performance"]["rss_mb"] < variants["tuned-fp16"]["performance"]["rss_mb"]
     assert max(stage["peak_rss_mb"] or 0 for stage in report["stages"]) < 6000

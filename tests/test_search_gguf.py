@@ -84,6 +84,12 @@ def test_when_the_time_is_up_the_rest_keeps_its_bits_and_the_result_says_so(worl
     assert (world.path(made) / MODEL_FILE).is_file()
 
 
+def test_a_file_that_ends_within_its_vocabulary_is_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / "short.gguf").write_bytes(world.source.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"short\.gguf ends within its metadata"):
+        open_gguf(tmp_path / "short.gguf")
+
+
 @pytest.mark.fast
 def test_each_part_takes_the_type_that_is_worth_it_within_the_budget() -> None:
     known = [Part("large", ("a",), 1000), Part("small", ("b",), 10), Part("dear", ("c",), 1000), Part("unmeasured", ("d",), 9999)]
@@ -94,7 +100,7 @@ def test_each_part_takes_the_type_that_is_worth_it_within_the_budget() -> None:
         "unmeasured": {"Q8_0": 0.0},
     }
     assert cheapest(known, costs, 0.05) == {"large": "Q4_1", "small": "Q4_0"}
-    assert cheapest(known, costs, 0.0) == {}
+    assert cheapest(known, costs, 0.0) == cheapest(known, costs, -1.0) == {}
     assert cheapest(known, costs, 0.002) == {"small": "Q4_0"}  # though `large` saves more for its cost
     assert cheapest(known, costs, 10.0) == {"large": "Q4_0", "small": "Q4_0", "dear": "Q4_0"}
     assert cost_of({"large": "Q4_1", "small": "Q8_0"}, costs) == 0.02

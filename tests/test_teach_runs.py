@@ -148,20 +148,6 @@ def test_a_run_with_a_teacher_whose_key_is_in_a_secret_block(
     assert states["teach"] == states["synthesize"] == states["finetune"] == "cached" and report["dataset"]["teacher"] == taught
 
 
-# Without llama.cpp's repacked weights: its AMX kernels fault on some processors, and this test is not about them.
-LLAMA_SERVER = """
-import runpy
-from llama_cpp import llama_cpp
-defaults = llama_cpp.llama_model_default_params
-def plain():
-    parameters = defaults()
-    parameters.use_extra_bufts = False
-    return parameters
-llama_cpp.llama_model_default_params = plain
-runpy.run_module("llama_cpp.server", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_a_real_model_behind_a_real_server_is_a_teacher(
     ask: Callable[..., Manifest], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,8 +157,8 @@ def test_a_real_model_behind_a_real_server_is_a_teacher(
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     port = _free_port()
     command = [
-        "-c",
-        LLAMA_SERVER,
+        "-m",
+        "llama_cpp.server",
         "--model",
         str(offline_gguf()),
         "--host",

@@ -46,7 +46,8 @@ class Guesses:
     """What may come next, from the prompt, which products are copied from, and from earlier answers, which are built alike.
 
     Speculative decoding without a second model (prompt lookup): the model reads guessed tokens in the same pass as the last one it
-    wrote, and those are kept that it would have written, so that greedy answers stay what they are and take fewer passes.
+    wrote, and those are kept that it would have written: fewer passes for the same greedy answer, but for near ties, since a pass
+    over several tokens rounds differently.
     """
 
     def __init__(self, most: int) -> None:
@@ -87,8 +88,6 @@ class LlamaCppRuntime:
 
     def __init__(self, path: Path, threads: int, guesses: int = 4) -> None:
         self.threads = threads
-        self._most_guesses = guesses
-        self._guesses = Guesses(guesses)
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -98,6 +97,10 @@ class LlamaCppRuntime:
         self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {path}")
+        # The state of a recurrent layer cannot be taken back when a guess was wrong.
+        takes_back = not (api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model))
+        self._most_guesses = guesses if takes_back else 0
+        self._guesses = Guesses(self._most_guesses)
         self._vocab = api.llama_model_get_vocab(self._model)
         self._vocab_size = api.llama_vocab_n_tokens(self._vocab)
         self._context: Any = None
