@@ -11,7 +11,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check lock report readme bench-data doctor clean
+.PHONY: install run test check up down lock report readme bench llama-bench bench-data doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -50,10 +50,38 @@ check: install
 report: install
 	$(BIN)/cartwright report
 
+# Prefect and MLflow servers and workers on this machine, for a team.
+up: install
+	$(BIN)/cartwright up $(ARGS)
+
+down: install
+	$(BIN)/cartwright down
+
 LATEST := $(or $(CARTWRIGHT_HOME),.cartwright)/reports/latest
 readme: install
 	$(BIN)/cartwright evaluate --data tests/handwritten.jsonl --model recommended --output $(LATEST)/handwritten.json
 	$(BIN)/python docs/update_readme.py $(LATEST)/report.json $(LATEST)/handwritten.json
+
+# The finished run of a profile, measured as the figures of a paper should be: all else is cached.
+bench: install llama-bench
+	$(BIN)/cartwright run --profile $(PROFILE) --set benchmark.runs=5 --set benchmark.requests=30 --set 'benchmark.loads=[1,4,16,32]' \
+		--set benchmark.repeats=5 --set benchmark.decode_tokens=128 --set benchmark.unshared_too=true --set benchmark.mapped_too=true \
+		--set benchmark.llama_bench=true --set 'baselines=[float32,bfloat16]' --set constrained=true $(ARGS)
+
+# llama.cpp's own benchmark, of the sources and with the flags of the libraries that serve the model (about 5 minutes, once).
+LLAMA_BENCH := $(VENV)/share/llama.cpp/llama-bench
+llama-bench: $(LLAMA_BENCH)
+$(LLAMA_BENCH): $(READY)
+	@echo "Compiling llama-bench: about 5 minutes"
+	test -x $(WHEELS)/llama-bench || { rm -rf $(VENV)/src && mkdir -p $(VENV)/src && $(BIN)/pip install --quiet cmake ninja && \
+		$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python -d $(VENV)/src llama-cpp-python==$(LLAMA_CPP_PYTHON) && \
+		tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src && \
+		$(BIN)/cmake -S $(VENV)/src/*/vendor/llama.cpp -B $(VENV)/src/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+			-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+			-DLLAMA_OPENSSL=OFF $$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)' >$(VENV)/src/build.log 2>&1 && \
+		$(BIN)/cmake --build $(VENV)/src/build --target llama-bench >>$(VENV)/src/build.log 2>&1 && \
+		cp $(VENV)/src/build/bin/llama-bench $(WHEELS)/ && rm -rf $(VENV)/src; }
+	cp $(WHEELS)/llama-bench $@
 
 bench-data: install
 	$(BIN)/python docs/bench_data.py $(ARGS)

@@ -95,7 +95,7 @@ def run(
     with prefect_api(settings), _goes_on():
         from flows.retrain import retrain
 
-        folder = retrain(profile, overrides)
+        folder = retrain(profile=profile, overrides=overrides)
     _say_where(settings, folder)
 
 
@@ -131,6 +131,39 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
     print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {settings.mlflow_uri}")
+
+
+PrefectPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the Prefect server.")]
+MlflowPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the MLflow server.")]
+
+
+@app.command()
+def up(
+    prefect_port: PrefectPort = 4200,
+    mlflow_port: MlflowPort = 5000,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Start a worker for the gpu-pool even where no GPU is seen.")] = False,
+) -> None:
+    """Start a Prefect server, an MLflow server and workers on this machine, and deploy `retrain` to them. Twice is harmless."""
+    from flows.team import Team
+
+    settings = environment.load_settings()
+    team = Team(settings, prefect_port, mlflow_port)
+    print("Starting the Prefect server, the MLflow server and the workers: about half a minute")
+    team.up(gpu)
+    for service in team.services():
+        print(f"  {service.name:<20} process {service.pid}, log {service.log}")
+    print(f"Prefect: {team.prefect}/deployments  (choose retrain/cpu, press Run, Custom run, and fill in the form)")
+    print(f"MLflow:  {team.mlflow}  (every retraining is a run; its variants are its children)")
+    print("`cartwright down` ends what was started here.")
+
+
+@app.command()
+def down() -> None:
+    """End what `up` started, and nothing else. What was made stays."""
+    from flows.team import Team
+
+    ended = Team(environment.load_settings(), 0, 0).down()
+    print(f"Ended: {', '.join(ended)}." if ended else "Nothing that `up` started is running.")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import socket
 import subprocess
 import time
@@ -10,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 
 from tasks.config import RunConfig
 from tasks.core import settings as environment
@@ -102,6 +104,22 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
                 yield run
         finally:
             del _runners[run.run_id]
+
+
+def run_log() -> Console:
+    """A console whose lines are log lines of the flow run, which the Prefect UI shows while it goes on."""
+    from prefect import get_run_logger
+
+    logger = get_run_logger()
+
+    class Lines(io.TextIOBase):
+        def write(self, text: str) -> int:
+            for line in text.splitlines():
+                if line.strip():
+                    logger.info(line.strip())
+            return len(text)
+
+    return Console(file=cast(IO[str], Lines()), highlight=False, soft_wrap=True, force_terminal=False)
 
 
 @contextmanager

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 
 from flows.session import Run, runner, teacher_secret
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
+from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
+from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
-from tasks.decide import BASE, BASE_FEW_SHOT, MIXED, REFERENCE, Variant, decide, recommended_cpu
+from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide, recommended_cpu
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
 from tasks.importance import importance
+from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
+from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
 from tasks.register import champion_artefact, register_variants
@@ -31,6 +37,7 @@ from tasks.teach import NO_TEACHER, teach, teach_config
 
 Models = dict[str, Manifest]
 Failed = dict[str, str]
+ESSENTIAL = ("evaluate:", "benchmark:")  # measurements without which a variant cannot be compared
 
 
 @flow(name="data")
@@ -75,13 +82,14 @@ def refer(run: Run, tuned: Manifest, dataset: Manifest) -> Manifest | str:
 
 @flow(name="quantize-gptq")
 def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed]:
-    """Every GPTQ variant; one that fails does not stop the others."""
+    """Every variant of the formats that GPTQModel makes, GPTQ and AWQ; one that fails does not stop the others."""
     variants, models, failed = [], {}, {}
-    for config in run.config.gptq:
-        name = f"gptq-{config.bits}bit" + (f"-g{config.group_size}" if config.group_size else "")
-        variants.append(Variant(name=name, format="gptq", bits=config.bits, runtime="transformers", role="candidate"))
+    wanted = [("gptq", quantize_gptq, config) for config in run.config.gptq] + [("awq", quantize_awq, config) for config in run.config.awq]
+    for format_, stage, config in wanted:
+        name = f"{format_}-{config.bits}bit" + (f"-g{config.group_size}" if config.group_size else "")
+        variants.append(Variant(name=name, format=format_, bits=config.bits, runtime="transformers", role="candidate"))
         try:
-            models[name] = runner(run)(quantize_gptq, config, f"quantize {name}", model=tuned, dataset=dataset)
+            models[name] = runner(run)(stage, config, f"quantize {name}", model=tuned, dataset=dataset)
         except (StageError, UserError) as error:
             failed[name] = str(error)
     return variants, models, failed
@@ -133,30 +141,74 @@ def other_rows(run: Run, tuned: Manifest, dataset: Manifest) -> Manifest:
 
 
 @flow(name="measure")
-def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest, failed: Failed) -> tuple[Models, Models, Failed]:
-    """Accuracy and speed of every variant, each in the runtime it will be deployed with, on the same rows."""
+def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest, failed: Failed) -> tuple[Models, Failed, Failed]:
+    """Accuracy, then speed and memory, of every variant, each in the runtime it will be deployed with, on the same rows.
+
+    Returns:
+        What was found, by the names that `decide` knows it by; the variants that failed; what else of variants could not be measured.
+    """
     call, config = runner(run), run.config
-    evaluations, benchmarks, failed = {}, {}, dict(failed)
-    for variant in variants:
+    found, failed, unmeasured = {}, dict(failed), {}
+
+    def attempt(variant: Variant, name: str, stage: Stage, settings: StageConfig, label: str, **more: Manifest) -> None:
         if variant.name in failed:
-            continue
-        how = {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
-        # The base model reads long instructions with every request, and its speed is nobody's choice.
-        few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1} if variant.role == "base" else {}
+            return
         try:
-            evaluations[variant.name] = call(
-                evaluate, config.evaluate.model_copy(update=how), f"evaluate {variant.name}", model=models[variant.name], dataset=dataset
-            )
-            benchmarks[variant.name] = call(
-                benchmark,
-                config.benchmark.model_copy(update=how | few | {"dtype": variant.dtype}),
-                f"benchmark {variant.name}",
-                model=models[variant.name],
-                dataset=dataset,
-            )
+            found[name] = call(stage, settings, label, model=models[variant.name], **more)
         except (StageError, UserError) as error:
-            failed[variant.name] = str(error)
-    return evaluations, benchmarks, failed
+            if name.startswith(ESSENTIAL):
+                failed[variant.name] = str(error)
+            else:
+                unmeasured[name] = str(error)
+
+    for variant in variants:
+        asked = config.evaluate.model_copy(update=how(variant))
+        attempt(variant, f"evaluate:{variant.name}", evaluate, asked, f"evaluate {variant.name}", dataset=dataset)
+        if config.constrained and variant.format == "gguf":
+            kept = asked.model_copy(update={"constrained": True})
+            attempt(variant, f"constrained:{variant.name}", evaluate, kept, f"evaluate {variant.name}, constrained", dataset=dataset)
+    for name, stage, settings, label, variant in measurements(config, variants):
+        data = {} if stage is llama_bench else {"dataset": dataset}
+        attempt(variant, name, stage, settings, label, **data)
+    return {name: manifest for name, manifest in found.items() if name.split(":")[1] not in failed}, failed, unmeasured
+
+
+def how(variant: Variant) -> dict[str, Any]:
+    """How a variant is asked."""
+    return {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
+
+
+def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[str, Stage, StageConfig, str, Variant]]:
+    """Every measurement of speed and memory: name, stage, config, label, variant. Variants take turns, so that a machine that gets
+    slower or busier for a while does it to all of them."""
+    for number in range(config.benchmark.runs):
+        again = f", run {number + 1}" if number else ""
+        for variant in variants:
+            # The base model reads long instructions with every request, and its speed is nobody's choice: it is measured once.
+            few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
+            if variant.role == "base" and number:
+                continue
+            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": number})
+            yield f"benchmark:{variant.name}:{number}", benchmark, measured, f"benchmark {variant.name}{again}", variant
+            for kernel in config.benchmark.kernels if variant.format == "gptq" and not number else ():
+                other = measured.model_copy(update={"kernel": kernel})
+                yield f"kernel:{variant.name}:{kernel}", benchmark, other, f"benchmark {variant.name}, {kernel} kernel", variant
+            if variant.format != "gguf":
+                continue
+            if config.benchmark.llama_bench:
+                same = {name: getattr(measured, name) for name in ("prefill_tokens", "decode_tokens", "repeats", "run")}
+                yield (
+                    f"llama-bench:{variant.name}:{number}",
+                    llama_bench,
+                    LlamaBenchConfig(**same),
+                    f"llama-bench {variant.name}{again}",
+                    variant,
+                )
+            for name, wanted in (("constrained", config.constrained), ("mapped", config.benchmark.mapped_too)):
+                if wanted and not number:
+                    other = measured.model_copy(update={"mmap": True} if name == "mapped" else {"constrained": True})
+                    key = "mapped" if name == "mapped" else "constrained-benchmark"
+                    yield f"{key}:{variant.name}", benchmark, other, f"benchmark {variant.name}, {name}", variant
 
 
 @flow(name="check")
@@ -187,7 +239,7 @@ def check(
             unchecked[variant.name] = problems[kind]
             continue
         try:
-            config, model = FidelityConfig(runtime=variant.runtime), models[variant.name]
+            config, model = FidelityConfig(runtime=variant.runtime, folded=variant.format == "awq"), models[variant.name]
             checked[variant.name] = call(fidelity, config, f"check {variant.name}", model=model, reference=reference, **before[kind])
         except (StageError, UserError) as error:
             unchecked[variant.name] = str(error)
@@ -201,7 +253,7 @@ def ask_apis(run: Run, dataset: Manifest) -> tuple[list[Variant], Models, Failed
     for variant, config in api_variants(run.config.api):
         variants.append(variant)
         try:
-            evaluations[variant.name] = runner(run)(evaluate_api, config, f"evaluate {variant.name}", dataset=dataset)
+            evaluations[f"evaluate:{variant.name}"] = runner(run)(evaluate_api, config, f"evaluate {variant.name}", dataset=dataset)
         except (StageError, UserError) as error:
             failed[variant.name] = str(error)
     return variants, evaluations, failed
@@ -212,46 +264,53 @@ def choose(
     run: Run,
     variants: list[Variant],
     models: Models,
-    evaluations: Models,
-    benchmarks: Models,
+    found: Models,
     checked: Models,
     failed: Failed,
     unchecked: Failed,
+    unmeasured: Failed,
 ) -> Manifest:
     """Figures side by side, Pareto front, recommendation."""
-    inputs = {
-        f"{kind}:{v.name}": found[v.name]
+    inputs = found | {
+        f"{kind}:{v.name}": made[v.name]
         for v in variants
         if v.name not in failed
-        for kind, found in (("model", models), ("evaluate", evaluations), ("benchmark", benchmarks), ("fidelity", checked))
-        if v.name in found and (v.role != "api" or kind == "evaluate")
+        for kind, made in (("model", models), ("fidelity", checked))
+        if v.name in made and v.role != "api"
     }
-    config = run.config.decide.model_copy(update={"variants": tuple(variants), "failed": failed, "unchecked": unchecked})
+    config = run.config.decide.model_copy(
+        update={"variants": tuple(variants), "failed": failed, "unchecked": unchecked, "unmeasured": unmeasured}
+    )
     return runner(run).run(decide, config, "decide", inputs)
 
 
 @flow(name="release")
-def release(
-    run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, evaluations: Models
-) -> Path:
+def release(run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, found: Models) -> Path:
     """Registry, gate and report; the folder of the report."""
     call, config = runner(run), run.config
-    challenger = models.get(recommended_cpu(decision) or "")
+    recommended = recommended_cpu(decision) or ""
+    challenger, evaluation = models.get(recommended), found.get(f"evaluate:{recommended}")
     champion = champion_artefact(call.tracker, call.store, config.registry, config.data.prompt)
     asked = None
     if champion and challenger and champion.digest != challenger.digest:
-        how = {"runtime": "llama_cpp" if champion.kind in ("quantize_gguf", "search_gguf") else "transformers"}
-        asked = call(evaluate, config.evaluate.model_copy(update=how), "evaluate champion", model=champion, dataset=dataset)
-    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluations, asked))
+        runtime = {"runtime": "llama_cpp" if champion.kind in ("quantize_gguf", "search_gguf") else "transformers"}
+        asked = call(evaluate, config.evaluate.model_copy(update=runtime), "evaluate champion", model=champion, dataset=dataset)
+    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluation, asked))
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
 
 
-def all_variants(few_shot: int, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
-    """Base model (without and, if wanted, with examples) and 16-bit reference first, then the quantized ones."""
+def all_variants(config: RunConfig, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
+    """Base model (without and, if wanted, with examples) and 16-bit reference first, then its other precisions and the quantized ones."""
     base = Variant(name=BASE, format="hf", bits=16, runtime="transformers", dtype="bfloat16", role="base")
     first = [
         base,
-        *([base.model_copy(update={"name": BASE_FEW_SHOT, "few_shot": few_shot})] if few_shot else []),
+        *([base.model_copy(update={"name": BASE_FEW_SHOT, "few_shot": config.base_few_shot})] if config.base_few_shot else []),
         Variant(name=REFERENCE, format="hf", bits=16, runtime="transformers", role="reference"),
     ]
-    return [*first, *gptq, *gguf]
+    baselines = [
+        Variant(
+            name=BASELINES[dtype], format="hf", bits=32 if dtype == "float32" else 16, runtime="transformers", dtype=dtype, role="baseline"
+        )
+        for dtype in config.baselines
+    ]
+    return [*first, *baselines, *gptq, *gguf]

@@ -99,7 +99,7 @@ def find_model(settings: Settings, name: str) -> Found:
         kind = "search_gguf"
     else:
         others = "base_model" if variant["role"] == "base" else "merge"
-        kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq"}.get(variant["format"], others)
+        kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq", "awq": "quantize_awq"}.get(variant["format"], others)
     manifest, damage = store.find(kind, variant["key"])
     if not manifest:
         raise UserError(

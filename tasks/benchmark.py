@@ -1,9 +1,11 @@
-"""Stage `benchmark`: speed and memory of one variant, alone in a fresh process.
+"""Stage `benchmark`: speed and memory of one variant, alone in a fresh process. Repeats are artefacts of their own.
 
-The measuring model: load time is from the call to the loaded model, file cache warm or not as found. A latency is that
-of one request alone, from its text to its last token, after `warmup` requests. `requests_s` is one over the mean of these;
-`requests_s_batched` is of all requests at once, `parallel` at a time. Prefill and decode are at fixed lengths, as llama-bench
-does them. llama.cpp learns to guess while it answers, as it would in deployment; a row that is asked twice is guessed better. Memory is read while the model and its cache are loaded. Raw samples are kept in `samples.json`.
+The measuring model: load time is from the call to the loaded model, file cache warm or not as found. A latency is that of one request
+alone, from its text to its last token, after `warmup` requests. `requests_s` is one over the mean of these; `requests_s_by_load` is of
+all requests at once, so many at a time. Prefill and decode are at fixed lengths, as llama-bench does them. llama.cpp learns to guess
+while it answers, as it would in deployment, and forgets it before each load, since a row that is asked twice is guessed better. Memory
+is that of the process and its children, read while the model and its cache are loaded. Raw samples are kept in `samples.json`;
+`pooled` puts repeats together.
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from tasks.core import hardware, progress
+from tasks.core import hardware, power, progress, settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import conversations, load_variant
-from tasks.runtimes import Dtype, Runtime, RuntimeName
+from tasks.runtimes import Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
 from tasks.synthesize import read_rows
+
+SAMPLES = "samples.json"
+BUSY = ("others_cores", "stolen_cores")
+SPREAD_OF = ("requests_s", "requests_s_batched", "prefill_tok_s", "decode_tok_s")
 
 
 class BenchmarkConfig(StageConfig):
@@ -36,38 +42,67 @@ class BenchmarkConfig(StageConfig):
     requests: int = Field(30, ge=5, le=10_000, description="Requests answered one at a time")
     batched_requests: int = Field(64, ge=5, le=10_000, description="Requests answered `parallel` at a time")
     parallel: int = Field(16, ge=1, le=256)
+    loads: tuple[int, ...] = Field((), description="Further numbers of requests at a time to measure")
     warmup: int = Field(3, ge=1, le=100)
     repeats: int = Field(3, ge=1, le=100, description="Of prefill and decode; the median counts")
     prefill_tokens: int = Field(512, ge=16, le=8192)
     decode_tokens: int = Field(64, ge=8, le=8192)
     max_tokens: int = Field(64, ge=8, le=1024)
+    unshared_too: bool = Field(False, description="Measure once more with what all prompts begin with read for every request")
+    kernel: GptqKernel | None = Field(None, description="GPTQModel's kernel for GPTQ variants; null takes what it thinks best")
+    kernels: tuple[GptqKernel, ...] = Field((), description="Kernels to measure GPTQ variants with beside that")
+    constrained: bool = Field(False, description="Keep every answer to the grammar of the domain; llama.cpp only")
+    mmap: bool = Field(False, description="Map the weights into memory instead of reading them; llama.cpp only")
+    run: int = Field(0, ge=0, description="Which of the runs this is; filled in by the flow")
+    runs: int = Field(1, ge=1, le=100, description="Fresh processes for each variant, variants taking turns; medians count")
+    mapped_too: bool = Field(False, description="Measure GGUF files once more with their weights mapped into memory")
+    llama_bench: bool = Field(False, description="Compare prefill and decode of GGUF files with llama.cpp's own llama-bench")
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"runs", "kernels", "mapped_too", "llama_bench"}
+    )  # they say how often a stage is called
+
+    @field_validator("loads")
+    @classmethod
+    def _loads_are_numbers_of_requests(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= load <= 256 for load in value):
+            raise ValueError("a load is a number of requests from 1 to 256")
+        return value
 
 
-@stage("benchmark", version=3, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
+@stage("benchmark", version=4, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "test.jsonl")
     texts = [rows[i % len(rows)]["text"] for i in range(config.batched_requests)]
     asked = conversations(config, inputs["dataset"], spec, texts)
-    total = config.requests + 2 * config.repeats + 2
+    loads = sorted({config.parallel, *config.loads} - {1})
+    total = config.requests + len(loads) + 2 * config.repeats + 3
+    others = hardware.Disturbance()
     started = time.perf_counter()
-    model = load_variant(config.runtime, inputs["model"], config.dtype)
+    model = load_variant(config, inputs["model"], spec, config.mmap, config.kernel)
     load_s = time.perf_counter() - started
+    gpu = power.first_gpu(model.device, settings.visible_gpus())
 
     for conversation in asked[-config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
         _one(model, conversation, config.max_tokens)
+    energy = power.Energy(gpu)
     alone = [_one(model, asked[i % len(asked)], config.max_tokens) for i in progress.track(range(config.requests), total, "one at a time")]
-    memory = hardware.memory_mb()
-    started = time.perf_counter()
-    batched = list(model.generate(asked, config.max_tokens, config.parallel))
-    batched_s = time.perf_counter() - started
-    progress.advance(config.requests + 1, total, "batched")
+    joules, busy, memory = energy.joules(), gpu and gpu.utilization(), hardware.memory_mb()
+    by_load = {}
+    for done, load in enumerate(loads, 1):
+        by_load[load] = _at_a_time(model, asked, load, config.max_tokens)
+        progress.advance(config.requests + done, total, f"{load} at a time")
+    unshared = None
+    if config.unshared_too:
+        model.share_prefix = False
+        unshared = _at_a_time(model, asked, config.parallel, config.max_tokens)
     prefill, decode = [], []
     for repeat in range(config.repeats + 1):  # the first warms up
         prefill.append(model.prefill_tokens_per_s(config.prefill_tokens))
         decode.append(model.decode_tokens_per_s(config.decode_tokens))
-        progress.advance(config.requests + 2 + 2 * repeat, total, "prefill and decode")
+        progress.advance(config.requests + len(loads) + 3 + 2 * repeat, total, "prefill and decode")
     samples = {
         "latency_s": [a["total_s"] for a in alone],
         "first_token_s": [a["first_token_s"] for a in alone],
@@ -75,25 +110,87 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "prefill_tok_s": prefill[1:],
         "decode_tok_s": decode[1:],
     }
-    (out_dir / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+    (out_dir / SAMPLES).write_text(json.dumps(samples), encoding="utf-8")
     return {
         "device": model.device,
         "threads": model.threads,
         "kernel": getattr(model, "kernel", None),
         "load_s": load_s,
-        "ttft_ms": percentiles(samples["first_token_s"]),
-        "latency_ms": percentiles(samples["latency_s"]),
-        "prefill_tok_s": statistics.median(prefill[1:]),
-        "decode_tok_s": statistics.median(decode[1:]),
-        "requests_s": len(alone) / sum(samples["latency_s"]),
-        "requests_s_batched": len(batched) / batched_s,
+        **summary(samples),
+        "requests_s_batched": by_load.get(config.parallel, len(alone) / sum(samples["latency_s"])),
+        "requests_s_prefix_not_shared": unshared,
+        "requests_s_by_load": {str(load): requests_s for load, requests_s in by_load.items()},
         "parallel": config.parallel,
         "completion_tokens": statistics.mean(samples["tokens"]),
         "prompt_tokens": statistics.mean(a["prompt_tokens"] for a in alone),
         **memory,
         "peak_rss_mb": hardware.peak_rss_mb(),
-        "vram_mb": _vram_mb(model),
+        "vram_mb": gpu and gpu.memory_mb(),
+        "torch_peak_mb": _torch_peak_mb(model),
+        "gpu_utilization": busy,
+        "energy_j_per_request": joules and joules / len(alone),
+        "energy_source": energy.source,
+        **others.cores(),
     }
+
+
+def summary(samples: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The figures that follow from raw samples."""
+    pairs = zip(samples["latency_s"], samples["first_token_s"], samples["tokens"], strict=True)
+    later = [(total - first) / (tokens - 1) for total, first, tokens in pairs if tokens > 1]
+    return {
+        "ttft_ms": percentiles(samples["first_token_s"]),
+        "tpot_ms": percentiles(later) if later else None,
+        "latency_ms": percentiles(samples["latency_s"]),
+        "prefill_tok_s": statistics.median(samples["prefill_tok_s"]),
+        "decode_tok_s": statistics.median(samples["decode_tok_s"]),
+        "requests_s": len(samples["latency_s"]) / sum(samples["latency_s"]),
+    }
+
+
+def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
+    """One variant's figures from several runs: latencies of all requests together, of everything else the median.
+
+    Args:
+        runs: metrics and folder of each.
+
+    Returns:
+        The figures of `benchmark`, `runs`, and of `spread_of` (largest - smallest) / median over the runs; None for one run.
+    """
+    metrics = [found for found, _ in runs]
+    samples: dict[str, list[float]] = {}
+    for _, folder in runs:
+        for name, values in json.loads((folder / SAMPLES).read_text(encoding="utf-8")).items():
+            samples.setdefault(name, []).extend(values)
+    median = {name: (max if name in BUSY else _median)([found[name] for found in metrics]) for name in metrics[0]}
+    percentiles_of_all = {name: value for name, value in summary(samples).items() if name.endswith("_ms")}
+    return {
+        **median,
+        **percentiles_of_all,
+        "runs": len(runs),
+        "spread": {name: _spread([found[name] for found in metrics]) for name in SPREAD_OF} if len(runs) > 1 else None,
+    }
+
+
+def _median(values: list[Any]) -> Any:
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, Mapping):
+        return {name: _median([value[name] for value in values]) for name in first}
+    return first if isinstance(first, str) or len(set(values)) == 1 else statistics.median(values)
+
+
+def _spread(values: list[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def _at_a_time(model: LocalRuntime, asked: list[list[prompt.Message]], load: int, max_tokens: int) -> float:
+    """Requests/s when so many are answered at a time."""
+    model.forget()
+    started = time.perf_counter()
+    answered = list(model.generate(asked, max_tokens, load))
+    return len(answered) / (time.perf_counter() - started)
 
 
 def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) -> dict[str, float]:
@@ -108,15 +205,18 @@ def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) ->
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 95th and 99th percentile in milliseconds."""
+    """Percentiles in milliseconds: those that are compared, and the ends of boxes and whiskers."""
     import numpy as np
 
-    return {name: float(np.percentile(seconds, q)) * 1000 for name, q in (("p50", 50), ("p95", 95), ("p99", 99))}
+    return {
+        name: float(np.percentile(seconds, q)) * 1000
+        for name, q in (("p5", 5), ("p25", 25), ("p50", 50), ("p75", 75), ("p95", 95), ("p99", 99))
+    }
 
 
-def _vram_mb(model: Runtime) -> float | None:
+def _torch_peak_mb(model: Runtime) -> float | None:
     if model.device != "cuda":
         return None
     import torch
 
-    return torch.cuda.max_memory_allocated() / 1e6
+    return torch.cuda.max_memory_reserved() / 1e6

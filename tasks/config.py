@@ -25,6 +25,7 @@ from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
 from tasks.importance import ImportanceConfig
 from tasks.merge import MergeConfig
+from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
 from tasks.register import RegisterConfig
@@ -57,6 +58,9 @@ class RunConfig(BaseModel):
         None, description="Look for a GGUF file of mixed precision too; `{}` does it with the usual settings"
     )
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
+    awq: tuple[QuantizeAwqConfig, ...] = Field((), description="AWQ variants to make; `[{}]` makes one with the usual settings")
+    baselines: tuple[Literal["float32", "bfloat16"], ...] = Field((), description="Further precisions to measure the 16-bit model in")
+    constrained: bool = Field(False, description="Measure GGUF variants once more with every answer kept to the grammar of the domain")
     base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
     api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -185,7 +189,7 @@ def disk_needed(config: RunConfig) -> int:
     """About how many bytes a run adds to the disk: base, merged model and checkpoints, every variant, and MLflow's copies."""
     from tasks.base_model import size_16bit
 
-    return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq))
+    return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq) + len(config.awq))
 
 
 def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:

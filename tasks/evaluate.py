@@ -13,10 +13,11 @@ from tasks import runtimes
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
+from tasks.domain.grammar import answer_grammar
 from tasks.domain.scoring import score
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.runtimes import Dtype, Runtime, RuntimeName
+from tasks.runtimes import Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
 if TYPE_CHECKING:
@@ -35,12 +36,18 @@ class EvaluateConfig(StageConfig):
     splits: tuple[str, ...] = ("test", "hard")
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
     parallel: int = Field(16, ge=1, le=256, description="Conversations answered at a time")
+    constrained: bool = Field(False, description="Keep every answer to the grammar of the domain; llama.cpp only")
 
 
-def load_variant(runtime: RuntimeName, folder: Path, dtype: Dtype) -> Runtime:
-    """Load an artefact of `merge`, `base_model`, `quantize_gptq`, `quantize_gguf` or `search_gguf` in its runtime."""
-    path = folder / MODEL_FILE if runtime == "llama_cpp" else folder
-    return runtimes.load(runtime, path, hardware.cores(), dtype)
+def load_variant(
+    config: EvaluateConfig | BenchmarkConfig, folder: Path, spec: Spec, mmap: bool = False, kernel: GptqKernel | None = None
+) -> LocalRuntime:
+    """Load an artefact of `merge`, `base_model`, or one of the quantizing stages in its runtime."""
+    if config.runtime == "litellm":
+        raise ValueError("a model behind an API is not loaded")
+    path = folder / MODEL_FILE if config.runtime == "llama_cpp" else folder
+    grammar = answer_grammar(spec) if config.constrained else None
+    return runtimes.load_local(config.runtime, path, hardware.cores(), config.dtype, grammar, mmap, kernel)
 
 
 def conversations(config: EvaluateConfig | BenchmarkConfig, dataset: Path, spec: Spec, texts: list[str]) -> list[list[prompt.Message]]:
@@ -57,11 +64,11 @@ def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, p
     return answers
 
 
-@stage("evaluate", version=5, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
+@stage("evaluate", version=6, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
-    model = load_variant(config.runtime, inputs["model"], config.dtype)
+    model = load_variant(config, inputs["model"], spec)
     results: dict[str, Any] = {}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")

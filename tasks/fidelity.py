@@ -30,6 +30,7 @@ UNUSABLE: frozenset[Verdict] = frozenset({"erased", "runtime-broken", "file-brok
 ERASED = 0.5  # of the fine-tuning, below which nothing reliable is left
 SAME_TOKEN = 0.95  # below it one token in twenty is another: an answer has about ten
 RUNTIME_SHARE = 1 / 3  # of the divergence; if the same weights elsewhere have less, the runtime made the rest
+FOLDED = "the format moves scales from layers into their neighbours, so that single matrices cannot be compared"
 LOGITS, ASKED = "logits.npz", "asked.json"
 
 
@@ -44,6 +45,9 @@ class FidelityConfig(StageConfig):
     """How a variant is run."""
 
     runtime: Literal["transformers", "llama_cpp"] = "llama_cpp"
+    folded: bool = Field(
+        False, description="The format moves scales from layers into their neighbours, so that single matrices cannot be compared"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,15 @@ def read_reference(folder: Path) -> tuple[list[Asked], list[np.ndarray]]:
         return asked, [kept[str(i)].astype(np.float32) for i in range(len(asked))]
 
 
-def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison, Callable[[], LocalRuntime]]:
+def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison | None, Callable[[], LocalRuntime]]:
     """The variant in its runtime, what became of its weights, and how to load the same weights into transformers."""
     if config.runtime == "llama_cpp":
         file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
         comparison = compare(gguf_weights(file), *map(gguf_weights, others))
         return runtimes.load_local("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
     model: Any = runtimes.load_local("transformers", inputs["model"], hardware.cores())
+    if config.folded:
+        return model, None, lambda: model
     with folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:
         comparison = compare(layer_weights(model.model), tuned, base)
     return model, comparison, lambda: model
@@ -134,7 +140,7 @@ def _in_transformers(file: Path, inputs: Mapping[str, Path]) -> LocalRuntime:
 
 def judge(
     model: LocalRuntime,
-    weights: Comparison,
+    weights: Comparison | None,
     elsewhere: Callable[[], LocalRuntime],
     asked: Sequence[Asked],
     reference: Sequence[np.ndarray],
@@ -142,6 +148,7 @@ def judge(
     """The verdict on a variant, with the figures it rests on.
 
     Args:
+        weights: what became of them; None where they cannot be compared.
         elsewhere: loads the variant's weights into transformers; called only if its answers are off and its weights are not.
         reference: logits of the 16-bit model for each row of `asked`.
     """
@@ -149,20 +156,29 @@ def judge(
     found = divergence(list(ask(model, asked)), reference, asked)
     figures = {
         **asdict(found),
-        "weight_rel_error": weights.weight_rel_error,
-        "delta_retained": weights.delta_retained,
-        "delta_retained_by_layer": weights.by_layer,
-        "worst_tensor": {"name": weights.worst_tensor[0], "rel_error": weights.worst_tensor[1]},
+        **_weight_figures(weights),
         "prompt_ids_match": same_prompts == len(asked),
     }
     verdict, why = _verdict(found, weights, same_prompts, len(asked), lambda: divergence(list(ask(elsewhere(), asked)), reference, asked))
     return {**figures, "verdict": verdict, "why": why}
 
 
+def _weight_figures(weights: Comparison | None) -> dict[str, Any]:
+    if not weights:
+        names = ("weight_rel_error", "delta_retained", "delta_retained_by_layer", "worst_tensor")
+        return dict.fromkeys(names) | dict.fromkeys((f"{name}_reason" for name in names), FOLDED)
+    return {
+        "weight_rel_error": weights.weight_rel_error,
+        "delta_retained": weights.delta_retained,
+        "delta_retained_by_layer": weights.by_layer,
+        "worst_tensor": {"name": weights.worst_tensor[0], "rel_error": weights.worst_tensor[1]},
+    }
+
+
 def _verdict(
-    found: Divergence, weights: Comparison, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
+    found: Divergence, weights: Comparison | None, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
 ) -> tuple[Verdict, str]:
-    if weights.delta_retained < ERASED:
+    if weights and weights.delta_retained < ERASED:
         return "erased", (
             f"Only {max(weights.delta_retained, 0):.0%} of what fine-tuning changed is left in the weights: this format's steps are coarser than the "
             "change, and the base model lies on them, so that rounding leads back to it."
@@ -179,9 +195,8 @@ def _verdict(
             f"The weights are right and the answers are not: run in transformers, the same weights agree with the 16-bit model in {same_weights.top1_agreement:.1%} "
             f"of the next tokens, in this runtime in {found.top1_agreement:.1%}."
         )
-    return "degraded", (
-        f"{1 - found.top1_agreement:.1%} of the next tokens are others than the 16-bit model's; its weights are off by {weights.weight_rel_error:.1%}."
-    )
+    off = f"; its weights are off by {weights.weight_rel_error:.1%}" if weights else ""
+    return "degraded", f"{1 - found.top1_agreement:.1%} of the next tokens are others than the 16-bit model's{off}."
 
 
 def _broken(problem: str) -> dict[str, Any]:

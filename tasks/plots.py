@@ -58,16 +58,16 @@ def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
     key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
            "figures. Star: recommended. A triangle on the lower edge lies below the axis.")  # fmt: skip
-    latency = [("p50", "performance.latency_ms.p50", FORMATS["hf"][0]),
-               ("p95", "performance.latency_ms.p95", FORMATS["api"][0])]  # fmt: skip
     return [
         save("accuracy_memory", f"Upper left is better. {key}",
               _scatter("Exact match against memory", report, "performance.rss_mb", "Memory (RSS), MB", -1)),
         save("accuracy_speed", f"Upper right is better. {key}",
               _scatter("Exact match against speed", report, "performance.requests_s", "Requests per second", 1)),
-        save("latency", "Shorter is better. Half of the requests take at most p50, 95 of 100 at most p95.",
-              _bars("Latency of one request, ms", report, latency)),
-        save("size", "Shorter is better.", _bars("Size on disk, MB", report, [("", "size_mb", "")])),
+        save("latency", "Further left is better. Line: the median; box: half of the requests; whiskers: 5 to 95 of 100; dot: 99 of 100.",
+              _latencies("Latency of one request, ms", report)),
+        save("divergence", "Lower left is better: fewer bits, and token probabilities nearer to the 16-bit model's. A cross was found unusable.",
+              _divergence("Divergence against bits", report)),
+        save("size", "Shorter is better.", _bars("Size on disk, MB", report)),
         save("languages", "Brighter is better; all that lies far below the rest is equally dark; n/m: not measured.",
               _languages("Exact match by language, %", report)),
     ]  # fmt: skip
@@ -118,7 +118,7 @@ def _points(report: Mapping[str, Any], path: str) -> Iterator[_Point]:
         if x and x > 0 and y is not None:
             yield _Point(_label(variant, report), x, y, y if low is None else low, y if high is None else high,
                          str(variant.get("format")), str(variant.get("device")).startswith(("cuda", "gpu")),
-                         variant.get("role") in ("base", "api"), variant.get("name") in (report.get("pareto") or []),
+                         variant.get("role") in ("base", "baseline", "api"), variant.get("name") in (report.get("pareto") or []),
                          _is_recommended(variant, report))  # fmt: skip
 
 
@@ -191,27 +191,84 @@ def _hits(box: Bbox, pixels: Any) -> int:
     return int(((pixels >= box.min) & (pixels <= box.max)).all(axis=1).sum())
 
 
-def _bars(title: str, report: Mapping[str, Any], series: Sequence[tuple[str, str, str]]) -> Figure:
-    """Horizontal bars, one group per variant; `series` holds (label, path, colour), no colour meaning the format's."""
+def _bars(title: str, report: Mapping[str, Any]) -> Figure:
+    """Horizontal bars of the size on disk, one for each variant."""
     variants = list(reversed(report.get("variants") or []))
     figure, axes = new_figure(title, 1.2 + 0.42 * max(len(variants), 4))
-    values = np.array([[figure_at(variant, path) for _, path, _ in series] for variant in variants], dtype=float)
+    values = np.array([figure_at(variant, "size_mb") for variant in variants], dtype=float)
     if np.isnan(values).all():
         return _not_measured(figure)
-    height = 0.72 / len(series)
-    for (row, i), value in np.ndenumerate(values):
-        variant, y = variants[row], row + height * ((len(series) - 1) / 2 - i)
-        colour = series[i][2] or FORMATS.get(variant.get("format"), (MUTED,))[0]
-        axes.barh([y], [value], 0.92 * height, color=colour)
+    for y, (variant, value) in enumerate(zip(variants, values, strict=True)):
+        axes.barh([y], [value], 0.66, color=FORMATS.get(variant.get("format"), (MUTED,))[0])
         words = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-        if math.isnan(value):
-            words = "failed" * (i == 0) if variant.get("error") else f"{series[i][0]} not measured".strip()
-        axes.text(np.nan_to_num(value), y, f" {words}", va="center", fontsize=8, color=INK)
-    axes.set(xlim=(0, 1.14 * np.nanmax(values) or 1), ylim=(-0.6, len(variants) - 0.4))
-    axes.set_yticks(range(len(variants)), [_label(v, report) for v in variants])
+        axes.text(np.nan_to_num(value), y, f" {_absent(variant) if math.isnan(value) else words}", va="center", fontsize=8, color=INK)
+    axes.set(xlim=(0, 1.14 * np.nanmax(values) or 1))
+    _name_rows(axes, variants, report)
+    return figure
+
+
+def _latencies(title: str, report: Mapping[str, Any]) -> Figure:
+    """Horizontal boxes of the latency, one for each variant, on a logarithmic axis where they lie far apart."""
+    variants = list(reversed(report.get("variants") or []))
+    figure, axes = new_figure(title, 1.2 + 0.42 * max(len(variants), 4))
+    found = [
+        {q: figure_at(variant, f"performance.latency_ms.{q}") for q in ("p5", "p25", "p50", "p75", "p95", "p99")} for variant in variants
+    ]
+    known = [value for quantiles in found for value in quantiles.values() if value]
+    if not known:
+        return _not_measured(figure)
+    for y, (variant, quantiles) in enumerate(zip(variants, found, strict=True)):
+        colour, median = FORMATS.get(variant.get("format"), (MUTED,))[0], quantiles["p50"]
+        if median is None:
+            axes.text(min(known), y, f" {_absent(variant)}", va="center", fontsize=8, color=INK)
+            continue
+        low, q1, q3, high = (quantiles[q] if quantiles[q] is not None else median for q in ("p5", "p25", "p75", "p95"))
+        box = {"med": median, "q1": q1, "q3": q3, "whislo": low, "whishi": high, "fliers": [quantiles["p99"] or high]}
+        line = {"color": colour, "linewidth": 1.2}
+        axes.bxp([box], positions=[y], widths=0.5, orientation="horizontal", manage_ticks=False, patch_artist=True,
+                 boxprops={"facecolor": colour, "edgecolor": colour, "alpha": 0.45}, whiskerprops=line, capprops=line,
+                 medianprops={"color": INK, "linewidth": 1.6},
+                 flierprops={"marker": "o", "markersize": 3, "markerfacecolor": colour, "markeredgecolor": colour})  # fmt: skip
+    _scale_x(axes, known)
+    _name_rows(axes, variants, report)
+    return figure
+
+
+def _absent(variant: Mapping[str, Any]) -> str:
+    return "failed" if variant.get("error") else "not measured"
+
+
+def _name_rows(axes: Axes, variants: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
+    axes.set_ylim(-0.6, len(variants) - 0.4)
+    axes.set_yticks(range(len(variants)), [_label(variant, report) for variant in variants])
     axes.grid(True, axis="x", color=GRID, linewidth=0.7)
-    if len(series) > 1:
-        figure.legend(handles=[Line2D([], [], color=c, linewidth=6, label=label) for label, _, c in series], **LEGEND)
+
+
+def _divergence(title: str, report: Mapping[str, Any]) -> Figure:
+    """Mean divergence from the 16-bit model against true bits per weight, of every quantized variant."""
+    figure, axes = new_figure(title, 4.7)
+    points = []
+    for variant in report.get("variants") or []:
+        x, y = figure_at(variant, "bits"), figure_at(variant, "fidelity.mean_kld")
+        if x and y is not None:
+            y = max(y, 1e-7)  # of a format that changes nothing it is zero, which a logarithmic axis has no place for
+            points.append(_Point(_label(variant, report), x, y, y, y, str(variant.get("format")), False, False, False,
+                                 _is_recommended(variant, report)))  # fmt: skip
+            sound = variant["fidelity"].get("verdict") in ("ok", "degraded")
+            colour, marker = FORMATS.get(str(variant.get("format")), (MUTED, "X"))
+            axes.plot([x], [y], marker if sound else "x", color=colour, markersize=7, markeredgecolor=PAPER if sound else colour, zorder=3)
+    if not points:
+        return _not_measured(figure)
+    axes.set(xlabel="Bits per weight", ylabel="Mean KL divergence, nats", yscale="log")
+    _scale_x(axes, [p.x for p in points])
+    axes.set_ylim(min(p.y for p in points) / 2.5, max(p.y for p in points) * 2.5)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    used = [name for name in FORMATS if any(p.format == name for p in points)]
+    handles = [Line2D([], [], color=FORMATS[n][0], marker=FORMATS[n][1], linestyle="none", label=n) for n in used]
+    figure.legend(handles=handles, **LEGEND)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    _place_labels(figure, points, [], 0.0)
     return figure
 
 

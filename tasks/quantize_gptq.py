@@ -33,7 +33,7 @@ class QuantizeGptqConfig(StageConfig):
     seed: int = Field(7, ge=0)
 
 
-def choose_group_size(wanted: int, dimensions: list[int]) -> int:
+def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.group_size") -> int:
     """The group size to use: it must divide every dimension of the quantized layers.
 
     Raises:
@@ -44,7 +44,7 @@ def choose_group_size(wanted: int, dimensions: list[int]) -> int:
         return fitting[0]
     if not wanted or any(dimension % wanted for dimension in dimensions):
         raise UserError(
-            "gptq.group_size",
+            field,
             wanted,
             f"does not divide the model's dimensions {sorted(set(dimensions))}",
             allowed=fitting or "none of 128, 64, 32, 16",

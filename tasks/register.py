@@ -103,6 +103,7 @@ def log_variants(
                 **variant["quality"],
                 **variant["performance"],
                 **(variant["fidelity"] or {}),
+                "constrained": variant.get("constrained") or {},
                 **{k: variant[k] for k in ("size_mb", "bits", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
             }
         )
@@ -131,10 +132,13 @@ def register_variants(
     decision: Manifest,
     dataset: Manifest,
     models: dict[str, Manifest],
-    evaluations: dict[str, Manifest],
+    evaluation: Manifest | None,
     champion_evaluation: Manifest | None,
 ) -> tuple[dict[str, Any], bool]:
     """Log every variant, register the recommended one, and make it the champion if it passes the gate.
+
+    Args:
+        evaluation: of the recommended variant.
 
     Returns:
         The `gate` of the report, and whether there was nothing to do.
@@ -144,8 +148,7 @@ def register_variants(
     logged = log_variants(tracker, store, decided, models, dataset)
     name = recommended_cpu(decision)
     challenger = models.get(name or "")
-    mine = evaluations.get(name or "")
-    folders = [store.path(e.kind, e.key) if e else None for e in (mine, champion_evaluation)]
+    folders = [store.path(e.kind, e.key) if e else None for e in (evaluation, champion_evaluation)]
     verdict = gate(config, tracker.champion(config.name), challenger, name, folders[0], folders[1])
     if not challenger or not name:
         return verdict, True

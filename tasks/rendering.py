@@ -13,7 +13,7 @@ from tasks.teaching.joining import shown_summary
 from tasks.templating import fill
 
 Json: TypeAlias = dict[str, Any]
-ROLES = {"base": "base model", "reference": "16-bit reference", "api": "API baseline"}
+ROLES = {"base": "base model", "reference": "16-bit reference", "baseline": "baseline", "api": "API baseline"}
 VERDICTS = {
     "promote": "Promote: the new model takes the champion's place.",
     "hold": "Hold: the champion stays.",
@@ -155,6 +155,7 @@ VARIANT_COLUMNS = [
     Column("Requests/s", "performance.requests_s", "number", "One request at a time"),
     Column("Requests/s, batched", "performance.requests_s_batched", "number", "Several requests at once"),
     Column("RSS, MB", "performance.rss_mb", "number", "Memory of the process"),
+    Column("Private, MB", "performance.private_mb", "number", "Memory that the process shares with no other"),
     Column("Speedup", "speedup_vs_fp16", "ratio", "Times as fast as the 16-bit reference"),
     Column("RAM reduction", "ram_reduction_vs_fp16", "percent", "Memory saved against the 16-bit reference"),
     Column("VRAM, MB", "performance.vram_mb", "number", "Memory on the GPU", optional=True),
@@ -172,6 +173,62 @@ FIDELITY_COLUMNS = [
     Column("Fine-tuning kept", "fidelity.delta_retained", "percent", "What is left of the change by fine-tuning", True),
     Column("Same prompt", "fidelity.prompt_ids_match", "text", "Both read the same prompt tokens", True),
 ]
+CONTENT_COLUMNS = [
+    Column("Bits per weight", "bits", "number", "Over all weights of the file, scales included"),
+    Column("Tensors by type", "tensor_types", "text", "What the file really holds: llama.cpp falls back where a dimension does not fit"),
+]
+CONSTRAINED_COLUMNS = [
+    Column("Exact match, free", "quality.exact_match", "percent"),
+    Column("Exact match, constrained", "constrained.exact_match", "percent"),
+    Column("Change, points", "constrained.vs_free.delta", "points", "Constrained minus free; 95% interval"),
+    Column("McNemar p", "constrained.vs_free.mcnemar_p", "number", "How often chance alone gives such a change"),
+    Column("Readable, free", "quality.json_valid", "percent"),
+    Column("Readable, constrained", "constrained.json_valid", "percent"),
+    Column("Requests/s, free", "performance.requests_s"),
+    Column("Requests/s, constrained", "constrained.requests_s"),
+    Column("Batched, free", "performance.requests_s_batched"),
+    Column("Batched, constrained", "constrained.requests_s_batched"),
+]
+MEASURED_COLUMNS = [
+    Column("Runs", "performance.runs", "number", "Fresh processes, variants taking turns"),
+    Column("Spread of requests/s", "performance.spread.requests_s", "percent", "Largest minus smallest of the runs, by their median", True),
+    Column("Spread of decode", "performance.spread.decode_tok_s", "percent", "The same for tokens written a second", True),
+    Column("First token p50, ms", "performance.ttft_ms.p50", "number", "From the request to its first token"),
+    Column("Later token p50, ms", "performance.tpot_ms.p50", "number", "Mean time of each token after the first"),
+    Column("Latency p99, ms", "performance.latency_ms.p99"),
+    Column(
+        "Batched, prefix not shared",
+        "performance.requests_s_prefix_not_shared",
+        "number",
+        "Requests/s when each prompt is read as a whole",
+        True,
+    ),
+    Column("Mapped: load, s", "performance.mapped.load_s", "number", "With the file mapped into memory instead of read", True),
+    Column("Mapped: RSS, MB", "performance.mapped.rss_mb", "number", "", True),
+    Column("Mapped: private, MB", "performance.mapped.private_mb", "number", "", True),
+    Column("Mapped: requests/s", "performance.mapped.requests_s", "number", "", True),
+    Column(
+        "Prefill by llama-bench",
+        "performance.llama_bench.prefill_ratio",
+        "ratio",
+        "Our figure as a share of llama-bench's on the same file",
+        True,
+    ),
+    Column(
+        "Decode by llama-bench",
+        "performance.llama_bench.decode_ratio",
+        "ratio",
+        "Our figure as a share of llama-bench's on the same file",
+        True,
+    ),
+]
+KERNEL_COLUMNS = [
+    Column("Layer class", "kernel", "text"),
+    Column("Requests/s", "requests_s"),
+    Column("Batched", "requests_s_batched"),
+    Column("Prefill, tok/s", "prefill_tok_s"),
+    Column("Decode, tok/s", "decode_tok_s"),
+]
 GATE = [Column("Champion", "champion"), Column("Challenger", "challenger"), Column("Change, points", "delta", "points"),
         Column("Lower bound, points", "low", "points"), Column("Margin, points", "margin", "points")]  # fmt: skip
 TILES = [c for c in VARIANT_COLUMNS if c.label in ("Exact match", "Size, MB", "Speedup", "RAM reduction")]
@@ -188,6 +245,16 @@ STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Co
 PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]
 
 
+def quiet(measurement: Any) -> str:
+    """A sentence on whether other programs disturbed the measurements."""
+    if not isinstance(measurement, Mapping):
+        return ""
+    busy = f"other programs kept up to {measurement['others_cores']:.2f} of its cores busy, other machines on the same host took {measurement['stolen_cores']:.2f}"
+    if measurement["quiet"]:
+        return f"The machine was quiet: while a variant was measured, {busy}."
+    return f"The machine was not quiet: while a variant was measured, {busy}. Most disturbed: {measurement['most_disturbed']}. Speeds are too low by as much."
+
+
 class _Page:
     """What the templates print: tables of finished text, and the numbered reasons for what is missing."""
 
@@ -202,7 +269,7 @@ class _Page:
     def sections(self) -> Json:
         """The sections, in the order in which a missing figure is to be numbered."""
         report, data, gate = self.report, self.report.get("dataset") or {}, self.report.get("gate") or {}
-        compared = [v for v in self.variants if v.get("role") != "reference" and not v.get("error")]
+        compared = [v for v in self.variants if v.get("role") not in ("reference", "baseline") and not v.get("error")]
         heads = {"by_language": "Language", "by_intent": "Intent", "slot_f1": "Slot, F1"}
         counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "noise": "Noise", "origins": "Origin",
                    "rejected": "Reason for rejection"}  # fmt: skip
@@ -220,6 +287,11 @@ class _Page:
             "variants": self._variants(VARIANT_COLUMNS, self.variants),
             "notes": {_text(v.get("name")): v["notes"] for v in self.variants if v.get("notes")},
             "fidelity": self._variants(FIDELITY_COLUMNS, compared),
+            "contents": self._variants(CONTENT_COLUMNS, [v for v in compared if v.get("tensor_types")]),
+            "constrained": self._variants(CONSTRAINED_COLUMNS, [v for v in compared if v.get("constrained")]),
+            "measured": self._measured(),
+            "kernels": self._kernels(),
+            "quiet": quiet(report.get("measurement")),
             "breakdowns": [self._breakdown(head, key) for key, head in heads.items()],
             "paper": self._table("Claim of the paper", PAPER, report.get("paper") or [], "claim"),
             "counts": [self._counts(head, data, key) for key, head in counted.items()],
@@ -267,6 +339,23 @@ class _Page:
             badges += [ROLES[role]] if role in ROLES else []
             rows.append(Row(_text(name), cells, badges, " · ".join(sub), _text(error)))
         return Table("Variant", kept, rows)
+
+    def _measured(self) -> Table:
+        """How speed and memory were measured, with a column for each number of requests at a time."""
+        shown = [v for v in self.variants if v.get("performance") and v.get("role") not in ("base", "api")]
+        loads = {int(load) for v in shown for load in _labels(v["performance"].get("requests_s_by_load"))}
+        columns = [Column(f"{load} at a time", f"performance.requests_s_by_load.{load}", "number", "Requests/s") for load in sorted(loads)]
+        return self._variants([*MEASURED_COLUMNS[:6], *columns, *MEASURED_COLUMNS[6:]], shown)
+
+    def _kernels(self) -> Table:
+        """Kernels that multiply by GPTQ weights, a row for each variant and kernel."""
+        tried = [(v, kernel) for v in self.variants for kernel in (v.get("performance") or {}).get("kernels") or ()]
+        rows = []
+        for v, kernel in tried:
+            error = _text(kernel.get("error") or "")
+            cells = [] if error else [self._cell(kernel, c.path, c.form) for c in KERNEL_COLUMNS]
+            rows.append(Row(f"{_text(v.get('name'))}, {_text(kernel.get('name'))}", cells, error=error))
+        return Table("Variant and kernel", KERNEL_COLUMNS, rows)
 
     def _breakdown(self, head: str, key: str) -> Table:
         shown = self.recommended + [v for v in self.variants if v.get("role") in ("base", "api") and not v.get("error")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import time
@@ -17,6 +18,8 @@ from tasks.core.settings import Settings
 from tasks.core.source import git_state
 from tasks.domain.errors import UserError
 from tasks.rendering import render
+
+PICTURES = ("accuracy_memory", "accuracy_speed", "latency", "divergence", "languages")
 
 
 def write_report(
@@ -57,7 +60,39 @@ def write_report(
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)
+    show_in_prefect(report, folder, run.tracker.parent)
     return folder, all(stage["state"] == "cached" for stage in run.stages)
+
+
+def show_in_prefect(report: dict[str, Any], folder: Path, mlflow_run: str) -> None:
+    """The recommendation, the table of variants and the pictures as artifacts of the flow run, and where the whole report is."""
+    from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+
+    where = f"Report: `{folder / 'report.html'}`\n\nMLflow run: `{mlflow_run}`"
+    create_markdown_artifact(key="recommendation", markdown=f"{report['recommendation']['why']}\n\n{where}", description=report["run_id"])
+    create_table_artifact(key="variants", table=[_variant_row(v) for v in report["variants"]], description=report["run_id"])
+    for name in PICTURES:
+        picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        create_image_artifact(key=name.replace("_", "-"), image_url=f"data:image/png;base64,{picture}", description=report["run_id"])
+
+
+def _variant_row(variant: dict[str, Any]) -> dict[str, Any]:
+    if variant.get("error"):
+        return {"variant": variant["name"], "error": variant["error"]}
+    quality, performance, fidelity = variant["quality"], variant["performance"], variant["fidelity"] or {}
+    return {
+        "variant": variant["name"],
+        "exact match": quality["exact_match"]["value"],
+        "hard": (quality["hard_exact_match"] or {}).get("value"),
+        "verdict": fidelity.get("verdict"),
+        "mean KLD": fidelity.get("mean_kld"),
+        "size MB": variant["size_mb"],
+        "RSS MB": performance["rss_mb"],
+        "latency p50 ms": performance["latency_ms"]["p50"],
+        "requests/s": performance["requests_s"],
+        "batched": performance["requests_s_batched"],
+        "speed-up": variant["speedup_vs_fp16"],
+    }
 
 
 def training_facts(adapter: Manifest, config: RunConfig) -> dict[str, Any]:

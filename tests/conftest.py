@@ -27,6 +27,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random model as an F16 GGUF file."""
+    from tasks.base_model import TINY, BaseModelConfig, base_model
+    from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf
+
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("hf", "gguf"):
+        (folder / name).mkdir()
+    base_model.function(BaseModelConfig(source=TINY), {}, folder / "hf")
+    convert_gguf.function(ConvertGgufConfig(), {"model": folder / "hf"}, folder / "gguf")
+    return folder / "gguf" / MODEL_FILE
+
+
 @pytest.fixture
 def cartwright(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the console command in a process of its own."""

@@ -44,9 +44,36 @@ def test_pareto_front_leaves_out_what_is_beaten_in_everything() -> None:
 
 
 def test_recommendation_is_the_fastest_within_the_accuracy_limit() -> None:
-    choice = recommend(VARIANTS, DecideConfig())
+    choice = recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01))
     assert (choice["cpu"], choice["gpu"]) == ("gguf-Q4_K_M", "gptq-4bit")
     assert "not measured" in choice["why"]
+    assert (choice["runner_up"], choice["gpu_runner_up"]) == ("gguf-Q8_0", "tuned-fp16") and "Runner-up: gguf-Q8_0" in choice["why"]
+    assert choice["excluded"] == {"gguf-Q4_0": "loses 6.0 percentage points of exact match; at most 1 are allowed"}
+    assert recommend(VARIANTS, DecideConfig())["cpu"] == "gguf-Q8_0"  # half a point is what it allows by itself
+
+
+def test_what_is_significantly_less_accurate_is_not_recommended_however_little_it_loses() -> None:
+    def compared(name: str, p: float) -> dict[str, Any]:
+        found = next(v for v in VARIANTS if v["name"] == name)
+        return {**found, "quality": {**found["quality"], "vs_reference": {"delta": -0.004, "mcnemar_p": p}}}
+
+    def choice(p: float) -> dict[str, Any]:
+        return recommend([*VARIANTS[:2], compared("gguf-Q4_K_M", p), compared("gguf-Q8_0", 0.5)], DecideConfig(max_accuracy_loss=0.01))
+
+    assert choice(0.2)["cpu"] == "gguf-Q4_K_M" and choice(0.01)["cpu"] == "gguf-Q8_0"
+    assert choice(0.01)["excluded"]["gguf-Q4_K_M"] == "is significantly less accurate (McNemar p 0.010)"
+
+
+def test_a_limit_of_cost_needs_the_price_of_the_machine() -> None:
+    with pytest.raises(ValueError, match="needs machine_usd_per_hour"):
+        DecideConfig(max_usd_per_1k_requests=1)
+    priced = [
+        {**v, "performance": v["performance"] and {**v["performance"], "usd_per_1k_requests": 0.1 / v["performance"]["requests_s"]}}
+        for v in VARIANTS
+    ]
+    limits = DecideConfig(max_accuracy_loss=0.01, max_usd_per_1k_requests=0.021, machine_usd_per_hour=0.36)
+    assert recommend(priced, limits)["cpu"] == "gguf-Q4_K_M"
+    assert recommend(priced, limits)["excluded"]["gguf-Q8_0"] == "its price of 1,000 requests is 0.025 USD; at most 0.021 are allowed"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +87,7 @@ def test_recommendation_is_the_fastest_within_the_accuracy_limit() -> None:
     ],
 )
 def test_limits_decide(limits: dict[str, float], wanted: str | None) -> None:
-    assert recommend(VARIANTS, DecideConfig.model_validate(limits))["cpu"] == wanted
+    assert recommend(VARIANTS, DecideConfig.model_validate({"max_accuracy_loss": 0.01} | limits))["cpu"] == wanted
 
 
 def test_without_a_reference_nothing_is_recommended() -> None:

@@ -14,6 +14,7 @@ import pytest
 from flows.session import Run
 from tasks import runtimes
 from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.benchmark import SAMPLES
 from tasks.config import load_config
 from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.child import StageError
@@ -294,11 +295,13 @@ def _decision(folder: Path, verdict: str, right: list[bool]) -> dict[str, Any]:
                 role="candidate" if candidate else "reference",
             )
         )
-        performance = {"device": "cpu", "threads": 2, "kernel": None, "requests_s": speed, "requests_s_batched": speed, "rss_mb": 9 - speed, "latency_ms": {"p50": 1, "p95": 1, "p99": 1}}  # fmt: skip
+        performance = {"device": "cpu", "threads": 2, "kernel": None, "requests_s": speed, "requests_s_batched": speed, "rss_mb": 9 - speed, "others_cores": 0.0, "stolen_cores": 0.0}  # fmt: skip
         inputs[f"model:{name}"] = _artefact(folder / f"m{name}", "merge", {})
         rows = right if name == "gguf-Q4_1" else [True] * 60
         inputs[f"evaluate:{name}"] = _artefact(folder / f"e{name}", "evaluate", {"test": {"exact_match": exact}}, rows)
-        inputs[f"benchmark:{name}"] = _artefact(folder / f"b{name}", "benchmark", performance)
+        inputs[f"benchmark:{name}:0"] = _artefact(folder / f"b{name}", "benchmark", performance)
+        samples = {"latency_s": [1 / speed], "first_token_s": [0.1], "tokens": [1], "prefill_tok_s": [1.0], "decode_tok_s": [1.0]}
+        (inputs[f"benchmark:{name}:0"] / SAMPLES).write_text(json.dumps(samples))
     inputs["fidelity:gguf-Q4_1"] = _artefact(folder / "f", "fidelity", {"verdict": verdict, "why": "Because."})
     decide.function(DecideConfig(variants=tuple(variants)), inputs, folder)
     return json.loads((folder / "decision.json").read_text())

@@ -7,29 +7,17 @@ from typing import Any
 
 import pytest
 
-from tasks.base_model import TINY, BaseModelConfig, base_model
-from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf
 from tasks.runtimes.llama_cpp import FEW, Guesses, LlamaCppRuntime
 
 QUESTIONS = ["two olive oils please", "where is order 4711", "dvije boce maslinovog ulja, molim", "bye", "two olive oils please"]
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    for name in ("hf", "gguf"):
-        (folder / name).mkdir()
-    base_model.function(BaseModelConfig(source=TINY), {}, folder / "hf")
-    convert_gguf.function(ConvertGgufConfig(), {"model": folder / "hf"}, folder / "gguf")
-    return folder / "gguf" / MODEL_FILE
-
-
 class Counting(LlamaCppRuntime):
     passes = 0
 
-    def _evaluate(self, entries: Any) -> Any:
+    def _logits(self, entries: Any) -> Any:
         self.passes += 1
-        return super()._evaluate(entries)
+        return super()._logits(entries)
 
 
 def answers(file: Path, guesses: int, parallel: int, max_tokens: int = 40) -> tuple[list[tuple[str, int]], int]:
@@ -40,23 +28,23 @@ def answers(file: Path, guesses: int, parallel: int, max_tokens: int = 40) -> tu
 
 
 @pytest.mark.parametrize("parallel", [1, 3])
-def test_guesses_change_no_answer_and_save_passes(file: Path, parallel: int) -> None:
-    plain, many = answers(file, 0, parallel)
-    guessed, few = answers(file, 4, parallel)
+def test_guesses_change_no_answer_and_save_passes(tiny_gguf: Path, parallel: int) -> None:
+    plain, many = answers(tiny_gguf, 0, parallel)
+    guessed, few = answers(tiny_gguf, 4, parallel)
     assert guessed == plain
     assert few < 0.8 * many
 
 
-def test_many_conversations_are_answered_without_guesses_until_few_are_left(file: Path) -> None:
-    plain, many = answers(file, 0, 5)
-    guessed, few = answers(file, 4, 5)
+def test_many_conversations_are_answered_without_guesses_until_few_are_left(tiny_gguf: Path) -> None:
+    plain, many = answers(tiny_gguf, 0, 5)
+    guessed, few = answers(tiny_gguf, 4, 5)
     assert FEW < 5 and guessed == plain and few <= many
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
-def test_an_answer_is_never_longer_than_asked_for(file: Path, max_tokens: int) -> None:
-    plain, _ = answers(file, 0, 2, max_tokens)
-    guessed, _ = answers(file, 4, 2, max_tokens)
+def test_an_answer_is_never_longer_than_asked_for(tiny_gguf: Path, max_tokens: int) -> None:
+    plain, _ = answers(tiny_gguf, 0, 2, max_tokens)
+    guessed, _ = answers(tiny_gguf, 4, 2, max_tokens)
     assert guessed == plain and all(length <= max_tokens for _, length in guessed)
 
 
@@ -71,3 +59,19 @@ def test_a_guess_is_what_followed_in_the_prompt_or_in_an_earlier_answer() -> Non
     assert guesses.after([1, 2, 3], [51, 2]) == [60]  # two tokens seen before say more than one that is in the prompt
     assert guesses.after([51, 2, 3], [51, 2]) == [3]  # and two of the prompt more than both
     assert Guesses(0).after([1, 2, 3], [1]) == []
+
+
+def test_answers_are_the_same_with_the_prefix_read_for_every_prompt_and_with_the_file_mapped(tiny_gguf: Path) -> None:
+    asked = [[{"role": "system", "content": "be brief"}, {"role": "user", "content": text}] for text in QUESTIONS]
+    found = []
+    for mmap, share in ((False, True), (False, False), (True, True)):
+        model = LlamaCppRuntime(tiny_gguf, 1, mmap=mmap)
+        model.share_prefix = share
+        found.append(sorted((c.index, c.text) for c in model.generate(asked, 20, 3)))
+        model.close()
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_grammar_that_cannot_be_read_is_an_error(tiny_gguf: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read the grammar"):
+        LlamaCppRuntime(tiny_gguf, 1, grammar="root ::= (")

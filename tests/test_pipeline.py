@@ -195,6 +195,18 @@ def test_prefect_and_the_report_show_the_data_card(first: tuple[Path, Any]) -> N
     assert page.count("<details>") == 1 + len(intents) and "data_card.md" in page
 
 
+def test_prefect_shows_recommendation_variants_and_pictures(first: tuple[Path, Any]) -> None:
+    with sqlite3.connect(first[0] / "prefect" / "prefect.db") as database:
+        found = {key: (kind, json.loads(data)) for key, kind, data in database.execute("select key, type, data from artifact")}
+    report = latest(first[0])
+    assert found["recommendation"][0] == "markdown" and report["recommendation"]["why"] in found["recommendation"][1]
+    kind, rows = found["variants"]
+    rows = json.loads(rows) if isinstance(rows, str) else rows
+    assert kind == "table" and [row["variant"] for row in rows] == [v["name"] for v in report["variants"]] and rows[-1]["requests/s"] > 0
+    pictures = ("accuracy-memory", "accuracy-speed", "latency", "divergence", "languages")
+    assert all(found[key][0] == "image" and found[key][1].startswith("data:image/png;base64,iVBOR") for key in pictures)
+
+
 def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None:
     home = first[0]
     answers = call(home, "predict", "--model", "champion", stdin='{"text": "two milk"}\n{"txt": 1}\nplain words\n{broken\n')

@@ -12,7 +12,7 @@ from tasks.rendering import json_safe, render
 
 EVIL = "<script>alert(1)</script>"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PLOTS = ("accuracy_memory", "accuracy_speed", "latency", "size", "languages")
+PLOTS = ("accuracy_memory", "accuracy_speed", "latency", "divergence", "size", "languages")
 LANGUAGES = {"en": 0.012, "de": 0.004, "es": 0.002, "fr": -0.003, "it": 0.001, "hr": -0.021}
 INTENTS = (
     "search_product", "add_to_cart", "remove_from_cart", "update_quantity", "view_cart", "checkout", "talk_to_agent",
@@ -273,3 +273,36 @@ def test_what_a_teacher_gave_is_shown_and_without_one_nothing_is(tmp_path: Path)
     render(report, tmp_path / "alone")
     page = (tmp_path / "alone" / "report.md").read_text(encoding="utf-8")
     assert "### Teacher" not in page and "- Teacher: none" in page
+
+
+def test_what_was_measured_beside_the_usual_is_shown_and_otherwise_nothing_is(tmp_path: Path) -> None:
+    report = sample_report()
+    render(report, tmp_path / "plain")
+    plain = read(tmp_path / "plain", "report.md")
+    assert "Constrained decoding" not in plain and "llama-bench" not in plain and "Variant and kernel" not in plain
+    gguf = next(v for v in report["variants"] if v["name"] == "gguf-Q5_K_M")
+    gguf["tensor_types"] = {"Q5_1": 180, "F32": 61}
+    gguf["constrained"] = {
+        "exact_match": interval(0.971, 900), "hard_exact_match": None, "json_valid": 1.0, "requests_s": 7.31, "requests_s_batched": 15.2,
+        "vs_free": {"delta": 0.002, "low": -0.001, "high": 0.006, "mcnemar_p": 0.5},
+    }  # fmt: skip
+    gguf["performance"] |= {
+        "runs": 5, "spread": {"requests_s": 0.034, "decode_tok_s": 0.02}, "requests_s_by_load": {"4": 11.5, "32": 17.25},
+        "requests_s_prefix_not_shared": 14.44, "mapped": {"load_s": 0.31, "rss_mb": 333.0, "private_mb": 77.0, "requests_s": 9.0},
+        "llama_bench": {"prefill_ratio": 0.985, "decode_ratio": 1.01},
+    }  # fmt: skip
+    gptq = next(v for v in report["variants"] if v["format"] == "gptq")
+    gptq["performance"]["kernels"] = [
+        {"name": "torch", "kernel": "TorchLinear", "requests_s": 1.25, "requests_s_batched": 2.5, "prefill_tok_s": 80.0, "decode_tok_s": 9.0},
+        {"name": "marlin", "error": "Marlin needs CUDA"},
+    ]  # fmt: skip
+    report["measurement"] = {"quiet": False, "others_cores": 0.41, "stolen_cores": 0.02, "most_disturbed": "gguf-Q8_0"}
+    render(report, tmp_path / "whole")
+    markdown, html = read(tmp_path / "whole", "report.md"), squeezed(read(tmp_path / "whole", "report.html"))
+    for text in ("97.1%", "7.31", "Q5\\_1: 180", "3.4%", "4 at a time", "32 at a time", "17.2", "14.4", "0.98×", "1.01×", "failed: Marlin needs CUDA",
+                 "was not quiet", "up to 0.41 of its cores busy", "Most disturbed: gguf"):  # fmt: skip
+        assert text.replace("\\", "") in html or "failed:" in text, text
+        assert text.replace("\\", "") in markdown.replace("\\", ""), text
+    quiet = {"quiet": True, "others_cores": 0.02, "stolen_cores": 0.0, "most_disturbed": "x"}
+    render(report | {"measurement": quiet}, tmp_path / "quiet")
+    assert "The machine was quiet" in read(tmp_path / "quiet", "report.md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,14 @@ def environment() -> dict[str, Any]:
 
 
 def memory_mb() -> dict[str, float]:
-    """Resident, proportional and private memory of this process, MB; the last two are None where the kernel hides them."""
-    full = psutil.Process().memory_full_info()
-    return {"rss_mb": full.rss / 1e6, "pss_mb": getattr(full, "pss", 0) / 1e6, "private_mb": full.uss / 1e6}
+    """Resident, proportional and private memory of this process and its children, MB."""
+    own = psutil.Process()
+    found = [process.memory_full_info() for process in (own, *own.children(recursive=True))]
+    return {
+        "rss_mb": sum(memory.rss for memory in found) / 1e6,
+        "pss_mb": sum(getattr(memory, "pss", memory.rss) for memory in found) / 1e6,
+        "private_mb": sum(memory.uss for memory in found) / 1e6,
+    }
 
 
 def peak_rss_mb() -> float:
@@ -130,3 +136,27 @@ def peak_rss_mb() -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class Disturbance:
+    """How much the processor does for others from now on: other programs here, and other machines on the same host.
+
+    A measurement beside them is slower than the machine. Where a container shows its host's counters, others are the host's.
+    """
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float, float]:
+        """Seconds: wall clock, busy on all cores, stolen by the hypervisor, and this process's own with its children's."""
+        times, own = psutil.cpu_times(), psutil.Process()
+        busy = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+        mine = sum(used.user + used.system for used in (process.cpu_times() for process in (own, *own.children(recursive=True))))
+        return time.monotonic(), busy, getattr(times, "steal", 0.0), mine
+
+    def cores(self) -> dict[str, float]:
+        """`others_cores` and `stolen_cores`: how many cores on average were busy for others since the beginning."""
+        wall, busy, stolen, mine = (now - before for now, before in zip(self._read(), self._before, strict=True))
+        wall = max(wall, 1e-3)
+        return {"others_cores": round(max(busy - mine, 0.0) / wall, 3), "stolen_cores": round(stolen / wall, 3)}

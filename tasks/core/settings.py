@@ -73,6 +73,13 @@ def load_settings() -> Settings:
     )
 
 
+def mlflow_storage(settings: Settings) -> tuple[str, str]:
+    """Where an MLflow server keeps its records and its files: `CARTWRIGHT_MLFLOW_BACKEND` (a database) and `CARTWRIGHT_MLFLOW_ARTIFACTS`
+    (a folder or `s3://`), by default below the home; the records are those of runs without a server."""
+    backend = os.environ.get("CARTWRIGHT_MLFLOW_BACKEND") or f"sqlite:///{settings.home / 'mlflow.db'}"
+    return backend, os.environ.get("CARTWRIGHT_MLFLOW_ARTIFACTS") or (settings.home / "mlflow-artifacts").as_uri()
+
+
 def prepare_environment(settings: Settings) -> None:
     """Set defaults for third parties; must run before they are imported. What the user set stays."""
     for name, value in _QUIET.items():
@@ -96,6 +103,11 @@ def without_secrets(text: str) -> str:
         if len(value) >= 8:
             text = text.replace(value, "***")
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
+
+
+def visible_gpus() -> str:
+    """Which GPUs CUDA is allowed to see, in its order; empty for all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 TEACHER_KEY = "CARTWRIGHT_TEACHER_KEY"

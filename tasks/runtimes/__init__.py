@@ -13,6 +13,8 @@ RuntimeName = Literal["transformers", "llama_cpp", "litellm"]
 # `auto`: float16 on a GPU, bfloat16 on a CPU that has it, else float32. A CPU without float16 emulates it several times slower.
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
+GptqKernel = Literal["marlin", "exllama_v2", "triton", "torch", "torch_aten", "torch_int8"]  # GPTQModel's
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -46,7 +48,13 @@ class Runtime(Protocol):
 
 
 class LocalRuntime(Runtime, Protocol):
-    """A model on this machine, which can be looked into."""
+    """A model on this machine, which can be looked into. `share_prefix`: read only once what all prompts begin with."""
+
+    share_prefix: bool
+
+    def forget(self) -> None:
+        """Forget what was learnt from earlier requests, so that the next ones are measured as the first ones were."""
+        ...
 
     def encode(self, conversation: list[Message]) -> list[int]:
         """Token ids of a prompt, as this runtime's own template and tokenizer make them."""
@@ -70,15 +78,23 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
-def load_local(runtime: Literal["transformers", "llama_cpp"], path: Path, threads: int, dtype: Dtype = "auto") -> LocalRuntime:
-    """Load a GGUF file or a Hugging Face folder."""
+def load_local(
+    runtime: Literal["transformers", "llama_cpp"],
+    path: Path,
+    threads: int,
+    dtype: Dtype = "auto",
+    grammar: str | None = None,
+    mmap: bool = False,
+    kernel: GptqKernel | None = None,
+) -> LocalRuntime:
+    """Load a GGUF file or a Hugging Face folder; a grammar and mapping into memory are for GGUF files, a kernel is for GPTQ folders."""
     if runtime == "llama_cpp":
         from tasks.runtimes.llama_cpp import LlamaCppRuntime
 
-        return LlamaCppRuntime(path, threads)
+        return LlamaCppRuntime(path, threads, grammar=grammar, mmap=mmap)
     from tasks.runtimes.transformers import TransformersRuntime
 
-    return TransformersRuntime(path, threads, dtype)
+    return TransformersRuntime(path, threads, dtype, kernel=kernel)
 
 
 def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto", api_base: str | None = None) -> Runtime:

@@ -40,6 +40,7 @@ class _Sequence:
     started: float
     first_token_s: float = 0.0
     written: list[int] = field(default_factory=list)
+    state: Any = None  # of the grammar, where there is one
 
 
 class Guesses:
@@ -74,26 +75,85 @@ class Guesses:
                 self._followed[tuple(written[max(0, at - 1) : at + 1])] = written[at + 1 : at + 1 + self._most]
 
 
+class Grammar:
+    """A grammar that answers keep to, see `tasks.domain.grammar`.
+
+    Raises:
+        ValueError: llama.cpp cannot read it.
+    """
+
+    def __init__(self, vocab: Any, text: str, vocab_size: int) -> None:
+        self._start = api.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        if not self._start:
+            raise ValueError(f"llama.cpp cannot read the grammar {text[:200]!r}")
+        self._all = (api.llama_token_data * vocab_size)()
+        self._view = np.ctypeslib.as_array(self._all)
+        self._view["id"] = np.arange(vocab_size)
+
+    def begin(self) -> Any:
+        """The state before an answer, to be given back by `end`."""
+        return api.llama_sampler_clone(self._start)
+
+    @staticmethod
+    def end(state: Any) -> None:
+        api.llama_sampler_free(state)
+
+    def choose(self, state: Any, logits: Any) -> int:
+        """The likeliest token that the grammar allows. Most often that is the likeliest of all, which alone is tried first: whether
+        the grammar allows each token of a whole vocabulary takes milliseconds."""
+        likeliest = int(np.argmax(logits))
+        one = (api.llama_token_data * 1)(api.llama_token_data(likeliest, 0.0, 0.0))
+        if self._allowed(state, one)[0].logit == 0.0:
+            return likeliest
+        self._view["logit"] = logits
+        self._allowed(state, self._all)
+        return int(np.argmax(self._view["logit"]))
+
+    @staticmethod
+    def _allowed(state: Any, candidates: Any) -> Any:
+        """The candidates, those that are not allowed with a logit of minus infinity."""
+        array = api.llama_token_data_array(candidates, len(candidates), -1, False)
+        api.llama_sampler_apply(state, ctypes.byref(array))
+        return candidates
+
+    @staticmethod
+    def accept(state: Any, token: int) -> None:
+        """Go on from a token that was chosen."""
+        api.llama_sampler_accept(state, token)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._start:
+            api.llama_sampler_free(self._start)
+            self._start = None
+
+
 class LlamaCppRuntime:
     """A GGUF file on the CPU.
 
     Args:
         guesses: most tokens guessed at a time, see `Guesses`; 0 writes token after token.
+        grammar: keep every answer to it, see `tasks.domain.grammar`.
+        mmap: map the file into memory and compute from there. Its pages are shared with other processes and given up when memory is
+            short; but weights are not rearranged for the CPU, which makes most formats slower.
+
+    Attributes:
+        share_prefix: evaluate what all prompts begin with only once.
 
     Raises:
-        ValueError: llama.cpp cannot load the file.
+        ValueError: llama.cpp cannot load the file, or read the grammar.
     """
 
     device = "cpu"
 
-    def __init__(self, path: Path, threads: int, guesses: int = 4) -> None:
+    def __init__(self, path: Path, threads: int, guesses: int = 4, grammar: str | None = None, mmap: bool = False) -> None:
         self.threads = threads
+        self.share_prefix = True
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.load_mode = (
-            api.LLAMA_LOAD_MODE_NONE
-        )  # most weights are rearranged for the CPU; mapped, the file's pages would stay beside them
+        parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP if mmap else api.LLAMA_LOAD_MODE_NONE
+        parameters.use_extra_bufts = not mmap  # rearranged weights would be in memory beside the file's pages
         self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {path}")
@@ -113,15 +173,22 @@ class LlamaCppRuntime:
             eos_token=self._piece(api.llama_vocab_eos(self._vocab)),
             bos_token=self._piece(api.llama_vocab_bos(self._vocab)),
         )
+        self._grammar = Grammar(self._vocab, grammar, self._vocab_size) if grammar else None
 
     def close(self) -> None:
         """Give the memory back."""
+        if self._grammar:
+            self._grammar.close()
         if self._context:
             api.llama_free(self._context)
             self._context = None
         if self._model:
             api.llama_model_free(self._model)
             self._model = None
+
+    def forget(self) -> None:
+        """See `LocalRuntime`."""
+        self._guesses = Guesses(self._most_guesses)
 
     # Tokens ------------------------------------------------------------------------------------------------------
 
@@ -198,7 +265,7 @@ class LlamaCppRuntime:
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
         prompts = [self.encode(conversation) for conversation in conversations]
-        prefix = common_prefix(prompts)
+        prefix = common_prefix(prompts) if self.share_prefix else []
         longest = max(map(len, prompts), default=0)
         self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses))
         memory = api.llama_get_memory(self._context)
@@ -219,25 +286,27 @@ class LlamaCppRuntime:
             while waiting and free and len(entries) + len(waiting[-1][1]) - len(prefix) <= BATCH:
                 index, prompt = waiting.pop()
                 slot = free.pop()
-                running[slot] = _Sequence(index, prompt, time.perf_counter())
+                running[slot] = _Sequence(index, prompt, time.perf_counter(), state=self._grammar and self._grammar.begin())
                 api.llama_memory_seq_cp(memory, 0, slot, 0, len(prefix))
                 rest = prompt[len(prefix) :]
                 entries.extend((token, len(prefix) + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
                 owners.append((slot, []))
             if not entries:
                 raise ValueError(f"conversation {waiting[-1][0]} has more than {BATCH} tokens")
-            likeliest = iter(self._evaluate(entries))
+            logits = iter(self._logits(entries))
             for slot, guessed in owners:
                 sequence = running[slot]
                 sequence.first_token_s = sequence.first_token_s or time.perf_counter() - sequence.started
-                found = list(itertools.islice(likeliest, 1 + len(guessed)))
-                right = next((i for i, token in enumerate(guessed) if token != found[i]), len(guessed))
-                new = found[: min(right + 1, max_tokens - len(sequence.written))]
+                found = self._chosen(sequence, list(itertools.islice(logits, 1 + len(guessed))), guessed)
+                right = len(found) - 1
+                new = found[: max_tokens - len(sequence.written)]
                 ended = next((i for i, token in enumerate(new) if api.llama_vocab_is_eog(self._vocab, token)), None)
                 sequence.written.extend(new if ended is None else new[: ended + 1])
                 if ended is None and right < len(guessed):  # forget the wrong guesses
                     api.llama_memory_seq_rm(memory, slot, len(sequence.prompt) + len(sequence.written) - 1, -1)
                 if ended is not None or len(sequence.written) >= max_tokens:
+                    if self._grammar:
+                        self._grammar.end(sequence.state)
                     self._guesses.learn(sequence.written)
                     text = self.decode(sequence.written if ended is None else sequence.written[:-1])
                     yield Completion(
@@ -251,6 +320,18 @@ class LlamaCppRuntime:
                     api.llama_memory_seq_rm(memory, slot, -1, -1)
                     del running[slot]
                     free.append(slot)
+
+    def _chosen(self, sequence: _Sequence, logits: list[Any], guessed: list[int]) -> list[int]:
+        """The tokens that follow: one for each guess that was right, and the one after them."""
+        found: list[int] = []
+        for at, row in enumerate(logits):
+            token = self._grammar.choose(sequence.state, row) if self._grammar else int(np.argmax(row))
+            found.append(token)
+            if self._grammar:
+                self._grammar.accept(sequence.state, token)
+            if at == len(guessed) or token != guessed[at] or api.llama_vocab_is_eog(self._vocab, token):
+                break
+        return found
 
     # Fixed lengths -----------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from tasks.core import hardware
 from tasks.domain.prompt import Message
-from tasks.runtimes import Completion, common_prefix
+from tasks.runtimes import Completion, GptqKernel, common_prefix
 from tasks.tokenization import encode, prompt_text
 
 WORTH_SHARING = 64  # tokens of a common prefix from which a copy of its cache is cheaper than reading it again
@@ -21,23 +22,38 @@ class TransformersRuntime:
 
     Args:
         gguf_file: read the weights, dequantized, from this file of the folder.
+        kernel: multiply by GPTQ weights with this kernel; None takes the one GPTQModel thinks best.
+
+    Raises:
+        ValueError: the kernel cannot run this model on this device.
     """
 
-    def __init__(self, path: Path, threads: int, dtype: str, gguf_file: str | None = None) -> None:
+    def __init__(self, path: Path, threads: int, dtype: str, gguf_file: str | None = None, kernel: GptqKernel | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
         self._torch = torch
         self.threads = threads
+        self.share_prefix = True
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(threads)
         if dtype == "auto":
             dtype = "float16" if self.device == "cuda" else "bfloat16" if hardware.native_bf16() else "float32"
-        file = {"gguf_file": gguf_file} if gguf_file else {}
+        file: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+        chosen: dict[str, Any] = {}
+        if kernel:
+            stored = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+            chosen["quantization_config"] = GPTQConfig(bits=stored["bits"], group_size=stored["group_size"], backend=f"gptq_{kernel}")
         self._tokenizer = AutoTokenizer.from_pretrained(path, **file)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map={"": self.device}, **file).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), device_map={"": self.device}, **file, **chosen
+        ).eval()
         self._shared: tuple[list[int], Any] = ([], None)
         self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
+
+    def forget(self) -> None:
+        """See `LocalRuntime`; a shared prefix is read anew."""
+        self._shared = ([], None)
 
     @property
     def model(self) -> Any:
@@ -56,7 +72,7 @@ class TransformersRuntime:
         """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
         prompts = sorted(((i, self.encode(conversation)) for i, conversation in enumerate(conversations)), key=lambda item: len(item[1]))
         prefix = common_prefix([ids for _, ids in prompts])
-        if len(prefix) < WORTH_SHARING:
+        if not self.share_prefix or len(prefix) < WORTH_SHARING:
             prefix = []
         for start in range(0, len(prompts), parallel):
             yield from self._batch(prompts[start : start + parallel], prefix, max_tokens)

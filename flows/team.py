@@ -1,0 +1,216 @@
+"""Standing servers for a team on one host: Prefect, MLflow, workers, and what is deployed to them. All of it listens on loopback."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from tasks.core import hardware
+from tasks.core import settings as environment
+from tasks.core.settings import Settings
+from tasks.domain.errors import UserError
+
+SOURCE = Path(__file__).resolve().parents[1]
+DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
+HOST = "127.0.0.1"
+HEALTHY_WITHIN_S = 120
+ENDED_WITHIN_S = 15
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that `up` started. A process id is used again by the kernel; with the time of its start it is unique."""
+
+    name: str
+    pid: int
+    started: float
+    log: str
+
+    def process(self) -> psutil.Process | None:
+        """The process, if it is still the one that was started."""
+        try:
+            found = psutil.Process(self.pid)
+            return found if found.create_time() == self.started and found.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+class Team:
+    """The services of one home."""
+
+    def __init__(self, settings: Settings, prefect_port: int, mlflow_port: int) -> None:
+        self.settings = settings
+        self.prefect = f"http://{HOST}:{prefect_port}"
+        self.mlflow = f"http://{HOST}:{mlflow_port}"
+        self._ports = {"Prefect": prefect_port, "MLflow": mlflow_port}
+        self._state = settings.home / "team.json"
+
+    def up(self, gpu: bool) -> None:
+        """Start what is not running yet, wait until it is healthy, and deploy.
+
+        Raises:
+            UserError: a port is taken, or a service does not become healthy.
+        """
+        self.settings.home.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.settings.home / "team.lock"):
+            running = {service.name: service for service in self.services() if service.process()}
+            self._check_address(running)
+            prefect_command = ["prefect", "server", "start", "--host", HOST, "--port", str(self._ports["Prefect"])]
+            self._ensure(running, "Prefect", prefect_command, f"{self.prefect}/api/health")
+            self._ensure(running, "MLflow", self._mlflow_command(), f"{self.mlflow}/health")
+            self._wait(running["Prefect"], f"{self.prefect}/api/health")
+            pools = ["cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
+            self._deploy()
+            for pool in pools:
+                command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-{socket.gethostname()}"]
+                self._ensure(running, f"worker of {pool}", command)
+            self._wait(running["MLflow"], f"{self.mlflow}/health")
+            for pool in pools:
+                self._wait_for_worker(running[f"worker of {pool}"], pool)
+
+    def down(self) -> list[str]:
+        """End exactly what `up` started, and what that started; the names of what was running."""
+        ended = []
+        with FileLock(self.settings.home / "team.lock"):
+            for service in reversed(self.services()):
+                if process := service.process():
+                    _end(process)
+                    ended.append(service.name)
+            self._state.unlink(missing_ok=True)
+        return ended
+
+    def services(self) -> list[Service]:
+        """What was started and not ended by `down`; some of it may have died."""
+        if not self._state.is_file():
+            return []
+        return [Service(**entry) for entry in json.loads(self._state.read_text(encoding="utf-8"))["services"]]
+
+    def _check_address(self, running: Mapping[str, Service]) -> None:
+        """Servers that run already must be asked for at the ports they have."""
+        if not running:
+            return
+        known = json.loads(self._state.read_text(encoding="utf-8"))
+        for name, port in self._ports.items():
+            if name in running and known["ports"][name] != port:
+                raise UserError(
+                    f"--{name.lower()}-port", port, f"is not where {name} runs", allowed=[known["ports"][name]], mend="`make down` first"
+                )
+
+    def _mlflow_command(self) -> list[str]:
+        backend, artifacts = environment.mlflow_storage(self.settings)
+        storage = ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
+        return ["mlflow", "server", "--host", HOST, "--port", str(self._ports["MLflow"]), "--workers", "1", *storage]
+
+    def _ensure(self, running: dict[str, Service], name: str, command: list[str], health: str = "") -> None:
+        if name in running:
+            return
+        if health and _answers(self._ports[name]):
+            mend = "End the program that listens there, or choose another port"
+            raise UserError(f"--{name.lower()}-port", self._ports[name], "is in use by another program", mend=mend)
+        log = self.settings.home / "logs" / f"{name.lower().replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).parent / command[0]), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                cwd=SOURCE,
+                start_new_session=True,
+            )
+        running[name] = Service(name, process.pid, psutil.Process(process.pid).create_time(), str(log))
+        kept = {"ports": self._ports, "services": [asdict(service) for service in running.values()]}
+        new = self._state.with_suffix(".new")
+        new.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        new.replace(self._state)
+
+    def _environment(self) -> dict[str, str]:
+        """What servers, workers and the runs they start are told: the same home and the same addresses."""
+        return {
+            **environment.child_environment(),
+            "CARTWRIGHT_HOME": str(self.settings.home),
+            "CARTWRIGHT_SOURCE": str(SOURCE),
+            "PREFECT_API_URL": f"{self.prefect}/api",
+            "MLFLOW_TRACKING_URI": self.mlflow,
+            "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        }
+
+    def _wait(self, service: Service, url: str) -> None:
+        deadline = time.monotonic() + HEALTHY_WITHIN_S
+        while time.monotonic() < deadline and service.process():
+            try:
+                with urllib.request.urlopen(url, timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.2)
+        raise UserError(service.name, url, "does not answer", mend=f"Its log says why: {service.log}")
+
+    def _deploy(self) -> None:
+        """Pools, and every deployment of `deployments/prefect.yaml`."""
+        for pool in ("cpu-pool", "gpu-pool"):
+            known = self._ask(f"work_pools/{pool}", missing_is_none=True)
+            if known is None:
+                self._ask("work_pools/", {"name": pool, "type": "process", "description": "Runs stages as processes of this host"})
+        command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
+        done = subprocess.run(command, capture_output=True, text=True, env=self._environment(), cwd=SOURCE)
+        if done.returncode:
+            raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
+
+    def _wait_for_worker(self, service: Service, pool: str) -> None:
+        deadline = time.monotonic() + HEALTHY_WITHIN_S
+        while time.monotonic() < deadline and service.process():
+            workers = self._ask(f"work_pools/{pool}/workers/filter", {}) or []
+            if any(worker["status"] == "ONLINE" for worker in workers):
+                return
+            time.sleep(0.3)
+        raise UserError(service.name, pool, "does not come online", mend=f"Its log says why: {service.log}")
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None, missing_is_none: bool = False) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as error:
+            if error.code == 404 and missing_is_none:
+                return None
+            raise
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def _end(process: psutil.Process) -> None:
+    """End a process and all its descendants: first asked, then killed."""
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        _signal(member, kill=False)
+    _, alive = psutil.wait_procs(family, ENDED_WITHIN_S)
+    for member in alive:
+        _signal(member, kill=True)
+    psutil.wait_procs(alive, ENDED_WITHIN_S)
+
+
+def _signal(process: psutil.Process, kill: bool) -> None:
+    try:
+        process.kill() if kill else process.terminate()
+    except psutil.NoSuchProcess:
+        return

@@ -1,0 +1,116 @@
+"""Formats that GPTQModel makes: AWQ, GPTQ of other widths, and the kernels that multiply by them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.core.artifacts import Manifest, Store
+from tasks.core.child import run_isolated
+from tasks.core.stage import Stage, StageConfig, run
+from tasks.domain.errors import UserError
+from tasks.fidelity import FidelityConfig, ReferenceLogitsConfig, fidelity, reference_logits
+from tasks.quantize_awq import QuantizeAwqConfig, check_outputs, quantize_awq
+from tasks.quantize_gptq import QuantizeGptqConfig, quantize_gptq
+from tasks.runtimes.transformers import TransformersRuntime
+from tasks.synthesize import SynthesizeConfig, synthesize
+
+ASKED = [[{"role": "user", "content": " two olive oils please"}], [{"role": "user", "content": " bye"}]]
+
+
+class World:
+    """A tiny model all of whose matrices have 64 outputs or more, as those of real ones do."""
+
+    def __init__(self, home: Path) -> None:
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+
+        self.store, self.logs = Store((home / "store").as_uri(), home), home / "logs"
+        data = SynthesizeConfig(languages=("en", "hr"), train_rows=40, validation_rows=12, test_rows=12, hard_rows=12)
+        self.dataset = self.make(synthesize, data)
+        self.small = self.path(self.make(base_model, BaseModelConfig(source=TINY)))
+        tokenizer = AutoTokenizer.from_pretrained(self.small)
+        set_seed(7)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+        )  # fmt: skip
+        source = home / "source"
+        LlamaForCausalLM(config).save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        self.tuned = self.make(base_model, BaseModelConfig(source=str(source)))
+
+    def make(self, stage: Stage, config: StageConfig, **inputs: Manifest) -> Manifest:
+        return run(stage, config, inputs, self.store, self.logs)[0]
+
+    def path(self, manifest: Manifest) -> Path:
+        return self.store.path(manifest.kind, manifest.key)
+
+
+@pytest.fixture(autouse=True)
+def enough_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What children get from `settings`; these tests also load models in their own process."""
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("gptqmodel"))
+
+
+def test_awq_gives_the_same_file_twice_answers_and_is_checked_but_for_its_weights(world: World, tmp_path: Path) -> None:
+    config = QuantizeAwqConfig(calibration_rows=8)
+    made = world.make(quantize_awq, config, model=world.tuned, dataset=world.dataset)
+    assert not list(Path.cwd().glob("logs"))  # GPTQModel's own
+    assert made.metrics["group_size"] == 64 and made.metrics["calibration_rows"] == 8
+    again = tmp_path / "again"
+    again.mkdir()
+    inputs = {"model": world.path(world.tuned), "dataset": world.path(world.dataset)}
+    run_isolated(quantize_awq, config, inputs, again, world.logs / "again.log", lambda event: None, {})
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+        path.name: path.read_bytes() for path in world.path(made).iterdir() if path.name != "manifest.json"
+    }
+    model = TransformersRuntime(world.path(made), 1, "float16")
+    assert "Awq" in model.kernel and len(list(model.generate(ASKED, 5, 2))) == 2
+    reference = world.make(reference_logits, ReferenceLogitsConfig(rows=6), model=world.tuned, dataset=world.dataset)
+    compared = {"model": made, "reference": reference, "tuned": world.tuned, "base": world.tuned}
+    found = world.make(fidelity, FidelityConfig(runtime="transformers", folded=True), **compared).metrics
+    assert 0 < found["mean_kld"] < 0.05 and found["prompt_ids_match"] and found["verdict"] in ("ok", "degraded")
+    assert found["weight_rel_error"] is None and "scales" in found["weight_rel_error_reason"]
+
+
+def test_awq_of_a_model_that_it_cannot_round_says_so_before_it_begins(world: World) -> None:
+    with pytest.raises(UserError, match=r"k_proj.* has 32 outputs.*multiple of 64.*awq=\[\]"):
+        check_outputs(world.small)
+    with pytest.raises(UserError, match=r"awq\.group_size"):
+        quantize_awq.function(
+            QuantizeAwqConfig(group_size=48), {"model": world.path(world.tuned), "dataset": world.path(world.dataset)}, world.logs
+        )
+
+
+def test_fewer_bits_of_gptq_are_smaller_and_further_from_the_16_bit_model(world: World) -> None:
+    reference = world.make(reference_logits, ReferenceLogitsConfig(rows=6), model=world.tuned, dataset=world.dataset)
+    found = []
+    for bits in (3, 4):
+        made = world.make(
+            quantize_gptq,
+            QuantizeGptqConfig.model_validate({"bits": bits, "calibration_rows": 8}),
+            model=world.tuned,
+            dataset=world.dataset,
+        )
+        inputs = {"model": made, "reference": reference, "tuned": world.tuned, "base": world.tuned}
+        checked = world.make(fidelity, FidelityConfig(runtime="transformers"), **inputs).metrics
+        found.append((made.metrics["size_mb"], -checked["mean_kld"], -checked["weight_rel_error"]))
+    assert all(few < many for few, many in zip(*found, strict=True))
+
+
+def test_a_kernel_is_the_one_that_was_asked_for_or_an_error(world: World) -> None:
+    made = world.make(quantize_gptq, QuantizeGptqConfig(bits=4, calibration_rows=8), model=world.tuned, dataset=world.dataset)
+    folder = world.path(made)
+    usual, other = TransformersRuntime(folder, 1, "float16"), TransformersRuntime(folder, 1, "float16", kernel="torch")
+    assert usual.kernel != other.kernel == "TorchLinear"
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["bits"] == 4
+    with pytest.raises(ValueError, match=r"(?i)marlin|device|cuda"):
+        TransformersRuntime(folder, 1, "float16", kernel="marlin")

@@ -1,0 +1,100 @@
+"""The grammar of answers: it allows what is taught, and keeps a model to what can be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.domain.grammar import answer_grammar
+from tasks.domain.scoring import answer_text, parse_answer
+from tasks.domain.spec import Spec, load_spec
+
+GOLDS = [
+    {"intent": "view_cart"},
+    {"intent": "add_to_cart", "product": "red shoes", "quantity": 2},
+    {"intent": "remove_from_cart", "product": 'a "6\\8" pipe – große Tüte'},
+    {"intent": "remove_from_cart", "product": "7 Up", "quantity": 12},
+    {"intent": "track_order"},
+    {"intent": "track_order", "order_id": "AA-9999-99"},
+    {"intent": "return_item", "product": "WD-40", "order_id": "123456"},
+    {"intent": "return_item", "order_id": "123456"},
+    {"intent": "apply_coupon", "coupon_code": "SAVE10"},
+    {"intent": "out_of_scope"},
+]
+WRONG = [
+    "",
+    "add",
+    "add\np red",
+    "view\np red shoes",
+    "addd",
+    "apply\nc",
+    "track\no A-1\no B-2",
+    "add\np red shoes\nq9999",
+    '{"intent":"view_cart"}',
+]
+
+
+class Reader:
+    """llama.cpp's grammar over the characters of a vocabulary of the tiny model."""
+
+    def __init__(self, gguf: Path, spec: Spec) -> None:
+        import llama_cpp.llama_cpp as api
+
+        from tasks.runtimes.llama_cpp import Grammar, LlamaCppRuntime
+
+        self._api = api
+        self._model = LlamaCppRuntime(gguf, 1)
+        self._grammar = Grammar(self._model._vocab, answer_grammar(spec), self._model._vocab_size)
+
+    def allows(self, text: str) -> bool:
+        """Whether a whole answer, and the end of the turn after it, keeps to the grammar."""
+        api, vocab = self._api, self._model._vocab
+        raw = text.encode()
+        room = (api.llama_token * (len(raw) + 8))()
+        tokens = list(room[: api.llama_tokenize(vocab, raw, len(raw), room, len(room), False, False)])
+        state = self._grammar.begin()
+        try:
+            for token in [*tokens, api.llama_vocab_eos(vocab)]:
+                one = (api.llama_token_data * 1)(api.llama_token_data(token, 0.0, 0.0))
+                if self._grammar._allowed(state, one)[0].logit != 0.0:
+                    return False
+                self._grammar.accept(state, token)
+        finally:
+            self._grammar.end(state)
+        return True
+
+
+@pytest.fixture(scope="module", params=["short", "json"])
+def reading(request: pytest.FixtureRequest, tiny_gguf: Path) -> tuple[Reader, Spec]:
+    spec = load_spec("ecommerce").model_copy(update={"answer": request.param})
+    return Reader(tiny_gguf, spec), spec
+
+
+def test_every_answer_that_is_taught_is_allowed(reading: tuple[Reader, Spec]) -> None:
+    reader, spec = reading
+    refused = [gold for gold in GOLDS if not reader.allows(answer_text(gold, spec))]
+    assert not refused
+
+
+def test_what_cannot_be_read_is_not_allowed(reading: tuple[Reader, Spec]) -> None:
+    reader, spec = reading
+    if spec.answer == "short":
+        assert not [text for text in WRONG if reader.allows(text)]
+    else:
+        assert not reader.allows('{"intent":"view_cart","product":"x"}') and not reader.allows('{"intent":"add_to_cart","product":"x"}')
+
+
+def test_a_model_that_knows_nothing_writes_what_can_be_read(tiny_gguf: Path) -> None:
+    from tasks.domain.prompt import messages
+    from tasks.runtimes import load_local
+
+    spec = load_spec("ecommerce")
+    asked = [messages(spec, text) for text in ("two red shoes", "where is my order 1234", "x", "please 5 of the blue ones")]
+    free, kept = (load_local("llama_cpp", tiny_gguf, os.cpu_count() or 1, grammar=g) for g in (None, answer_grammar(spec)))
+    written = {c.index: c for c in kept.generate(asked, 40, 2)}
+    finished = [c.text for c in written.values() if c.completion_tokens < 40]
+    assert len(written) == len(asked) and all(parse_answer(text, spec).answer for text in finished)
+    assert all(text.split("\n")[0] in spec.intent_codes.values() for text in (c.text for c in written.values()))
+    assert not any(parse_answer(c.text, spec).answer for c in free.generate(asked, 40, 2))

@@ -1,0 +1,167 @@
+"""A team's servers on one host: real Prefect and MLflow servers and a worker, in a home and on ports of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows.team import DEPLOYMENTS, Service
+from tasks.config import load_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Home:
+    """A home, its two ports, and the commands a person would give."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.prefect, self.mlflow = folder, free_port(), free_port()
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "CARTWRIGHT_HOME": str(self.folder), "PYTHONPATH": str(REPOSITORY)}
+        for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
+            variables.pop(name, None)
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, env=variables, cwd=REPOSITORY
+        )
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        return self.command("up", "--prefect-port", str(self.prefect), "--mlflow-port", str(self.mlflow))
+
+    def services(self) -> list[dict[str, Any]]:
+        return json.loads((self.folder / "team.json").read_text())["services"]
+
+    def ask(self, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.prefect}/api/{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or b"null")
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("team") / "home")
+    started = home.up()
+    assert started.returncode == 0, started.stdout + started.stderr
+    assert f"http://127.0.0.1:{home.prefect}" in started.stdout and f"http://127.0.0.1:{home.mlflow}" in started.stdout
+    yield home
+    home.command("down")
+
+
+def test_servers_answer_pools_and_deployments_are_there_and_schedules_wait_to_be_switched_on(team: Home) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{team.mlflow}/health", timeout=10) as answer:
+        assert answer.read() == b"OK"
+    deployments = {d["name"]: d for d in team.ask("deployments/filter", {})}
+    wanted = {d["name"]: d for d in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]}
+    assert set(deployments) == set(wanted)
+    for name, found in deployments.items():
+        assert found["work_pool_name"] == wanted[name]["work_pool"]["name"] and found["description"] == wanted[name]["description"]
+        assert found["global_concurrency_limit"]["limit"] == 1
+        assert [s["active"] for s in found["schedules"]] == [False] * len(wanted[name].get("schedules", []))
+    assert {pool["name"] for pool in team.ask("work_pools/filter", {})} == {"cpu-pool", "gpu-pool"}
+    assert [w["status"] for w in team.ask("work_pools/cpu-pool/workers/filter", {})] == ["ONLINE"]
+
+
+def test_up_twice_is_harmless(team: Home) -> None:
+    before, deployed = team.services(), team.ask("deployments/filter", {})
+    again = team.up()
+    assert again.returncode == 0, again.stderr
+    assert team.services() == before
+    assert [(d["id"], d["schedules"]) for d in team.ask("deployments/filter", {})] == [(d["id"], d["schedules"]) for d in deployed]
+    moved = team.command("up", "--prefect-port", str(free_port()), "--mlflow-port", str(team.mlflow))
+    assert moved.returncode == 2 and f"Allowed: {team.prefect}" in moved.stderr and "make down" in moved.stderr
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"profile": "huge"}, "profile"),
+        ({"max_accuracy_loss": 3}, "max_accuracy_loss"),
+        ({"gguf": ["Q9_0"]}, "gguf"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_the_form_refuses_what_is_not_allowed(team: Home, parameters: dict[str, Any], field: str) -> None:
+    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "cpu"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        team.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters, "enforce_parameter_schema": True})
+    assert refused.value.code in (409, 422) and field in refused.value.read().decode()
+
+
+def test_a_run_that_is_asked_for_is_taken_up_by_the_worker_and_says_what_is_wrong_with_it(team: Home) -> None:
+    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "cpu"]
+    asked = {"parameters": {"profile": "smoke", "overrides": {"train.epochs": -1}}, "state": {"type": "SCHEDULED"}}
+    run = team.ask(f"deployments/{deployment}/create_flow_run", asked)["id"]
+    deadline = time.monotonic() + 120
+    while (state := team.ask(f"flow_runs/{run}")["state"])["type"] not in (
+        "FAILED",
+        "CRASHED",
+        "COMPLETED",
+    ) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert state["type"] == "FAILED" and "train.epochs = -1" in state["message"]
+
+
+def test_a_port_that_is_taken_is_an_error_and_starts_nothing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", home.prefect))
+        other.listen()
+        refused = home.up()
+    assert (
+        refused.returncode == 2
+        and f"--prefect-port = {home.prefect}: is in use" in refused.stderr
+        and not (home.folder / "team.json").exists()
+    )
+
+
+def test_down_ends_what_up_started_and_nothing_else(team: Home) -> None:
+    """The last test of the module: afterwards nothing runs."""
+    pids = [service["pid"] for service in team.services()]
+    family = [member for pid in pids for member in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    ended = team.command("down")
+    assert ended.returncode == 0 and "Prefect" in ended.stdout and "MLflow" in ended.stdout and "worker of cpu-pool" in ended.stdout
+    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    assert "Nothing that `up` started is running" in team.command("down").stdout
+
+
+@pytest.mark.fast
+def test_a_process_id_that_the_kernel_has_used_again_is_not_ours() -> None:
+    me = psutil.Process()
+    assert Service("x", me.pid, me.create_time(), "").process() == me
+    assert Service("x", me.pid, me.create_time() - 5, "").process() is None
+    assert Service("x", 2**22 + 1, 0.0, "").process() is None
+
+
+@pytest.mark.fast
+def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() -> None:
+    deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    checked = 0
+    for deployment in deployments:
+        module, _, name = deployment["entrypoint"].partition(":")
+        flow = getattr(import_module(module), name)
+        for parameters in (deployment["parameters"], *(s.get("parameters", {}) for s in deployment.get("schedules", []))):
+            valid = flow.validate_parameters(deployment["parameters"] | parameters)
+            load_config(valid["profile"])
+            checked += 1
+    assert (len(deployments), checked) == (2, 3)
