@@ -167,6 +167,20 @@ def down() -> None:
 
 
 @app.command()
+def rollback(
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+) -> None:
+    """Make the champion before this one the champion again. Twice is as it was."""
+    from tasks.core.tracking import rollback as swap
+
+    now, before = swap(environment.load_settings(), name)
+    was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}
+    print(
+        f"{name}: version {now['version']} ({was[now['version']]}) is the champion again; version {before['version']} ({was[before['version']]}) is kept as `previous`."
+    )
+
+
+@app.command()
 def ablate(
     file: Annotated[Path, typer.Argument(help="A YAML file like those of deployments/ablations/: profile, base, seeds, arms.")],
 ) -> None:

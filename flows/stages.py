@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.events import emit_event
 
 from flows.session import Run, runner, teacher_secret
 from tasks.base_model import base_model
@@ -296,6 +297,8 @@ def release(run: Run, decision: Manifest, dataset: Manifest, card: Manifest, ada
         runtime = {"runtime": "llama_cpp" if champion.kind in ("quantize_gguf", "search_gguf") else "transformers"}
         asked = call(evaluate, config.evaluate.model_copy(update=runtime), "evaluate champion", model=champion, dataset=dataset)
     verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluation, asked))
+    about = {"prefect.resource.id": f"cartwright.model.{config.registry.name}", "prefect.resource.name": config.registry.name}
+    emit_event(f"cartwright.gate.{verdict['verdict']}", about, payload={"run": run.run_id, **verdict})
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
 
 

@@ -14,6 +14,7 @@ from tasks.core.stage import StageConfig
 from tasks.core.tracking import Tracker, as_params, flatten
 from tasks.decide import correct_rows, paired_difference, recommended_cpu
 from tasks.quantize_gguf import MODEL_FILE
+from tasks.registered import problem_of_champion
 
 
 class RegisterConfig(StageConfig):
@@ -156,5 +157,7 @@ def register_variants(
     tags["cartwright.prompt"] = dataset.config["prompt"]
     version, known = tracker.register(config.name, logged[name], challenger.digest, tags)
     if verdict["verdict"] == "promote":
-        tracker.promote(config.name, version)
+        problem = tracker.promote(config.name, version, lambda: problem_of_champion(config.name))
+        loads = {"name": "loads from the registry and answers" + (f": {problem}" if problem else ""), "passed": not problem}
+        verdict |= {"verdict": "hold" if problem else "promote", "checks": [*verdict["checks"], loads]}
     return {**verdict, "version": version}, known and verdict["verdict"] != "promote"

@@ -222,6 +222,13 @@ def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None
     wrong = call(home, "predict", "--model", "gguf-Q9", "hello")
     assert wrong.returncode == 2 and "gguf-Q8_0" in wrong.stderr
     assert "# " in call(home, "report").stdout
+    refused = call(home, "rollback")
+    assert refused.returncode == 2 and "no version with the alias previous" in refused.stderr
+
+
+def test_what_was_promoted_had_to_answer_first(first: tuple[Path, Any]) -> None:
+    checks = latest(first[0])["gate"]["checks"]
+    assert checks[-1] == {"name": "loads from the registry and answers", "passed": True}
 
 
 def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(

@@ -11,7 +11,8 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -25,7 +26,7 @@ from tasks.domain.errors import UserError
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
-CHAMPION = "champion"
+CHAMPION, PREVIOUS = "champion", "previous"  # aliases of the registered model
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -215,20 +216,72 @@ class Tracker:
             made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
         return str(made.version), False
 
-    def champion(self, name: str) -> dict[str, str] | None:
-        """Version and tags of the registered model's champion, or None."""
-        from mlflow.exceptions import MlflowException
+    def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
+        """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
+        return version_behind(self.client, name, alias)
 
-        try:
-            version = self.client.get_model_version_by_alias(name, CHAMPION)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        return {**version.tags, "version": str(version.version)}
+    def promote(self, name: str, version: str, works: Callable[[], str]) -> str:
+        """Make a version the champion, and the champion until now `previous`. If it then does not work, all is as it was.
 
-    def promote(self, name: str, version: str) -> None:
+        Args:
+            works: what is wrong with the new champion; empty if nothing is.
+
+        Returns:
+            What was wrong.
+        """
+        before = {alias: self.champion(name, alias) for alias in (CHAMPION, PREVIOUS)}
+        if before[CHAMPION]:
+            self.client.set_registered_model_alias(name, PREVIOUS, before[CHAMPION]["version"])
         self.client.set_registered_model_alias(name, CHAMPION, version)
+        problem = works()
+        if problem:
+            for alias, was in before.items():
+                if was:
+                    self.client.set_registered_model_alias(name, alias, was["version"])
+                else:
+                    self.client.delete_registered_model_alias(name, alias)
+        else:
+            self.client.set_model_version_tag(name, version, TAG + "promoted", datetime.now(UTC).isoformat(timespec="seconds"))
+        return problem
+
+
+def version_behind(client: Any, name: str, alias: str) -> dict[str, str] | None:
+    """Version and tags of what an alias of a registered model points at; None if there is no such model or alias."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return {**version.tags, "version": str(version.version)}
+
+
+def rollback(settings: Settings, name: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Let `champion` and `previous` of a registered model change places.
+
+    Returns:
+        Version and tags of the champion now, and of the one until now.
+
+    Raises:
+        UserError: one of the two is missing.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(settings.mlflow_uri)
+    client = mlflow.MlflowClient()
+    champion, previous = (version_behind(client, name, alias) for alias in (CHAMPION, PREVIOUS))
+    if not champion or not previous:
+        missing = CHAMPION if not champion else PREVIOUS
+        mend = "There is nothing to go back to before a second model was promoted"
+        raise UserError("model", name, f"has no version with the alias {missing} in {settings.mlflow_uri}", mend=mend)
+    client.set_registered_model_alias(name, CHAMPION, previous["version"])
+    client.set_registered_model_alias(name, PREVIOUS, champion["version"])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    client.set_model_version_tag(name, champion["version"], TAG + "rolled_back", now)
+    client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
+    return previous, champion
 
 
 def _metric_name(name: str) -> str:

@@ -1,0 +1,51 @@
+"""The registered champion in a process of its own: what is promoted must load from the registry and answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tasks import runtimes
+from tasks.core import hardware
+from tasks.core.child import tied
+from tasks.core.settings import child_environment, load_settings
+from tasks.core.tracking import champion_files
+from tasks.domain import prompt
+from tasks.domain.errors import UserError
+from tasks.domain.spec import load_spec
+
+ANSWERS_WITHIN_S = 600
+QUESTION = "where is my order?"
+
+
+def problem_of_champion(name: str) -> str:
+    """Load the champion of a registered model from the registry and ask it something; what went wrong, empty if nothing did."""
+    try:
+        done = subprocess.run(
+            tied("python", "-m", "tasks.registered", name),
+            capture_output=True,
+            text=True,
+            env=child_environment(),
+            timeout=ANSWERS_WITHIN_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {ANSWERS_WITHIN_S} s"
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _answer(name: str) -> None:
+    path, runtime, asked_by = champion_files(load_settings(), name)
+    model = runtimes.load(runtime, path, hardware.cores())
+    (answer,) = model.generate([prompt.messages(load_spec(str(asked_by)), QUESTION)], 32, 1)
+    if not answer.completion_tokens:
+        raise ValueError("it answers nothing")
+
+
+if __name__ == "__main__":
+    try:
+        _answer(sys.argv[1])
+    except (UserError, ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
