@@ -73,13 +73,15 @@ LLAMA_BENCH := $(VENV)/share/llama.cpp/llama-bench
 llama-bench: $(LLAMA_BENCH)
 $(LLAMA_BENCH): $(READY)
 	@echo "Compiling llama-bench: about 5 minutes"
-	test -x $(WHEELS)/llama-bench || { rm -rf $(VENV)/src && mkdir -p $(VENV)/src && $(BIN)/pip install --quiet cmake ninja && \
+	test -x $(WHEELS)/llama-bench || { rm -rf $(VENV)/src && mkdir -p $(VENV)/src $(WHEELS) && \
+		$(BIN)/python -m venv $(VENV)/src/tools && $(VENV)/src/tools/bin/pip install --quiet cmake ninja && \
 		$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python -d $(VENV)/src llama-cpp-python==$(LLAMA_CPP_PYTHON) && \
-		tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src && \
-		$(BIN)/cmake -S $(VENV)/src/*/vendor/llama.cpp -B $(VENV)/src/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src && rm $(VENV)/src/*.tar.gz && \
+		$(VENV)/src/tools/bin/cmake -S $(VENV)/src/llama*/vendor/llama.cpp -B $(VENV)/src/build -G Ninja \
+			-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/src/tools/bin/ninja \
 			-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
 			-DLLAMA_OPENSSL=OFF $$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)' >$(VENV)/src/build.log 2>&1 && \
-		$(BIN)/cmake --build $(VENV)/src/build --target llama-bench >>$(VENV)/src/build.log 2>&1 && \
+		$(VENV)/src/tools/bin/cmake --build $(VENV)/src/build --target llama-bench >>$(VENV)/src/build.log 2>&1 && \
 		cp $(VENV)/src/build/bin/llama-bench $(WHEELS)/ && rm -rf $(VENV)/src; }
 	cp $(WHEELS)/llama-bench $@
 

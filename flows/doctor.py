@@ -26,12 +26,8 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
             return False, name, str(error)
 
     facts = hardware.environment()
-    products = [name for name, has in (("bfloat16", hardware.native_bf16()), ("8-bit integers", hardware.native_int8())) if has]
-    multiplies = (
-        f"multiplies {' and '.join(products)}"
-        if products
-        else "multiplies neither bfloat16 nor 8-bit integers: training takes about six times as long"
-    )
+    slow = "multiplies no bfloat16: training takes about six times as long"
+    multiplies = "multiplies bfloat16" if hardware.native_bf16() else slow
     yield True, "processor", f"{facts['cpu']}, {facts['cores']} cores, {facts['ram_gb']} GB, {multiplies}"
     yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
     for library, version in hardware.versions().items():

@@ -38,7 +38,6 @@ from tasks.teach import NO_TEACHER, teach, teach_config
 
 Models = dict[str, Manifest]
 Failed = dict[str, str]
-ESSENTIAL = ("evaluate:", "benchmark:")  # measurements without which a variant cannot be compared
 
 
 @flow(name="data")
@@ -157,7 +156,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
         try:
             found[name] = call(stage, settings, label, model=models[variant.name], **more)
         except (StageError, UserError) as error:
-            if name.startswith(ESSENTIAL):
+            if name in (f"evaluate:{variant.name}", f"benchmark:{variant.name}:0"):  # without them it cannot be compared
                 failed[variant.name] = str(error)
             else:
                 unmeasured[name] = str(error)
@@ -175,8 +174,9 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
 
 
 def how(variant: Variant) -> dict[str, Any]:
-    """How a variant is asked."""
-    return {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot}
+    """How a variant is asked. Accuracy is measured in what is quickest here, but for variants that are nothing but a precision."""
+    precision = {"dtype": variant.dtype} if variant.role == "baseline" else {}
+    return {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot, **precision}
 
 
 def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[str, Stage, StageConfig, str, Variant]]:

@@ -11,10 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from filelock import FileLock
 
 from tasks.core import hardware
@@ -27,6 +29,7 @@ DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 HOST = "127.0.0.1"
 HEALTHY_WITHIN_S = 120
 ENDED_WITHIN_S = 15
+CLOCK_S = 3  # the time of a process's start follows the system clock, which may be set
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Service:
         """The process, if it is still the one that was started."""
         try:
             found = psutil.Process(self.pid)
-            return found if found.create_time() == self.started and found.status() != psutil.STATUS_ZOMBIE else None
+            same = abs(found.create_time() - self.started) < CLOCK_S
+            return found if same and found.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None
 
@@ -66,10 +70,10 @@ class Team:
         self.settings.home.mkdir(parents=True, exist_ok=True)
         with FileLock(self.settings.home / "team.lock"):
             running = {service.name: service for service in self.services() if service.process()}
-            self._check_address(running)
+            self._check_ports(running)
             prefect_command = ["prefect", "server", "start", "--host", HOST, "--port", str(self._ports["Prefect"])]
-            self._ensure(running, "Prefect", prefect_command, f"{self.prefect}/api/health")
-            self._ensure(running, "MLflow", self._mlflow_command(), f"{self.mlflow}/health")
+            self._ensure(running, "Prefect", prefect_command)
+            self._ensure(running, "MLflow", self._mlflow_command())
             self._wait(running["Prefect"], f"{self.prefect}/api/health")
             pools = ["cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
             self._deploy()
@@ -84,7 +88,7 @@ class Team:
         """End exactly what `up` started, and what that started; the names of what was running."""
         ended = []
         with FileLock(self.settings.home / "team.lock"):
-            for service in reversed(self.services()):
+            for service in reversed(self.services()):  # workers first: runs they started end with them
                 if process := service.process():
                     _end(process)
                     ended.append(service.name)
@@ -97,28 +101,26 @@ class Team:
             return []
         return [Service(**entry) for entry in json.loads(self._state.read_text(encoding="utf-8"))["services"]]
 
-    def _check_address(self, running: Mapping[str, Service]) -> None:
-        """Servers that run already must be asked for at the ports they have."""
-        if not running:
-            return
-        known = json.loads(self._state.read_text(encoding="utf-8"))
+    def _check_ports(self, running: Mapping[str, Service]) -> None:
+        """What runs already keeps its ports; others must be free. Nothing is started if one is not."""
+        known = json.loads(self._state.read_text(encoding="utf-8"))["ports"] if running else self._ports
         for name, port in self._ports.items():
-            if name in running and known["ports"][name] != port:
-                raise UserError(
-                    f"--{name.lower()}-port", port, f"is not where {name} runs", allowed=[known["ports"][name]], mend="`make down` first"
-                )
+            if known[name] != port:
+                mend = "`make down` first"
+                raise UserError(f"--{name.lower()}-port", port, f"is not where {name} was started", allowed=[known[name]], mend=mend)
+            if name not in running and _answers(port):
+                mend = "End the program that listens there, or choose another port"
+                raise UserError(f"--{name.lower()}-port", port, "is in use by another program", mend=mend)
 
     def _mlflow_command(self) -> list[str]:
         backend, artifacts = environment.mlflow_storage(self.settings)
-        storage = ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
+        # Files are written to where they lie and not through the server, so that a run without it finds them too.
+        storage = ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
         return ["mlflow", "server", "--host", HOST, "--port", str(self._ports["MLflow"]), "--workers", "1", *storage]
 
-    def _ensure(self, running: dict[str, Service], name: str, command: list[str], health: str = "") -> None:
+    def _ensure(self, running: dict[str, Service], name: str, command: list[str]) -> None:
         if name in running:
             return
-        if health and _answers(self._ports[name]):
-            mend = "End the program that listens there, or choose another port"
-            raise UserError(f"--{name.lower()}-port", self._ports[name], "is in use by another program", mend=mend)
         log = self.settings.home / "logs" / f"{name.lower().replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -145,7 +147,9 @@ class Team:
             "CARTWRIGHT_SOURCE": str(SOURCE),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "MLFLOW_TRACKING_URI": self.mlflow,
-            "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI
+            "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI, what went wrong in the logs
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         }
@@ -166,23 +170,39 @@ class Team:
             known = self._ask(f"work_pools/{pool}", missing_is_none=True)
             if known is None:
                 self._ask("work_pools/", {"name": pool, "type": "process", "description": "Runs stages as processes of this host"})
+        switched_on = {schedule["slug"] for schedule in self._schedules() if schedule["active"]}
         command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
         done = subprocess.run(command, capture_output=True, text=True, env=self._environment(), cwd=SOURCE)
         if done.returncode:
             raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
+        # Deploying switches schedules as the file has them, and leaves those that are not there any more.
+        in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
+        known = {schedule["slug"] for deployment in in_file for schedule in deployment.get("schedules", [])}
+        for schedule in self._schedules():
+            path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
+            if schedule["slug"] not in known:
+                self._ask(path, method="DELETE")
+            elif schedule["slug"] in switched_on:
+                self._ask(path, {"active": True}, method="PATCH")
+
+    def _schedules(self) -> list[dict[str, Any]]:
+        """The schedules of every deployment of ours on the server."""
+        flows = {"flows": {"name": {"any_": ["retrain"]}}}
+        return [schedule for deployment in self._ask("deployments/filter", flows) for schedule in deployment["schedules"]]
 
     def _wait_for_worker(self, service: Service, pool: str) -> None:
         deadline = time.monotonic() + HEALTHY_WITHIN_S
         while time.monotonic() < deadline and service.process():
             workers = self._ask(f"work_pools/{pool}/workers/filter", {}) or []
-            if any(worker["status"] == "ONLINE" for worker in workers):
+            # One of the same name that was ended a moment ago is called online for a while: it must have been heard since.
+            if any(_moment(worker["last_heartbeat_time"]) > service.started for worker in workers):
                 return
             time.sleep(0.3)
         raise UserError(service.name, pool, "does not come online", mend=f"Its log says why: {service.log}")
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None, missing_is_none: bool = False) -> Any:
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None, missing_is_none: bool = False, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return json.loads(answer.read() or "null")
@@ -196,6 +216,11 @@ def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0
+
+
+def _moment(time_: str | None) -> float:
+    """Seconds since the epoch of a time as the API writes it; 0 for none."""
+    return datetime.fromisoformat(time_).timestamp() if time_ else 0.0
 
 
 def _end(process: psutil.Process) -> None:

@@ -41,7 +41,7 @@ class BenchmarkConfig(StageConfig):
     few_shot: int = Field(0, ge=0, le=64, description="Rows of `train` shown as examples with every request")
     requests: int = Field(30, ge=5, le=10_000, description="Requests answered one at a time")
     batched_requests: int = Field(64, ge=5, le=10_000, description="Requests answered `parallel` at a time")
-    parallel: int = Field(16, ge=1, le=256)
+    parallel: int = Field(16, ge=1, le=255)
     loads: tuple[int, ...] = Field((), description="Further numbers of requests at a time to measure")
     warmup: int = Field(3, ge=1, le=100)
     repeats: int = Field(3, ge=1, le=100, description="Of prefill and decode; the median counts")
@@ -65,8 +65,8 @@ class BenchmarkConfig(StageConfig):
     @field_validator("loads")
     @classmethod
     def _loads_are_numbers_of_requests(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(not 1 <= load <= 256 for load in value):
-            raise ValueError("a load is a number of requests from 1 to 256")
+        if any(not 1 <= load <= 255 for load in value):  # llama.cpp takes 256 sequences, and one is the shared prefix
+            raise ValueError("a load is a number of requests from 1 to 255")
         return value
 
 
@@ -88,8 +88,11 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     for conversation in asked[-config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
         _one(model, conversation, config.max_tokens)
     energy = power.Energy(gpu)
-    alone = [_one(model, asked[i % len(asked)], config.max_tokens) for i in progress.track(range(config.requests), total, "one at a time")]
-    joules, busy, memory = energy.joules(), gpu and gpu.utilization(), hardware.memory_mb()
+    alone, joules = [], None
+    for i in progress.track(range(config.requests), total, "one at a time"):
+        alone.append(_one(model, asked[i % len(asked)], config.max_tokens))
+        joules = energy.joules()  # each time, since counters wrap
+    busy, memory = gpu and gpu.utilization(), hardware.memory_mb()
     by_load = {}
     for done, load in enumerate(loads, 1):
         by_load[load] = _at_a_time(model, asked, load, config.max_tokens)
@@ -128,7 +131,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "vram_mb": gpu and gpu.memory_mb(),
         "torch_peak_mb": _torch_peak_mb(model),
         "gpu_utilization": busy,
-        "energy_j_per_request": joules and joules / len(alone),
+        "energy_j_per_request": None if joules is None else joules / len(alone),
         "energy_source": energy.source,
         **others.cores(),
     }

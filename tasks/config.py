@@ -24,6 +24,7 @@ from tasks.evaluate_api import check as check_apis
 from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
 from tasks.importance import ImportanceConfig
+from tasks.llama_bench import program as llama_bench_program
 from tasks.merge import MergeConfig
 from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
@@ -169,6 +170,8 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.api:
         check_apis(config.api)
     check_teacher(config.data, config.teacher)
+    if config.benchmark.llama_bench:
+        llama_bench_program()
     digest = digest_of(describe_files(domain_path(config.data.domain)))
     for path in config.data.extra:
         if not read_labelled(Path(path), spec)[0]:

@@ -35,7 +35,7 @@ class EvaluateConfig(StageConfig):
     few_shot: int = Field(0, ge=0, le=64, description="Rows of `train` shown as examples with every request")
     splits: tuple[str, ...] = ("test", "hard")
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
-    parallel: int = Field(16, ge=1, le=256, description="Conversations answered at a time")
+    parallel: int = Field(16, ge=1, le=255, description="Conversations answered at a time")
     constrained: bool = Field(False, description="Keep every answer to the grammar of the domain; llama.cpp only")
 
 

@@ -94,7 +94,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
 
 
-@stage("fidelity", version=1, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
+@stage("fidelity", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
 def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
 
@@ -106,9 +106,12 @@ def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) 
     try:
         if damage := damage_of(inputs["model"], manifest):
             raise BrokenFileError(damage)
-        return judge(*_opened(config, inputs), asked, reference)
+        found = judge(*_opened(config, inputs), asked, reference)
     except BrokenFileError as error:
-        return _broken(str(error))
+        found = _broken(str(error))
+    # What is decided from it depends on what was found: an artefact without files would always be the same.
+    (out_dir / "fidelity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
 
 
 def read_reference(folder: Path) -> tuple[list[Asked], list[np.ndarray]]:

@@ -29,7 +29,7 @@ class LlamaBenchConfig(StageConfig):
 
 
 def program() -> Path:
-    """llama-bench, linked with the very libraries that serve the model.
+    """llama-bench, compiled from the sources and with the flags of the libraries that serve the model.
 
     Raises:
         UserError: it was not built.

@@ -72,7 +72,7 @@ def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir:
         str(inputs["model"]),
         AWQConfig(bits=config.bits, group_size=group_size, sym=False, offload_to_disk=False),  # else a random path is in the file
         device="cuda:0" if on_gpu else "cpu",
-        dtype=torch.float16,  # the layers that hold the result take no other
+        dtype=torch.float16,  # the layers that hold the result take no float32
     )
     with TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes a folder `logs` wherever it is
         model.quantize(

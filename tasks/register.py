@@ -156,6 +156,9 @@ def register_variants(
     tags = {"cartwright.kind": challenger.kind, "cartwright.key": challenger.key, "cartwright.run": run.run_id, "cartwright.variant": name}
     tags["cartwright.prompt"] = dataset.config["prompt"]
     version, known = tracker.register(config.name, logged[name], challenger.digest, tags)
+    if verdict["verdict"] == "promote" and (when := tracker.rolled_back(config.name, version)):
+        mend = f"it was rolled back at {when}; `cartwright rollback` once more makes it the champion again"
+        verdict |= {"verdict": "hold", "checks": [*verdict["checks"], {"name": mend, "passed": False}]}
     if verdict["verdict"] == "promote":
         problem = tracker.promote(config.name, version, lambda: problem_of_champion(config.name))
         loads = {"name": "loads from the registry and answers" + (f": {problem}" if problem else ""), "passed": not problem}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tasks import runtimes
 from tasks.core import hardware
@@ -37,9 +39,10 @@ def problem_of_champion(name: str) -> str:
 
 
 def _answer(name: str) -> None:
-    path, runtime, asked_by = champion_files(load_settings(), name)
-    model = runtimes.load(runtime, path, hardware.cores())
-    (answer,) = model.generate([prompt.messages(load_spec(str(asked_by)), QUESTION)], 32, 1)
+    with TemporaryDirectory() as folder:
+        path, runtime, asked_by = champion_files(load_settings(), name, Path(folder))
+        model = runtimes.load(runtime, path, hardware.cores())
+        (answer,) = model.generate([prompt.messages(load_spec(str(asked_by)), QUESTION)], 32, 1)
     if not answer.completion_tokens:
         raise ValueError("it answers nothing")
 

@@ -102,6 +102,13 @@ def test_paper_claims_that_were_not_measured_are_null() -> None:
     assert claims["Best GGUF by speed"]["ours"] == "Q4_0"
 
 
+def test_without_a_reference_no_claim_of_the_paper_is_compared_with_a_speed_up() -> None:
+    alone = [v | dict.fromkeys(("speedup_vs_fp16", "ram_reduction_vs_fp16")) for v in VARIANTS[2:] if v["quality"]]
+    claims = {claim["claim"]: claim["ours"] for claim in compare_with_paper(alone, [])}
+    assert claims["GGUF on a CPU against FP16: speed"] is None and claims["GGUF on a CPU against FP16: memory"] is None
+    assert claims["GPTQ 4-bit against FP16: speed"] is None and claims["Best GGUF by speed"] == "Q4_0"
+
+
 def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_beside_the_paper() -> None:
     best = {**variant("api-gpt-4.1", 1.0, 99.0, 1.0, role="api", runtime="litellm", size=1.0), "model": "azure/gpt-4.1", "few_shot": 0}
     shown = {**best, "name": "api-gpt-4.1-12-shot", "few_shot": 12}

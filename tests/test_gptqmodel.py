@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.core import hardware
 from tasks.core.artifacts import Manifest, Store
 from tasks.core.child import run_isolated
 from tasks.core.stage import Stage, StageConfig, run
@@ -106,6 +107,7 @@ def test_fewer_bits_of_gptq_are_smaller_and_further_from_the_16_bit_model(world:
     assert all(few < many for few, many in zip(*found, strict=True))
 
 
+@pytest.mark.skipif(hardware.gpu() is not None, reason="says what a CPU does")
 def test_a_kernel_is_the_one_that_was_asked_for_or_an_error(world: World) -> None:
     made = world.make(quantize_gptq, QuantizeGptqConfig(bits=4, calibration_rows=8), model=world.tuned, dataset=world.dataset)
     folder = world.path(made)

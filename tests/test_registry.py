@@ -44,6 +44,17 @@ def test_a_promotion_keeps_the_champion_before_it_and_takes_itself_back_when_the
     assert promoted and promoted["cartwright.promoted"] and "cartwright.promoted" not in tracker.client.get_model_version(NAME, "3").tags
 
 
+def test_an_interrupted_promotion_leaves_everything_as_it_was(tracker: Tracker) -> None:
+    tracker.promote(NAME, "1", lambda: "")
+
+    def stopped() -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tracker.promote(NAME, "2", stopped)
+    assert aliases(tracker) == ("1", None)
+
+
 def test_rollback_swaps_and_says_what_it_did(tracker: Tracker) -> None:
     tracker.promote(NAME, "1", lambda: "")
     with pytest.raises(UserError, match="no version with the alias previous"):
@@ -53,9 +64,9 @@ def test_rollback_swaps_and_says_what_it_did(tracker: Tracker) -> None:
     tracker.promote(NAME, "2", lambda: "")
     now, before = rollback(load_settings(), NAME)
     assert (now["cartwright.variant"], before["cartwright.variant"]) == ("Q8_0", "Q4_0") and aliases(tracker) == ("1", "2")
-    assert "cartwright.rolled_back" in tracker.client.get_model_version(NAME, "2").tags
+    assert tracker.rolled_back(NAME, "2") and not tracker.rolled_back(NAME, "1")
     rollback(load_settings(), NAME)
-    assert aliases(tracker) == ("2", "1")
+    assert aliases(tracker) == ("2", "1") and tracker.rolled_back(NAME, "1") and not tracker.rolled_back(NAME, "2")
 
 
 def test_a_champion_whose_files_are_gone_does_not_work(tracker: Tracker) -> None:

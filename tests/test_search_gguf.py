@@ -65,7 +65,7 @@ def test_what_is_found_is_smaller_and_diverges_no_more_than_allowed(world: World
     asked, reference = read_reference(world.path(world.inputs["reference"]))
     fine = world.make(search_gguf, SearchGgufConfig(max_kld=1e-12), **world.inputs)
     assert fine.metrics["coarse_parts"] == 0 and set(fine.metrics["tensor_types"]) == {"F32", FINE}  # nothing smaller will do
-    every_tensor = {name: "Q4_0" for part in parts(world.source) for name in part.tensors}
+    every_tensor = {name: "IQ4_NL" for part in parts(world.source) for name in part.tensors}
     quantize(world.source, tmp_path / "coarse.gguf", "Q8_0", types=every_tensor)
     allowed = mean_divergence(tmp_path / "coarse.gguf", asked, reference) / 2
     made = world.make(search_gguf, SearchGgufConfig(max_kld=allowed), **world.inputs)
@@ -94,13 +94,13 @@ def test_a_file_that_ends_within_its_vocabulary_is_refused(world: World, tmp_pat
 def test_each_part_takes_the_type_that_is_worth_it_within_the_budget() -> None:
     known = [Part("large", ("a",), 1000), Part("small", ("b",), 10), Part("dear", ("c",), 1000), Part("unmeasured", ("d",), 9999)]
     costs = {
-        "large": {"Q8_0": 0.0, "Q4_1": 0.02, "Q4_0": 0.2},
-        "small": {"Q8_0": 0.0, "Q4_1": 0.001, "Q4_0": 0.001},
-        "dear": {"Q8_0": 0.0, "Q4_1": 0.5, "Q4_0": 0.6},
+        "large": {"Q8_0": 0.0, "Q5_0": 0.02, "IQ4_NL": 0.2},
+        "small": {"Q8_0": 0.0, "Q5_0": 0.001, "IQ4_NL": 0.001},
+        "dear": {"Q8_0": 0.0, "Q5_0": 0.5, "IQ4_NL": 0.6},
         "unmeasured": {"Q8_0": 0.0},
     }
-    assert cheapest(known, costs, 0.05) == {"large": "Q4_1", "small": "Q4_0"}
+    assert cheapest(known, costs, 0.05) == {"large": "Q5_0", "small": "IQ4_NL"}
     assert cheapest(known, costs, 0.0) == cheapest(known, costs, -1.0) == {}
-    assert cheapest(known, costs, 0.002) == {"small": "Q4_0"}  # though `large` saves more for its cost
-    assert cheapest(known, costs, 10.0) == {"large": "Q4_0", "small": "Q4_0", "dear": "Q4_0"}
-    assert cost_of({"large": "Q4_1", "small": "Q8_0"}, costs) == 0.02
+    assert cheapest(known, costs, 0.002) == {"small": "IQ4_NL"}  # though `large` saves more for its cost
+    assert cheapest(known, costs, 10.0) == {"large": "IQ4_NL", "small": "IQ4_NL", "dear": "IQ4_NL"}
+    assert cost_of({"large": "Q5_0", "small": "Q8_0"}, costs) == 0.02

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from flows.team import DEPLOYMENTS, Service
-from tasks.config import load_config
+from tasks.config import load_config, profiles
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -51,9 +51,10 @@ class Home:
     def services(self) -> list[dict[str, Any]]:
         return json.loads((self.folder / "team.json").read_text())["services"]
 
-    def ask(self, path: str, body: Any = None) -> Any:
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.prefect}/api/{path}", data, {"Content-Type": "application/json"})
+        address = f"http://127.0.0.1:{self.prefect}/api/{path}"
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -82,12 +83,23 @@ def test_servers_answer_pools_and_deployments_are_there_and_schedules_wait_to_be
     assert [w["status"] for w in team.ask("work_pools/cpu-pool/workers/filter", {})] == ["ONLINE"]
 
 
-def test_up_twice_is_harmless(team: Home) -> None:
-    before, deployed = team.services(), team.ask("deployments/filter", {})
+def test_up_twice_is_harmless_keeps_a_schedule_that_was_switched_on_and_removes_one_that_is_not_in_the_file(team: Home) -> None:
+    def deployed() -> dict[str, Any]:
+        return {d["name"]: (d["id"], d["parameters"]) for d in team.ask("deployments/filter", {})}
+
+    def schedules() -> dict[str, tuple[str, bool]]:
+        found = [s for d in team.ask("deployments/filter", {}) for s in d["schedules"]]
+        return {s["slug"]: (s["id"], s["active"]) for s in found}
+
+    before, known = team.services(), deployed()
+    (weekly, _) = schedules()["weekly"]
+    team.ask(f"deployments/{known['cpu'][0]}/schedules/{weekly}", {"active": True}, "PATCH")
+    extra = {"schedule": {"cron": "0 1 * * *", "timezone": "UTC"}, "active": False, "slug": "of-yesterday"}
+    team.ask(f"deployments/{known['cpu'][0]}/schedules", [extra])
+    assert set(schedules()) == {"weekly", "of-yesterday"}
     again = team.up()
     assert again.returncode == 0, again.stderr
-    assert team.services() == before
-    assert [(d["id"], d["schedules"]) for d in team.ask("deployments/filter", {})] == [(d["id"], d["schedules"]) for d in deployed]
+    assert team.services() == before and deployed() == known and schedules() == {"weekly": (weekly, True)}
     moved = team.command("up", "--prefect-port", str(free_port()), "--mlflow-port", str(team.mlflow))
     assert moved.returncode == 2 and f"Allowed: {team.prefect}" in moved.stderr and "make down" in moved.stderr
 
@@ -97,8 +109,7 @@ def test_up_twice_is_harmless(team: Home) -> None:
     [
         ({"profile": "huge"}, "profile"),
         ({"max_accuracy_loss": 3}, "max_accuracy_loss"),
-        ({"gguf": ["Q9_0"]}, "gguf"),
-        ({"speed": 1}, "speed"),
+        ({"formats": ["Q9_0"]}, "formats"),
     ],
 )
 def test_the_form_refuses_what_is_not_allowed(team: Home, parameters: dict[str, Any], field: str) -> None:
@@ -163,5 +174,6 @@ def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() ->
         for parameters in (deployment["parameters"], *(s.get("parameters", {}) for s in deployment.get("schedules", []))):
             valid = flow.validate_parameters(deployment["parameters"] | parameters)
             load_config(valid["profile"])
+            assert valid["profile"] in flow.parameters.properties["profile"]["enum"] == profiles()
             checked += 1
     assert (len(deployments), checked) == (2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -119,7 +120,10 @@ def environment() -> dict[str, Any]:
 def memory_mb() -> dict[str, float]:
     """Resident, proportional and private memory of this process and its children, MB."""
     own = psutil.Process()
-    found = [process.memory_full_info() for process in (own, *own.children(recursive=True))]
+    found = [own.memory_full_info()]
+    for child in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found.append(child.memory_full_info())
     return {
         "rss_mb": sum(memory.rss for memory in found) / 1e6,
         "pss_mb": sum(getattr(memory, "pss", memory.rss) for memory in found) / 1e6,
@@ -138,6 +142,15 @@ def peak_rss_mb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
+def _used(process: psutil.Process) -> float:
+    """Seconds of processor time of a process and of its children that have ended; 0 if it has ended itself."""
+    try:
+        used = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(used.user + used.system + getattr(used, "children_user", 0.0) + getattr(used, "children_system", 0.0))
+
+
 class Disturbance:
     """How much the processor does for others from now on: other programs here, and other machines on the same host.
 
@@ -152,7 +165,7 @@ class Disturbance:
         """Seconds: wall clock, busy on all cores, stolen by the hypervisor, and this process's own with its children's."""
         times, own = psutil.cpu_times(), psutil.Process()
         busy = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
-        mine = sum(used.user + used.system for used in (process.cpu_times() for process in (own, *own.children(recursive=True))))
+        mine = sum(_used(process) for process in (own, *own.children(recursive=True)))
         return time.monotonic(), busy, getattr(times, "steal", 0.0), mine
 
     def cores(self) -> dict[str, float]:

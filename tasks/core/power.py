@@ -35,8 +35,11 @@ class Gpu:
 
     def memory_mb(self) -> float | None:
         """What this process holds on the device, its CUDA context included; None where the driver does not tell (in containers)."""
-        own = [p for p in self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle) if p.pid == os.getpid()]
-        used = [process.usedGpuMemory for process in own if process.usedGpuMemory is not None]
+        try:
+            running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except self._nvml.NVMLError:
+            return None
+        used = [process.usedGpuMemory for process in running if process.pid == os.getpid() and process.usedGpuMemory is not None]
         return sum(used) / 1e6 if used else None
 
     def utilization(self) -> float | None:
@@ -96,8 +99,10 @@ class Energy:
             now = int(domain.file.read_text())
             domain.total += (now - domain.last) % domain.wraps_at
             domain.last = now
-        on_gpu = (self._gpu.joules() or 0) - (self._gpu_before or 0) if self._gpu else 0.0
-        return on_gpu + sum(domain.total for domain in self._domains) / 1e6
+        now_on_gpu = self._gpu.joules() if self._gpu else 0.0
+        if now_on_gpu is None:
+            return None
+        return now_on_gpu - (self._gpu_before or 0.0) + sum(domain.total for domain in self._domains) / 1e6
 
 
 def _domain(zone: Path) -> _Domain | None:

@@ -27,6 +27,7 @@ Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
 CHAMPION, PREVIOUS = "champion", "previous"  # aliases of the registered model
+ROLLED_BACK = TAG + "rolled_back"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -230,19 +231,30 @@ class Tracker:
             What was wrong.
         """
         before = {alias: self.champion(name, alias) for alias in (CHAMPION, PREVIOUS)}
-        if before[CHAMPION]:
-            self.client.set_registered_model_alias(name, PREVIOUS, before[CHAMPION]["version"])
+        if until_now := before[CHAMPION]:
+            self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
         self.client.set_registered_model_alias(name, CHAMPION, version)
-        problem = works()
+        try:
+            problem = works()
+        except BaseException:  # interrupted: it has not proved itself
+            self._put_back(name, before)
+            raise
         if problem:
-            for alias, was in before.items():
-                if was:
-                    self.client.set_registered_model_alias(name, alias, was["version"])
-                else:
-                    self.client.delete_registered_model_alias(name, alias)
+            self._put_back(name, before)
         else:
             self.client.set_model_version_tag(name, version, TAG + "promoted", datetime.now(UTC).isoformat(timespec="seconds"))
         return problem
+
+    def _put_back(self, name: str, before: Mapping[str, dict[str, str] | None]) -> None:
+        for alias, was in before.items():
+            if was:
+                self.client.set_registered_model_alias(name, alias, was["version"])
+            else:
+                self.client.delete_registered_model_alias(name, alias)
+
+    def rolled_back(self, name: str, version: str) -> str | None:
+        """When a version was taken out of service by `rollback`; None if it was not."""
+        return self.client.get_model_version(name, version).tags.get(ROLLED_BACK) or None
 
 
 def version_behind(client: Any, name: str, alias: str) -> dict[str, str] | None:
@@ -279,8 +291,10 @@ def rollback(settings: Settings, name: str) -> tuple[dict[str, str], dict[str, s
     client.set_registered_model_alias(name, CHAMPION, previous["version"])
     client.set_registered_model_alias(name, PREVIOUS, champion["version"])
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_model_version_tag(name, champion["version"], TAG + "rolled_back", now)
+    client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)  # the next retraining must not promote it again
     client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
+    if ROLLED_BACK in previous:
+        client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
     return previous, champion
 
 
@@ -297,8 +311,11 @@ def _serving_requirements(runtime: str) -> list[str]:
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
 
 
-def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime, Path]:
+def champion_files(settings: Settings, name: str, into: Path | None = None) -> tuple[Path, Runtime, Path]:
     """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
+
+    Args:
+        into: an empty folder for the files of a registry that keeps them elsewhere.
 
     Raises:
         UserError: the registry has none.
@@ -309,7 +326,7 @@ def champion_files(settings: Settings, name: str) -> tuple[Path, Runtime, Path]:
     mlflow.set_tracking_uri(settings.mlflow_uri)
     uri = f"models:/{name}@{CHAMPION}"
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
         raise UserError(
             "model",

@@ -29,7 +29,7 @@ def _intent(name: str, spec: Spec) -> str:
 def _value(slot: Slot, text: str) -> str:
     if not isinstance(slot, IntegerSlot):
         return text
-    return f"[0-9]{{1,{len(str(slot.maximum))}}}"
+    return f"[1-9] [0-9]{{0,{len(str(slot.maximum)) - 1}}}"
 
 
 def _literal(text: str) -> str:
