@@ -40,7 +40,9 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     # The base model was published as Q4_1, and its weights lie on that grid: of a change so small, rounding to it leaves less.
     assert fidelity["gguf-Q4_1"]["delta_retained"] < fidelity["gguf-Q8_0"]["delta_retained"]
     assert fidelity["gguf-Q4_1"]["mean_kld"] > 10 * fidelity["gguf-Q8_0"]["mean_kld"]
-    assert fidelity["gguf-Q4_1"]["verdict"] in ("degraded", "erased")
+    assert (
+        fidelity["gguf-Q4_1"]["delta_retained"] < 0.9 and fidelity["gguf-Q4_1"]["top1_agreement"] < fidelity["gguf-Q8_0"]["top1_agreement"]
+    )
     # An importance matrix makes llama.cpp look for other scales than those of that grid.
     assert fidelity["gguf-Q4_1-imatrix"]["mean_kld"] < fidelity["gguf-Q4_1"]["mean_kld"]
     assert variants["gguf-Q8_0"]["performance"]["rss_mb"] < variants["tuned-fp16"]["performance"]["rss_mb"]
