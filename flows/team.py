@@ -29,6 +29,7 @@ DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 HOST = "127.0.0.1"
 HEALTHY_WITHIN_S = 120
 ENDED_WITHIN_S = 15
+BUSY_TRIES = 40  # half a second apart
 CLOCK_S = 3  # the time of a process's start follows the system clock, which may be set
 
 
@@ -203,13 +204,17 @@ class Team:
     def _ask(self, path: str, body: Mapping[str, Any] | None = None, missing_is_none: bool = False, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.prefect}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as error:
-            if error.code == 404 and missing_is_none:
-                return None
-            raise
+        for left in range(BUSY_TRIES, -1, -1):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or "null")
+            except urllib.error.HTTPError as error:
+                if error.code == 404 and missing_is_none:
+                    return None
+                if error.code != 503 or not left:  # 503: its SQLite is locked by another request for a moment
+                    raise
+                time.sleep(0.5)
+        return None
 
 
 def _answers(port: int) -> bool:

@@ -55,8 +55,15 @@ class Home:
         data = None if body is None else json.dumps(body).encode()
         address = f"http://127.0.0.1:{self.prefect}/api/{path}"
         request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        for _ in range(40):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503:  # its SQLite is locked by another request for a moment
+                    raise
+                time.sleep(0.5)
+        raise TimeoutError(address)
 
 
 @pytest.fixture(scope="module")
