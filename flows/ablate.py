@@ -19,7 +19,7 @@ from tasks.core.child import StageError
 from tasks.core.display import Display
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
-from tasks.core.tracking import Tracker, as_params
+from tasks.core.tracking import as_params, open_parent
 from tasks.domain.errors import UserError
 from tasks.finetune import finetune
 from tasks.synthesize import synthesize
@@ -62,7 +62,7 @@ def open_ablation(ablation: Ablation, settings: Settings, display: Display) -> I
     name = f"ablation-{ablation.name}"
     with alone(settings, name, UserError("ablation", ablation.name, "is running already", mend="Wait for it, or stop it first")):
         domain = Path(ablation.arms[0].config.data.domain).name
-        tracker = Tracker(settings, f"{domain}-ablation", name, name, {"cartwright.profile": ablation.profile}, reopen=True)
+        tracker = open_parent(settings, f"{domain}-ablation", name, name, {"cartwright.profile": ablation.profile}, reopen=True)
         with ending(tracker):
             yield Runner(name, settings, store, tracker, display)
 

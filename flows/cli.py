@@ -7,6 +7,7 @@ import sys
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,16 @@ ModelOption = Annotated[
         help="`champion`, `recommended`, a variant of the latest run such as gguf-Q8_0, a .gguf file, a Hugging Face folder, or a LiteLLM model id such as openai/gpt-4.1.",
     ),
 ]
+
+
+class Execution(StrEnum):
+    local = "local"
+    pools = "pools"
+
+
+class Machine(StrEnum):
+    cpu = "cpu"
+    gpu = "gpu"
 
 
 def main() -> None:
@@ -72,6 +83,10 @@ def run(
             help="Change one field of the profile, such as train.epochs=2 or gguf=[F16,Q4_0]. May be given more than once.",
         ),
     ] = [],  # noqa: B006 - typer copies it
+    execution: Annotated[
+        Execution, typer.Option(help="Where stages run: in this process, or on the workers of pools (see `cartwright up`).")
+    ] = Execution.local,
+    accelerator: Annotated[Machine, typer.Option(help="With pools: where training and what is made for GPUs run.")] = Machine.cpu,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
 ) -> None:
     """Run the pipeline: data, fine-tuning, quantization, measurement, choice, registration, report.
@@ -86,6 +101,13 @@ def run(
         print(dump(config))
         return
     settings = environment.load_settings()
+    if execution is Execution.pools and not settings.prefect_api_url:
+        raise UserError(
+            "PREFECT_API_URL",
+            "",
+            "is not set, and pools have their workers at a standing server",
+            mend="`cartwright up` starts one and says its address",
+        )
     from tasks.core.artifacts import Store
 
     Store(settings.store_uri, settings.home).check_writable(disk_needed(config))
@@ -95,7 +117,7 @@ def run(
     with prefect_api(settings), _goes_on():
         from flows.retrain import retrain
 
-        folder = retrain(profile=profile, overrides=overrides)
+        folder = retrain(profile=profile, overrides=overrides, execution=execution.value, accelerator=accelerator.value)
     _say_where(settings, folder)
 
 
@@ -167,13 +189,34 @@ def down() -> None:
 
 
 @app.command()
+def promote(
+    version: Annotated[str | None, typer.Argument(help="Version of the registered model. Default: the newest.")] = None,
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    why: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+) -> None:
+    """Make a version of the registered model the champion by hand, whatever the gate said of it, if it answers from the registry."""
+    from getpass import getuser
+
+    from tasks.core.registry import Registry
+    from tasks.register import promote_by_hand
+
+    registry = Registry(environment.load_settings())
+    chosen = registry.version(name, version)
+    verdict = promote_by_hand(registry, name, chosen, by=getuser(), why=why)
+    if verdict["verdict"] != "promote":
+        _fail(f"{name} version {chosen['version']} was not promoted: {verdict['checks'][-1]['name']}. All is as it was.", 1)
+    before = f"; {verdict['champion']} is kept as `previous`" if verdict["champion"] else ""
+    print(f"{name}: version {chosen['version']} ({chosen.get('cartwright.variant', 'unknown variant')}) is the champion{before}.")
+
+
+@app.command()
 def rollback(
     name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
 ) -> None:
     """Make the champion before this one the champion again. Twice is as it was."""
-    from tasks.core.tracking import rollback as swap
+    from tasks.core.registry import Registry
 
-    now, before = swap(environment.load_settings(), name)
+    now, before = Registry(environment.load_settings()).rollback(name)
     was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}
     print(
         f"{name}: version {now['version']} ({was[now['version']]}) is the champion again; version {before['version']} ({was[before['version']]}) is kept as `previous`."

@@ -9,12 +9,14 @@ from prefect import flow
 from prefect.runtime import deployment
 from pydantic import Field
 
-from flows import stages
+from flows import approval, stages
+from flows.placement import Here, Machine, Pools
 from flows.session import open_run, run_log
 from tasks.config import load_config, profiles, resolve
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
 from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, REFERENCE
+from tasks.gate import PromotionMode
 from tasks.quantize_gguf import GgufFormat
 
 # The form in the Prefect UI is made from these types and from the docstring: a value that is not allowed is refused there.
@@ -29,8 +31,10 @@ def retrain(
     teacher: str | None = None,
     formats: list[GgufFormat] | None = None,
     max_accuracy_loss: Loss | None = None,
+    promotion: PromotionMode | None = None,
     overrides: dict[str, Any] | None = None,
-    execution: Literal["local"] = "local",
+    execution: Literal["local", "pools"] = "local",
+    accelerator: Machine = "cpu",
 ) -> Path:
     """From a description of intents to a fine-tuned, quantized, measured and registered model.
 
@@ -40,27 +44,41 @@ def retrain(
         teacher: LiteLLM id of a model that writes more training data, such as openai/gpt-4.1-mini. Empty asks none.
         formats: GGUF formats to make. Empty takes the profile's.
         max_accuracy_loss: Largest loss of exact match a recommended model may have, as a share: 0.01 is one percentage point.
+        promotion: What passes the gate becomes champion at once (auto), once a person agrees here in the UI (manual), or not at all (off). Empty takes the profile's.
         overrides: Any other field by its dotted name, such as {"train.epochs": 2}. What is named here wins over the fields above.
-        execution: local runs every stage on the worker's own machine.
+        execution: local runs every stage in this process; pools sends each to a worker of cpu-pool or gpu-pool.
+        accelerator: With pools, where training and what is made for GPUs run.
 
     Returns:
         The folder of the report.
     """
-    named = {"base_model.source": base_model, "data.teacher": teacher, "gguf": formats, "decide.max_accuracy_loss": max_accuracy_loss}
+    named = {
+        "base_model.source": base_model, "data.teacher": teacher, "gguf": formats,
+        "decide.max_accuracy_loss": max_accuracy_loss, "registry.mode": promotion,
+    }  # fmt: skip
     overrides = {name: value for name, value in named.items() if value not in (None, "", [])} | (overrides or {})
     config = resolve(load_config(profile, overrides))
     display = Display(run_log()) if deployment.id else Display()
     with open_run(config, load_settings(), display) as run:
-        dataset, card = stages.make_data(run)
-        base, adapter, tuned = stages.train(run, dataset)
-        reference = stages.refer(run, tuned, dataset)
-        gptq, gptq_models, gptq_failed = stages.make_gptq(run, tuned, dataset)
-        gguf, gguf_models, gguf_failed, converted = stages.make_gguf(run, tuned, dataset)
+        on = Pools(run, accelerator) if execution == "pools" else Here(run)
+        dataset, card = on(stages.make_data)
+        base, adapter, tuned = on(stages.train, dataset)
+        reference = on(stages.refer, tuned, dataset)
+        gptq, gptq_models, failed = on(stages.make_gptq, tuned, dataset)
+        gguf, gguf_models, gguf_failed, converted = on(stages.make_gguf, tuned, dataset)
 
         variants = stages.all_variants(config, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, **dict.fromkeys((REFERENCE, *BASELINES.values()), tuned), **gptq_models, **gguf_models}
-        found, failed, unmeasured = stages.measure(run, variants, models, dataset, gptq_failed | gguf_failed)
-        checked, unchecked = stages.check(run, variants, models, reference, base, tuned, converted, failed)
-        apis, answered, unanswered = stages.ask_apis(run, dataset) if config.api else ([], {}, {})
+        failed, found, unmeasured, checked, unchecked = failed | gguf_failed, {}, {}, {}, {}
+        for machine, some in on.machines(variants):
+            measured, failed, missed = on(stages.measure, some, models, dataset, failed, machine=machine)
+            sound, doubtful = on(stages.check, some, models, reference, base, tuned, converted, failed, machine=machine)
+            found, unmeasured, checked, unchecked = found | measured, unmeasured | missed, checked | sound, unchecked | doubtful
+        apis, answered, unanswered = on(stages.ask_apis, dataset) if config.api else ([], {}, {})
         decision = stages.choose(run, [*variants, *apis], models, found | answered, checked, failed | unanswered, unchecked, unmeasured)
-        return stages.release(run, decision, dataset, card, adapter, models, found)
+
+        compared = on(stages.compare, decision, models, dataset)
+        verdict = stages.judge(run, decision, compared)
+        if config.registry.mode == "manual" and verdict["verdict"] == "promote":
+            verdict = approval.ask(verdict, run.run_id)
+        return stages.release(run, decision, dataset, card, adapter, models, verdict)

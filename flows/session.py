@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from filelock import FileLock, Timeout
+from prefect.exceptions import Pause, TerminationSignal
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from tasks.core.display import Display
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state
-from tasks.core.tracking import Tracker
+from tasks.core.tracking import Tracker, open_parent
 from tasks.domain.errors import UserError
 
 API_START_S = 120
@@ -37,6 +38,7 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
+    mlflow_run: str
     config: RunConfig
     started: str
     resumed: bool
@@ -96,14 +98,34 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
             "mlflow.source.git.commit": str(git["commit"] or ""),
             "cartwright.git_dirty": str(git["dirty"]).lower(),
         }
-        tracker = Tracker(settings, experiment_name(config), config.key(), name, tags)
-        run = Run(run_id=tracker.run_name, config=config, started=now.isoformat(timespec="seconds"), resumed=tracker.resumed)
-        _runners[run.run_id] = Runner(run.run_id, settings, store, tracker, display)
-        try:
-            with ending(tracker):
-                yield run
-        finally:
-            del _runners[run.run_id]
+        tracker = open_parent(settings, experiment_name(config), config.key(), name, tags)
+        started = now.isoformat(timespec="seconds")
+        run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+        with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
+            yield run
+
+
+@contextmanager
+def join_run(run: Run, settings: Settings, display: Display, pool: str) -> Iterator[Runner]:
+    """Take part in a run that another process opened, on a worker of `pool`.
+
+    Raises:
+        UserError: this machine has another MLflow than that process.
+    """
+    tracker = Tracker(settings, run.mlflow_run)
+    joined = Runner(run.run_id, settings, Store(settings.store_uri, settings.home), tracker, display, pool)
+    with _known(run, joined):
+        yield joined
+
+
+@contextmanager
+def _known(run: Run, opened: Runner) -> Iterator[None]:
+    """Let `runner` find the runner of a run."""
+    _runners[run.run_id] = opened
+    try:
+        yield
+    finally:
+        del _runners[run.run_id]
 
 
 def run_log() -> Console:
@@ -142,7 +164,9 @@ def ending(tracker: Tracker) -> Iterator[None]:
     """End the run in MLflow as what happens within ends: finished, failed or killed."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Pause:  # a person is asked; the run is taken up again with the answer
+        raise
+    except (KeyboardInterrupt, TerminationSignal):
         tracker.end("KILLED")
         raise
     except BaseException:

@@ -16,6 +16,7 @@ from tasks.benchmark import benchmark
 from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
+from tasks.core.registry import Registry
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide, recommended_cpu
@@ -24,13 +25,14 @@ from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
+from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
 from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
-from tasks.register import champion_artefact, register_variants
+from tasks.register import Comparison, champion_artefact, judge_recommended, register_variants, runtime_of
 from tasks.report import write_report
 from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
@@ -285,21 +287,43 @@ def choose(
     return runner(run).run(decide, config, "decide", inputs)
 
 
-@flow(name="release")
-def release(run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, found: Models) -> Path:
-    """Registry, gate and report; the folder of the report."""
+@flow(name="compare")
+def compare(run: Run, decision: Manifest, models: Models, dataset: Manifest) -> Comparison | None:
+    """Champion and challenger on the same rows, more of them than every variant was asked; None if there is nothing to compare."""
     call, config = runner(run), run.config
-    recommended = recommended_cpu(decision) or ""
-    challenger, evaluation = models.get(recommended), found.get(f"evaluate:{recommended}")
-    champion = champion_artefact(call.tracker, call.store, config.registry, config.data.prompt)
-    asked = None
-    if champion and challenger and champion.digest != challenger.digest:
-        runtime = {"runtime": "llama_cpp" if champion.kind in ("quantize_gguf", "search_gguf") else "transformers"}
-        asked = call(evaluate, config.evaluate.model_copy(update=runtime), "evaluate champion", model=champion, dataset=dataset)
-    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, evaluation, asked))
-    about = {"prefect.resource.id": f"cartwright.model.{config.registry.name}", "prefect.resource.name": config.registry.name}
-    emit_event(f"cartwright.gate.{verdict['verdict']}", about, payload={"run": run.run_id, **verdict})
+    challenger = models.get(recommended_cpu(decision) or "")
+    champion = champion_artefact(Registry(call.settings), call.store, config.registry, config.data.prompt)
+    if not champion or not challenger or champion.digest == challenger.digest:
+        return None
+    rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset)
+    asked = config.evaluate.model_copy(update={"splits": tuple(rows.metrics["rows"])})
+    mine, theirs = (
+        call(evaluate, asked.model_copy(update={"runtime": runtime_of(model)}), f"evaluate {who}, for the gate", model=model, dataset=rows)
+        for who, model in (("challenger", challenger), ("champion", champion))
+    )
+    return rows, mine, theirs
+
+
+@flow(name="release")
+def release(
+    run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, verdict: dict[str, Any]
+) -> Path:
+    """Registry and report; the folder of the report."""
+    call, config = runner(run), run.config
+    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
+    tell(f"gate.{verdict['verdict']}", config.registry.name, {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict})
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
+
+
+def judge(run: Run, decision: Manifest, compared: Comparison | None) -> dict[str, Any]:
+    """What the gate says of the recommended variant."""
+    return judge_recommended(runner(run), run.config.registry, decision, compared)
+
+
+def tell(what: str, model: str, facts: dict[str, Any]) -> None:
+    """A Prefect event about a registered model, for automations."""
+    about = {"prefect.resource.id": f"cartwright.model.{model}", "prefect.resource.name": model}
+    emit_event(f"cartwright.{what}", about, payload=facts)
 
 
 def all_variants(config: RunConfig, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:

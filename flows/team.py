@@ -27,6 +27,7 @@ from tasks.domain.errors import UserError
 SOURCE = Path(__file__).resolve().parents[1]
 DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 HOST = "127.0.0.1"
+ORCHESTRATOR = "orchestrator"  # the pool of retrainings that send their stages to other pools
 HEALTHY_WITHIN_S = 120
 ENDED_WITHIN_S = 15
 BUSY_TRIES = 40  # half a second apart
@@ -76,11 +77,13 @@ class Team:
             self._ensure(running, "Prefect", prefect_command)
             self._ensure(running, "MLflow", self._mlflow_command())
             self._wait(running["Prefect"], f"{self.prefect}/api/health")
-            pools = ["cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
+            pools = [ORCHESTRATOR, "cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
             self._deploy()
             for pool in pools:
                 command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-{socket.gethostname()}"]
-                self._ensure(running, f"worker of {pool}", command)
+                # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
+                alone = [] if pool == ORCHESTRATOR else ["--limit", "1"]
+                self._ensure(running, f"worker of {pool}", [*command, *alone])
             self._wait(running["MLflow"], f"{self.mlflow}/health")
             for pool in pools:
                 self._wait_for_worker(running[f"worker of {pool}"], pool)
@@ -153,6 +156,7 @@ class Team:
             "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six more processes, for evaluations that are not ours
         }
 
     def _wait(self, service: Service, url: str) -> None:
@@ -167,7 +171,7 @@ class Team:
 
     def _deploy(self) -> None:
         """Pools, and every deployment of `deployments/prefect.yaml`."""
-        for pool in ("cpu-pool", "gpu-pool"):
+        for pool in (ORCHESTRATOR, "cpu-pool", "gpu-pool"):
             known = self._ask(f"work_pools/{pool}", missing_is_none=True)
             if known is None:
                 self._ask("work_pools/", {"name": pool, "type": "process", "description": "Runs stages as processes of this host"})
@@ -188,8 +192,8 @@ class Team:
 
     def _schedules(self) -> list[dict[str, Any]]:
         """The schedules of every deployment of ours on the server."""
-        flows = {"flows": {"name": {"any_": ["retrain"]}}}
-        return [schedule for deployment in self._ask("deployments/filter", flows) for schedule in deployment["schedules"]]
+        ours = {"deployments": {"tags": {"all_": ["cartwright"]}}}
+        return [schedule for deployment in self._ask("deployments/filter", ours) for schedule in deployment["schedules"]]
 
     def _wait_for_worker(self, service: Service, pool: str) -> None:
         deadline = time.monotonic() + HEALTHY_WITHIN_S

@@ -67,7 +67,7 @@ def find_model(settings: Settings, name: str) -> Found:
     dataset = store.path("synthesize", dataset_stage["key"])
     spec = load_spec(str(dataset)) if dataset.is_dir() else load_spec("ecommerce")
     if name == "champion":
-        from tasks.core.tracking import champion_files
+        from tasks.core.registry import champion_files
 
         # It may be older than the latest run, and have been trained with another prompt: its own specification came with it.
         folder, runtime, asked_by = champion_files(settings, report["config"]["registry"]["name"])

@@ -23,13 +23,13 @@ from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
 from tasks.fidelity import ReferenceLogitsConfig
 from tasks.finetune import FinetuneConfig
+from tasks.gate import RegisterConfig
 from tasks.importance import ImportanceConfig
 from tasks.llama_bench import program as llama_bench_program
 from tasks.merge import MergeConfig
 from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig
-from tasks.register import RegisterConfig
 from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
@@ -173,19 +173,22 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.benchmark.llama_bench:
         llama_bench_program()
     digest = digest_of(describe_files(domain_path(config.data.domain)))
-    for path in config.data.extra:
-        if not read_labelled(Path(path), spec)[0]:
-            raise UserError(
-                "data.extra", path, "has no usable row", mend='Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
-            )
+    for field, paths in (("data.extra", config.data.extra), ("registry.own_rows", config.registry.own_rows)):
+        for path in paths:
+            if not read_labelled(Path(path), spec)[0]:
+                mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
+                raise UserError(field, path, "has no usable row", mend=mend)
     return config.model_copy(
         update={
-            "data": config.data.model_copy(
-                update={"domain_sha256": digest, "extra_sha256": tuple(sha256_file(Path(path)) for path in config.data.extra)}
-            ),
+            "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),
             "base_model": resolve_base_model(config.base_model),
+            "registry": config.registry.model_copy(update={"own_rows_sha256": tuple(map(_digest, config.registry.own_rows))}),
         }
     )
+
+
+def _digest(path: str) -> str:
+    return sha256_file(Path(path))
 
 
 def disk_needed(config: RunConfig) -> int:

@@ -182,7 +182,7 @@ def publish(run: Runner, name: str, dataset: Manifest, card: Manifest) -> None:
     """Show the card where runs are looked at: the data set as an input of the run in MLflow, the card as an artifact in Prefect."""
     from prefect.artifacts import create_markdown_artifact
 
-    folder = run.store.path(card.kind, card.key)
+    folder = run.store.fetch(card)
     shown = json.loads((folder / CARD).read_text(encoding="utf-8"))
     profile = {key: value for key, value in shown.items() if key != "samples"}
     run.tracker.log_dataset(run.tracker.parent, name, dataset.digest, f"{run.store.uri}/{dataset.kind}/{dataset.key}", profile)

@@ -172,7 +172,7 @@ def check_leakage(folder: Path) -> None:
     leaks: list[str] = []
     for split in ORDER:
         rows_of_split: list[tuple[str, str]] = []
-        for part in batched(_rows(folder / f"{split}.jsonl"), 1000):
+        for part in batched(rows_of(folder / f"{split}.jsonl"), 1000):
             leaks += [f"{ids[number]} ~ {part[row]['id']}" for row, number in held_out.pairs([row["text"] for row in part])]
             leaks += [f"{row['id']} ({shared})" for row in part for shared in _shared(row, split, users)]
             if split != "train":
@@ -191,7 +191,8 @@ def _shared(row: Mapping[str, Any], split: str, users: dict[str, dict[str, str]]
             yield f"{kind} {value} of {user}"
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, one after the other."""
     with path.open(encoding="utf-8") as file:
         yield from map(json.loads, file)
 

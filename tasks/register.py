@@ -3,80 +3,33 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
-
+from tasks import gate
 from tasks.core.artifacts import Manifest, Store
+from tasks.core.registry import Registry
 from tasks.core.runner import Runner
-from tasks.core.stage import StageConfig
 from tasks.core.tracking import Tracker, as_params, flatten
-from tasks.decide import correct_rows, paired_difference, recommended_cpu
+from tasks.decide import recommended_cpu
+from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.registered import problem_of_champion
 
-
-class RegisterConfig(StageConfig):
-    """Where the recommended model goes, and what it must not lose."""
-
-    name: str = Field("shop-intent", pattern=r"^[\w.-]+$", description="Name of the registered model")
-    margin: float = Field(
-        0.01, ge=0, le=1, description="Largest loss of exact match against the champion, as a share: 0.01 is one percentage point"
-    )
+# Rows, and the evaluations of challenger and champion on them.
+Comparison = tuple[Manifest, Manifest, Manifest]
 
 
-def champion_artefact(tracker: Tracker, store: Store, config: RegisterConfig, prompt: str) -> Manifest | None:
+def champion_artefact(registry: Registry, store: Store, config: RegisterConfig, prompt: str) -> Manifest | None:
     """The store's artefact of the registered champion, if both are there and it reads the data set's style of prompt."""
-    champion = tracker.champion(config.name)
+    champion = registry.champion(config.name)
     if not champion or "cartwright.key" not in champion or champion.get("cartwright.prompt", prompt) != prompt:
         return None
     return store.find(champion["cartwright.kind"], champion["cartwright.key"])[0]
 
 
-def gate(
-    config: RegisterConfig,
-    champion: dict[str, str] | None,
-    challenger: Manifest | None,
-    name: str | None,
-    mine: Path | None,
-    theirs: Path | None,
-) -> dict[str, Any]:
-    """Compare challenger and champion on the same rows.
-
-    Args:
-        champion: its version and tags, None if there is none.
-        mine, theirs: folders of the two evaluations; `theirs` is None if the champion could not be evaluated.
-
-    Returns:
-        The `gate` of the report.
-    """
-    result: dict[str, Any] = {
-        "champion": f"version {champion['version']}" if champion else None,
-        "challenger": name,
-        "delta": None,
-        "low": None,
-        "margin": config.margin,
-        "checks": [],
-    }
-    if not challenger or not mine:
-        return {**result, "verdict": "hold", "checks": ["no variant was recommended"]}
-    if not champion:
-        return {**result, "verdict": "promote", "checks": ["there was no champion yet"]}
-    if champion.get("cartwright.digest") == challenger.digest:
-        return {**result, "verdict": "hold", "checks": ["the challenger is the champion already"]}
-    if not theirs:
-        return {
-            **result,
-            "verdict": "inconclusive",
-            "checks": [
-                "the champion could not be asked the same rows: its artefact is not in the store, or it reads another style of prompt"
-            ],
-        }
-    difference = paired_difference(correct_rows(mine), correct_rows(theirs))
-    passed = difference["delta"] >= -config.margin
-    check = {"name": f"exact match at most {config.margin * 100:g} percentage points lower", "passed": passed}
-    return {**result, "verdict": "promote" if passed else "hold", **difference, "checks": [check]}
+def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:
+    """What a model's artefact is loaded with."""
+    return "llama_cpp" if model.kind in ("quantize_gguf", "search_gguf") else "transformers"
 
 
 def log_variants(
@@ -117,50 +70,106 @@ def log_variants(
             tracker.client.set_tag(run_id, "cartwright.verdict", variant["fidelity"]["verdict"])
         if variant["role"] == "candidate":
             manifest = models[variant["name"]]
-            folder = store.path(manifest.kind, manifest.key)
+            folder = store.fetch(manifest)
             artifacts = {
                 "model": folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder,
-                "spec": store.path(dataset.kind, dataset.key) / "spec.yaml",
+                "spec": store.fetch(dataset) / "spec.yaml",
             }
             logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"])
         tracker.client.set_terminated(run_id)
     return logged
 
 
+def decided(store: Store, decision: Manifest) -> dict[str, Any]:
+    """What `decide` wrote."""
+    return json.loads((store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
+
+
+def judge_recommended(run: Runner, config: RegisterConfig, decision: Manifest, compared: Comparison | None) -> dict[str, Any]:
+    """The gate's verdict on the recommended variant: the `gate` of the report."""
+    found, name = decided(run.store, decision), recommended_cpu(decision)
+    challenger = next((variant for variant in found["variants"] if variant["name"] == name), None)
+    checks = gate.compare(*(run.store.fetch(manifest) for manifest in compared), config) if compared else None
+    return gate.judge(config, Registry(run.settings).champion(config.name), challenger, found["recommendation"].get("excluded", {}), checks)
+
+
 def register_variants(
-    run: Runner,
-    config: RegisterConfig,
-    decision: Manifest,
-    dataset: Manifest,
-    models: dict[str, Manifest],
-    evaluation: Manifest | None,
-    champion_evaluation: Manifest | None,
+    run: Runner, config: RegisterConfig, decision: Manifest, dataset: Manifest, models: dict[str, Manifest], verdict: dict[str, Any]
 ) -> tuple[dict[str, Any], bool]:
-    """Log every variant, register the recommended one, and make it the champion if it passes the gate.
+    """Log every variant, register the recommended one, and make it the champion if the verdict is to promote.
 
     Args:
-        evaluation: of the recommended variant.
+        verdict: of `judge_recommended`, and of a person where one was asked: `by` is who decided.
 
     Returns:
         The `gate` of the report, and whether there was nothing to do.
     """
-    tracker, store = run.tracker, run.store
-    decided = json.loads((store.path(decision.kind, decision.key) / "decision.json").read_text(encoding="utf-8"))
-    logged = log_variants(tracker, store, decided, models, dataset)
-    name = recommended_cpu(decision)
+    tracker, registry, name = run.tracker, Registry(run.settings), recommended_cpu(decision)
+    found = decided(run.store, decision)
+    logged = log_variants(tracker, run.store, found, models, dataset)
     challenger = models.get(name or "")
-    folders = [store.path(e.kind, e.key) if e else None for e in (evaluation, champion_evaluation)]
-    verdict = gate(config, tracker.champion(config.name), challenger, name, folders[0], folders[1])
     if not challenger or not name:
         return verdict, True
-    tags = {"cartwright.kind": challenger.kind, "cartwright.key": challenger.key, "cartwright.run": run.run_id, "cartwright.variant": name}
-    tags["cartwright.prompt"] = dataset.config["prompt"]
-    version, known = tracker.register(config.name, logged[name], challenger.digest, tags)
-    if verdict["verdict"] == "promote" and (when := tracker.rolled_back(config.name, version)):
-        mend = f"it was rolled back at {when}; `cartwright rollback` once more makes it the champion again"
-        verdict |= {"verdict": "hold", "checks": [*verdict["checks"], {"name": mend, "passed": False}]}
+    tags = {
+        "kind": challenger.kind, "key": challenger.key, "run": run.run_id, "mlflow_run": tracker.parent, "variant": name,
+        "prompt": dataset.config["prompt"], "dataset_key": dataset.key, "dataset_sha256": dataset.digest,
+    }  # fmt: skip
+    variant = next(variant for variant in found["variants"] if variant["name"] == name)
+    about = describe(config.name, variant, run.run_id, tracker.parent)
+    version, known = registry.register(config.name, logged[name], challenger.digest, {f"cartwright.{k}": v for k, v in tags.items()}, about)
+    if verdict["verdict"] == "promote" and (when := registry.rolled_back(config.name, version)):
+        verdict = gate.hold(verdict, f"it was rolled back at {when}; `cartwright rollback` once more makes it the champion again")
     if verdict["verdict"] == "promote":
-        problem = tracker.promote(config.name, version, lambda: problem_of_champion(config.name))
-        loads = {"name": "loads from the registry and answers" + (f": {problem}" if problem else ""), "passed": not problem}
-        verdict |= {"verdict": "hold" if problem else "promote", "checks": [*verdict["checks"], loads]}
-    return {**verdict, "version": version}, known and verdict["verdict"] != "promote"
+        verdict = promote(registry, config.name, version, verdict)
+    verdict = {**verdict, "version": version}
+    registry.write_decision(config.name, version, verdict)
+    return verdict, known and verdict["verdict"] != "promote"
+
+
+def promote(registry: Registry, name: str, version: str, verdict: dict[str, Any]) -> dict[str, Any]:
+    """Make a version the champion, unless another became it since the verdict, or it does not answer from the registry."""
+    with registry.promoting(name):
+        champion = registry.champion(name)
+        now = f"version {champion['version']}" if champion else None
+        if now != verdict["champion"]:
+            return gate.hold(verdict, f"it was compared with {verdict['champion'] or 'no champion'}, and the champion is {now} by now")
+        problem = registry.promote(name, version, lambda: problem_of_champion(name))
+    if problem:
+        return gate.hold(verdict, f"does not answer from the registry: {problem}")
+    return {**verdict, "checks": [*verdict["checks"], {"name": "loads from the registry and answers", "passed": True}]}
+
+
+def promote_by_hand(registry: Registry, name: str, version: dict[str, str], by: str, why: str) -> dict[str, Any]:
+    """Make a version the champion because a person says so; what came of it, as a verdict.
+
+    Args:
+        version: its tags and number, see `Registry.version`.
+    """
+    champion = registry.champion(name)
+    verdict: dict[str, Any] = {
+        "verdict": "promote",
+        "champion": f"version {champion['version']}" if champion else None,
+        "challenger": version.get("cartwright.variant"),
+        "checks": [],
+        "by": by,
+        "why": why,
+    }
+    if champion and champion["version"] == version["version"]:
+        return gate.hold(verdict, "it is the champion already")
+    verdict = promote(registry, name, version["version"], verdict)
+    registry.write_decision(name, version["version"], verdict)
+    return verdict
+
+
+def describe(name: str, variant: dict[str, Any], run_id: str, mlflow_run: str) -> str:
+    """What the registered model's page says of a version, as Markdown."""
+    quality, speed, fidelity = variant["quality"], variant["performance"], variant["fidelity"] or {}
+    exact, hard = quality["exact_match"], quality["hard_exact_match"]
+    figures = [
+        f"exact match {exact['value']:.1%} ({exact['low']:.1%} to {exact['high']:.1%}, {exact['n']} rows)",
+        *([f"on `hard` {hard['value']:.1%}"] if hard else []),
+        f"fidelity {fidelity.get('verdict', 'not measured')}",
+        f"{speed['requests_s']:.1f} requests/s, {speed['requests_s_batched']:.1f} batched, {variant['size_mb']:.0f} MB",
+    ]
+    load = f'```\nimport mlflow\nmodel = mlflow.pyfunc.load_model("models:/{name}@champion")\nmodel.predict(["two red shoes please"])\n```'
+    return f"`{variant['name']}` of run `{run_id}` (MLflow run `{mlflow_run}`): {'; '.join(figures)}.\n\n{load}"

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from tasks import runtimes
 from tasks.core import hardware
 from tasks.core.child import tied
+from tasks.core.registry import champion_files
 from tasks.core.settings import child_environment, load_settings
-from tasks.core.tracking import champion_files
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec

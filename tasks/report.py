@@ -37,7 +37,7 @@ def write_report(
     Returns:
         The folder, and whether no stage of the run computed anything.
     """
-    decided = json.loads((run.store.path(decision.kind, decision.key) / "decision.json").read_text(encoding="utf-8"))
+    decided = json.loads((run.store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
     finished = datetime.now(UTC)
     report = {
         "run_id": run.run_id,
@@ -56,7 +56,7 @@ def write_report(
         "not_run": not_run(),
     }
     folder = run.settings.reports / run.run_id
-    render(report, folder, run.store.path(card.kind, card.key))
+    render(report, folder, run.store.fetch(card))
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)

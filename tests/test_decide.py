@@ -1,17 +1,13 @@
-"""Pareto front, recommendation, paired comparison and the gate."""
+"""Pareto front, recommendation and paired comparison."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.core.artifacts import Manifest
 from tasks.decide import DecideConfig, paired_difference, pareto_front, recommend
 from tasks.paper import compare_with_paper
-from tasks.register import RegisterConfig, gate
 
 pytestmark = pytest.mark.fast
 
@@ -129,48 +125,3 @@ def test_paired_difference_against_counted_values() -> None:
     assert result["mcnemar_p"] == pytest.approx(2 * 79 / 4096)
     assert 0.0 < result["low"] < 0.08 < result["high"] < 0.16
     assert paired_difference([True], [True])["mcnemar_p"] == 1.0
-
-
-def evaluation(folder: Path, correct: int) -> Path:
-    folder.mkdir()
-    (folder / "test.jsonl").write_text("".join(json.dumps({"correct": i < correct}) + "\n" for i in range(200)))
-    return folder
-
-
-def manifest(digest: str) -> Manifest:
-    return Manifest(
-        kind="quantize_gguf",
-        key="k",
-        version=1,
-        config={},
-        inputs={},
-        files={},
-        digest=digest,
-        metrics={},
-        libraries={},
-        hardware="",
-        wall_s=0,
-        peak_rss_mb=None,
-        created="",
-    )
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "verdict"), [(190, 190, "promote"), (188, 190, "promote"), (187, 190, "hold"), (195, 190, "promote")]
-)
-def test_gate_allows_a_loss_of_one_point(tmp_path: Path, mine: int, theirs: int, verdict: str) -> None:
-    champion = {"version": "3", "cartwright.digest": "old"}
-    result = gate(
-        RegisterConfig(), champion, manifest("new"), "gguf-Q4_0", evaluation(tmp_path / "a", mine), evaluation(tmp_path / "b", theirs)
-    )
-    assert result["verdict"] == verdict
-    assert result["delta"] == pytest.approx((mine - theirs) / 200)
-
-
-def test_gate_without_comparison_never_passes(tmp_path: Path) -> None:
-    mine = evaluation(tmp_path / "a", 100)
-    config, champion = RegisterConfig(), {"version": "3", "cartwright.digest": "old"}
-    assert gate(config, None, manifest("new"), "x", mine, None)["verdict"] == "promote"
-    assert gate(config, champion, manifest("new"), "x", mine, None)["verdict"] == "inconclusive"
-    assert gate(config, champion, manifest("old"), "x", mine, mine)["verdict"] == "hold"
-    assert gate(config, champion, None, None, None, None)["verdict"] == "hold"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.settings import load_settings
-from tasks.core.tracking import CHAMPION, PREVIOUS, Tracker, rollback
+from tasks.core.tracking import CHAMPION, PREVIOUS, Tracker, open_parent, rollback
 from tasks.domain.errors import UserError
 from tasks.registered import problem_of_champion
 
@@ -18,7 +18,7 @@ NAME = "shop-intent"
 def tracker(home: Path) -> Tracker:
     """A registry with three versions of a model whose files are nowhere."""
     home.mkdir()
-    tracker = Tracker(load_settings(), "domain/base", "key", "run", {})
+    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
     tracker.client.create_registered_model(NAME)
     for variant in ("Q8_0", "Q4_0", "Q4_1"):
         tracker.client.create_model_version(NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant})

@@ -19,6 +19,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.placement import stage_flows_on
 from flows.team import DEPLOYMENTS, Service
 from tasks.config import load_config, profiles
 
@@ -66,6 +67,18 @@ class Home:
         raise TimeoutError(address)
 
 
+def name_of(deployment: dict[str, Any]) -> str:
+    """`<flow>/<name>` of a deployment in the file."""
+    module, _, attribute = deployment["entrypoint"].partition(":")
+    return f"{getattr(import_module(module), attribute).name}/{deployment['name']}"
+
+
+def deployment_of(home: Home, name: str) -> str:
+    """The id of the deployment `<flow>/<name>` on the server."""
+    flow, _, deployment = name.partition("/")
+    return str(home.ask(f"deployments/name/{flow}/{deployment}")["id"])
+
+
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     home = Home(tmp_path_factory.mktemp("team") / "home")
@@ -79,30 +92,32 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def test_servers_answer_pools_and_deployments_are_there_and_schedules_wait_to_be_switched_on(team: Home) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{team.mlflow}/health", timeout=10) as answer:
         assert answer.read() == b"OK"
-    deployments = {d["name"]: d for d in team.ask("deployments/filter", {})}
-    wanted = {d["name"]: d for d in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]}
+    flows = {flow["id"]: flow["name"] for flow in team.ask("flows/filter", {})}
+    deployments = {f"{flows[d['flow_id']]}/{d['name']}": d for d in team.ask("deployments/filter", {})}
+    wanted = {name_of(d): d for d in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]}
     assert set(deployments) == set(wanted)
     for name, found in deployments.items():
         assert found["work_pool_name"] == wanted[name]["work_pool"]["name"] and found["description"] == wanted[name]["description"]
-        assert found["global_concurrency_limit"]["limit"] == 1
+        assert ("concurrency_limit" in wanted[name]) == bool(found["global_concurrency_limit"])
         assert [s["active"] for s in found["schedules"]] == [False] * len(wanted[name].get("schedules", []))
-    assert {pool["name"] for pool in team.ask("work_pools/filter", {})} == {"cpu-pool", "gpu-pool"}
-    assert [w["status"] for w in team.ask("work_pools/cpu-pool/workers/filter", {})] == ["ONLINE"]
+    assert {pool["name"] for pool in team.ask("work_pools/filter", {})} == {"orchestrator", "cpu-pool", "gpu-pool"}
+    for pool in ("orchestrator", "cpu-pool"):
+        assert [w["status"] for w in team.ask(f"work_pools/{pool}/workers/filter", {})] == ["ONLINE"]
 
 
 def test_up_twice_is_harmless_keeps_a_schedule_that_was_switched_on_and_removes_one_that_is_not_in_the_file(team: Home) -> None:
     def deployed() -> dict[str, Any]:
-        return {d["name"]: (d["id"], d["parameters"]) for d in team.ask("deployments/filter", {})}
+        return {(d["flow_id"], d["name"]): (d["id"], d["parameters"]) for d in team.ask("deployments/filter", {})}
 
     def schedules() -> dict[str, tuple[str, bool]]:
         found = [s for d in team.ask("deployments/filter", {}) for s in d["schedules"]]
         return {s["slug"]: (s["id"], s["active"]) for s in found}
 
-    before, known = team.services(), deployed()
+    before, known, retrain = team.services(), deployed(), deployment_of(team, "retrain/cpu")
     (weekly, _) = schedules()["weekly"]
-    team.ask(f"deployments/{known['cpu'][0]}/schedules/{weekly}", {"active": True}, "PATCH")
+    team.ask(f"deployments/{retrain}/schedules/{weekly}", {"active": True}, "PATCH")
     extra = {"schedule": {"cron": "0 1 * * *", "timezone": "UTC"}, "active": False, "slug": "of-yesterday"}
-    team.ask(f"deployments/{known['cpu'][0]}/schedules", [extra])
+    team.ask(f"deployments/{retrain}/schedules", [extra])
     assert set(schedules()) == {"weekly", "of-yesterday"}
     again = team.up()
     assert again.returncode == 0, again.stderr
@@ -120,14 +135,14 @@ def test_up_twice_is_harmless_keeps_a_schedule_that_was_switched_on_and_removes_
     ],
 )
 def test_the_form_refuses_what_is_not_allowed(team: Home, parameters: dict[str, Any], field: str) -> None:
-    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "cpu"]
+    deployment = deployment_of(team, "retrain/cpu")
     with pytest.raises(urllib.error.HTTPError) as refused:
         team.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters, "enforce_parameter_schema": True})
     assert refused.value.code in (409, 422) and field in refused.value.read().decode()
 
 
 def test_a_run_that_is_asked_for_is_taken_up_by_the_worker_and_says_what_is_wrong_with_it(team: Home) -> None:
-    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "cpu"]
+    deployment = deployment_of(team, "retrain/cpu")
     asked = {"parameters": {"profile": "smoke", "overrides": {"train.epochs": -1}}, "state": {"type": "SCHEDULED"}}
     run = team.ask(f"deployments/{deployment}/create_flow_run", asked)["id"]
     deadline = time.monotonic() + 120
@@ -174,8 +189,10 @@ def test_a_process_id_that_the_kernel_has_used_again_is_not_ours() -> None:
 @pytest.mark.fast
 def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() -> None:
     deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    assert len({name_of(d) for d in deployments}) == len(deployments)
+    for_people = [d for d in deployments if "stage" not in d["tags"]]
     checked = 0
-    for deployment in deployments:
+    for deployment in for_people:
         module, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(import_module(module), name)
         for parameters in (deployment["parameters"], *(s.get("parameters", {}) for s in deployment.get("schedules", []))):
@@ -183,4 +200,14 @@ def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() ->
             load_config(valid["profile"])
             assert valid["profile"] in flow.parameters.properties["profile"]["enum"] == profiles()
             checked += 1
-    assert (len(deployments), checked) == (2, 3)
+    assert (len(deployments), len(for_people), checked) == (17, 3, 4)
+
+
+@pytest.mark.fast
+def test_every_stage_flow_is_deployed_where_a_retraining_looks_for_it() -> None:
+    deployed = {name_of(d) for d in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]}
+    for machine in ("cpu", "gpu"):
+        wanted = {f"{flow}/{machine}" for flow in stage_flows_on(machine)}
+        assert wanted and wanted <= deployed
+    stages = {name for name in deployed if not name.startswith("retrain/")}
+    assert stages == {f"{flow}/{machine}" for machine in ("cpu", "gpu") for flow in stage_flows_on(machine)}

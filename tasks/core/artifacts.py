@@ -96,13 +96,27 @@ class Store:
         """Where an artefact's files are, or will be, on this machine."""
         return self._artefacts / kind / key
 
+    def fetch(self, manifest: Manifest) -> Path:
+        """The folder of an artefact's files on this machine; copied from where another machine put them if they are not here yet.
+
+        Raises:
+            FileNotFoundError: neither here nor there.
+        """
+        folder = self.path(manifest.kind, manifest.key)
+        if not self.is_local and not (folder / MANIFEST).exists():
+            with self.lock(manifest.kind, manifest.key):
+                self.find(manifest.kind, manifest.key)
+        if not (folder / MANIFEST).exists():
+            raise FileNotFoundError(f"{manifest.kind} {manifest.key} is not in {self.uri}")
+        return folder
+
     def partial(self, kind: str, key: str) -> Path:
         """Where an artefact is being made. Named by key, so that a restarted stage finds its checkpoints."""
         return (self._artefacts if self.is_local else self._local) / ".partial" / f"{kind}-{key}"
 
     def lock(self, kind: str, key: str) -> FileLock:
         """Held while an artefact is looked up or made: two runs never make the same one twice. Freed by the kernel on death."""
-        folder = self._local / "locks"
+        folder = self._artefacts / ".locks" if self.is_local else self._local / "locks"  # homes that share a store share its locks
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{kind}-{key}.lock")
 
@@ -174,6 +188,27 @@ class Store:
             problem = f"has {free / 1e9:.1f} GB free, and the run may need {needed / 1e9:.1f} GB"
             mend = "Free space, make fewer formats, or set CARTWRIGHT_HOME to a larger disk"
             raise UserError("store", str(folder), problem, mend=mend)
+
+    # Notes between machines --------------------------------------------------------------------------------------
+
+    def write_note(self, name: str, text: str) -> None:
+        """Leave a small text for another machine that uses the same store."""
+        path = str(PurePosixPath(self.root) / name)
+        self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(path, text.encode())
+            return
+        new = Path(f"{path}.{os.getpid()}.new")  # nobody reads half of it
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+
+    def read_note(self, name: str) -> str:
+        """What `write_note` left.
+
+        Raises:
+            FileNotFoundError: nothing of this name.
+        """
+        return str(self.fs.cat_file(str(PurePosixPath(self.root) / name)).decode())
 
     # Remote storage ----------------------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ def _compute(
     if out_dir.exists() and not stage.resumable:
         shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    folders = {name: store.path(manifest.kind, manifest.key) for name, manifest in inputs.items()}
+    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     started = time.monotonic()
     try:
         if stage.isolated:

@@ -6,13 +6,10 @@ which is local to a thread.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -26,8 +23,6 @@ from tasks.domain.errors import UserError
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
-CHAMPION, PREVIOUS = "champion", "previous"  # aliases of the registered model
-ROLLED_BACK = TAG + "rolled_back"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -53,46 +48,68 @@ def as_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def preload() -> None:
-    """Import what a tracker needs, which takes seconds, while there is something else to wait for."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+def client_of(settings: Settings) -> Any:
+    """A client of the MLflow of these settings, which becomes MLflow's own default too."""
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(settings.mlflow_uri)
+    return mlflow.MlflowClient(settings.mlflow_uri)
 
 
-class Tracker:
-    """The MLflow side of one pipeline run.
+def open_parent(
+    settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str], *, reopen: bool = False
+) -> Tracker:
+    """A tracker of a parent run for a configuration: one that was left running, else a new one.
 
     Args:
         experiment: its name; made if there is none.
         pipeline_key: hash of the run's configuration. A parent run of the same key that was left running is taken up again.
         reopen: a parent run of the same key is taken up even if it has ended.
     """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.home / "mlflow.lock"):  # two first starts would race in the migration
+        client = client_of(settings)
+        found = client.get_experiment_by_name(experiment)
+        location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
+    same = f"tags.`{TAG}pipeline_key` = '{pipeline_key}'"
+    left = client.search_runs([experiment_id], same if reopen else f"{same} and attributes.status = 'RUNNING'", max_results=1)
+    if left:
+        client.update_run(left[0].info.run_id, status="RUNNING")
+        return Tracker(settings, str(left[0].info.run_id), resumed=True)
+    all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
+    return Tracker(settings, str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id))
 
-    def __init__(
-        self, settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str], *, reopen: bool = False
-    ) -> None:
-        import mlflow
-        from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        settings.home.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(settings.mlflow_uri)
+def preload() -> None:
+    """Import what a tracker needs, which takes seconds, while there is something else to wait for."""
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+class Tracker:
+    """The MLflow side of one pipeline run: its parent run and the children of that.
+
+    Args:
+        parent: id of the parent run, see `open_parent`.
+
+    Raises:
+        UserError: MLflow has no such run.
+    """
+
+    def __init__(self, settings: Settings, parent: str, resumed: bool = False) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self.client = client_of(settings)
         self.uri = settings.mlflow_uri
-        self.client = MlflowClient(settings.mlflow_uri)
-        with FileLock(settings.home / "mlflow.lock"):  # two first starts would race in the migration
-            found = self.client.get_experiment_by_name(experiment)
-            location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
-            self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, artifact_location=location)
+        self.parent, self.resumed = parent, resumed
+        try:
+            self.experiment_id = str(self.client.get_run(parent).info.experiment_id)
+        except MlflowException as error:
+            mend = "Give the workers the MLFLOW_TRACKING_URI of the flow that calls them"
+            raise UserError("MLFLOW_TRACKING_URI", self.uri, f"has no run {parent} ({error.error_code})", mend=mend) from None
         self._without_params: set[str] = set()  # runs made here, of which nothing need be read before parameters are written
-        same = f"tags.`{TAG}pipeline_key` = '{pipeline_key}'"
-        left = self._search(same if reopen else f"{same} and attributes.status = 'RUNNING'")
-        self.resumed = bool(left)
-        if left:
-            self.parent = left[0].info.run_id
-            self.client.update_run(self.parent, status="RUNNING")
-        else:
-            all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
-            self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id
-        earlier = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}'") if left else []
+        earlier = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
         self._children = {(run.data.tags.get(TAG + "kind"), run.data.tags.get(TAG + "key")): str(run.info.run_id) for run in earlier}
 
     def _search(self, condition: str) -> list[Any]:
@@ -206,97 +223,6 @@ class Tracker:
         self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
 
-    def register(self, name: str, model_id: str, digest: str, tags: Mapping[str, str]) -> tuple[str, bool]:
-        """Register a logged model once per content; its version, and whether it was there already."""
-        import mlflow
-
-        for version in self.client.search_model_versions(f"name = '{name}'"):
-            if version.tags.get(TAG + "digest") == digest:
-                return str(version.version), True
-        with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
-            made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
-        return str(made.version), False
-
-    def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
-        """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
-        return version_behind(self.client, name, alias)
-
-    def promote(self, name: str, version: str, works: Callable[[], str]) -> str:
-        """Make a version the champion, and the champion until now `previous`. If it then does not work, all is as it was.
-
-        Args:
-            works: what is wrong with the new champion; empty if nothing is.
-
-        Returns:
-            What was wrong.
-        """
-        before = {alias: self.champion(name, alias) for alias in (CHAMPION, PREVIOUS)}
-        if until_now := before[CHAMPION]:
-            self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
-        self.client.set_registered_model_alias(name, CHAMPION, version)
-        try:
-            problem = works()
-        except BaseException:  # interrupted: it has not proved itself
-            self._put_back(name, before)
-            raise
-        if problem:
-            self._put_back(name, before)
-        else:
-            self.client.set_model_version_tag(name, version, TAG + "promoted", datetime.now(UTC).isoformat(timespec="seconds"))
-        return problem
-
-    def _put_back(self, name: str, before: Mapping[str, dict[str, str] | None]) -> None:
-        for alias, was in before.items():
-            if was:
-                self.client.set_registered_model_alias(name, alias, was["version"])
-            else:
-                self.client.delete_registered_model_alias(name, alias)
-
-    def rolled_back(self, name: str, version: str) -> str | None:
-        """When a version was taken out of service by `rollback`; None if it was not."""
-        return self.client.get_model_version(name, version).tags.get(ROLLED_BACK) or None
-
-
-def version_behind(client: Any, name: str, alias: str) -> dict[str, str] | None:
-    """Version and tags of what an alias of a registered model points at; None if there is no such model or alias."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        version = client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    return {**version.tags, "version": str(version.version)}
-
-
-def rollback(settings: Settings, name: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Let `champion` and `previous` of a registered model change places.
-
-    Returns:
-        Version and tags of the champion now, and of the one until now.
-
-    Raises:
-        UserError: one of the two is missing.
-    """
-    import mlflow
-
-    mlflow.set_tracking_uri(settings.mlflow_uri)
-    client = mlflow.MlflowClient()
-    champion, previous = (version_behind(client, name, alias) for alias in (CHAMPION, PREVIOUS))
-    if not champion or not previous:
-        missing = CHAMPION if not champion else PREVIOUS
-        mend = "There is nothing to go back to before a second model was promoted"
-        raise UserError("model", name, f"has no version with the alias {missing} in {settings.mlflow_uri}", mend=mend)
-    client.set_registered_model_alias(name, CHAMPION, previous["version"])
-    client.set_registered_model_alias(name, PREVIOUS, champion["version"])
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)  # the next retraining must not promote it again
-    client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
-    if ROLLED_BACK in previous:
-        client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
-    return previous, champion
-
 
 def _metric_name(name: str) -> str:
     """MLflow allows letters, digits, `_ - . : /` and spaces in the name of a metric."""
@@ -309,31 +235,3 @@ def _serving_requirements(runtime: str) -> list[str]:
     names = ("llama-cpp-python", "numpy", "jinja2", "pydantic", "pyyaml", "psutil", "mlflow")
     extra = ("torch", "transformers", "optimum", "gptqmodel") if runtime == "transformers" else ()
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
-
-
-def champion_files(settings: Settings, name: str, into: Path | None = None) -> tuple[Path, Runtime, Path]:
-    """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
-
-    Args:
-        into: an empty folder for the files of a registry that keeps them elsewhere.
-
-    Raises:
-        UserError: the registry has none.
-    """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    mlflow.set_tracking_uri(settings.mlflow_uri)
-    uri = f"models:/{name}@{CHAMPION}"
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
-    except MlflowException as error:
-        raise UserError(
-            "model",
-            CHAMPION,
-            f"the registry {settings.mlflow_uri} has no champion of {name} ({error.error_code})",
-            mend="Run `cartwright run` first",
-        ) from None
-    flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
-    files = flavor["artifacts"]
-    return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent

@@ -1,0 +1,93 @@
+"""What passes between a flow and a worker elsewhere: the arguments and the result of a stage flow, as notes in the shared store.
+
+They hold manifests and other small values, never files: artefacts are in the store already. The parameters of a Prefect flow run are
+bounded (half a megabyte), and a run with many variants has more to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, get_type_hints
+
+from prefect import Flow
+from pydantic import TypeAdapter
+
+from flows.session import Run
+from tasks.core.artifacts import Store, canonical_json
+from tasks.domain.errors import UserError
+
+StageFlow = Flow[..., Any]
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A stage flow to be run elsewhere. `name` is the same for the same work of the same run, however often it is asked for."""
+
+    name: str
+    given: dict[str, Any]
+
+    @property
+    def _order(self) -> str:
+        return f"notes/{self.name}.json"
+
+    @property
+    def _answer(self) -> str:
+        return f"notes/{self.name}.result.json"
+
+    def send(self, store: Store, run: Run) -> None:
+        """Leave the arguments for the worker."""
+        store.write_note(self._order, json.dumps({"run": run.model_dump(mode="json"), "given": self.given}))
+
+    def answer(self, store: Store, stage_flow: StageFlow, result: Any, stages: Sequence[dict[str, Any]]) -> None:
+        """Leave the result for who asked, and how each stage of it went."""
+        plain = _type_of_result(stage_flow).dump_python(result, mode="json")
+        store.write_note(self._answer, json.dumps({"result": plain, "stages": list(stages)}))
+
+    def result(self, store: Store, stage_flow: StageFlow) -> tuple[Any, list[dict[str, Any]]]:
+        """What `answer` left."""
+        note = json.loads(store.read_note(self._answer))
+        return _type_of_result(stage_flow).validate_python(note["result"]), note["stages"]
+
+
+def errand_for(run: Run, stage_flow: StageFlow, given: Sequence[Any]) -> Errand:
+    """The errand of a stage flow with its arguments after `run`."""
+    types = _types_of_arguments(stage_flow)
+    plain = {name: types[name].dump_python(value, mode="json") for name, value in zip(types, given, strict=True)}
+    digest = hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:12]
+    return Errand(f"{run.mlflow_run}/{stage_flow.name}-{digest}", plain)
+
+
+def read_errand(store: Store, name: str, stage_flow: StageFlow, sent_to: str) -> tuple[Errand, Run, list[Any]]:
+    """An errand that was sent to this machine, the run it belongs to, and its arguments.
+
+    Args:
+        sent_to: the store of the flow that sent it, as that flow's machine calls it.
+
+    Raises:
+        UserError: this machine has another store.
+    """
+    errand = Errand(name, {})
+    try:
+        note = json.loads(store.read_note(errand._order))
+    except FileNotFoundError:
+        mend = "Set CARTWRIGHT_STORE to the same address on every machine, one that all of them reach, such as s3://bucket/store"
+        problem = f"is not the store of the flow that sent this work, {sent_to}" + (
+            ", or that is another disk" if store.uri == sent_to else ""
+        )
+        raise UserError("CARTWRIGHT_STORE", store.uri, problem, mend=mend) from None
+    types = _types_of_arguments(stage_flow)
+    given = [types[argument].validate_python(value) for argument, value in note["given"].items()]
+    return Errand(name, note["given"]), Run.model_validate(note["run"]), given
+
+
+def _types_of_arguments(stage_flow: StageFlow) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(stage_flow.fn)
+    return {name: TypeAdapter(hints[name]) for name in list(signature(stage_flow.fn).parameters)[1:]}
+
+
+def _type_of_result(stage_flow: StageFlow) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(stage_flow.fn)["return"])

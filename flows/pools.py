@@ -1,0 +1,46 @@
+"""The stage flows as deployments: what a worker of a pool runs when a retraining with `execution=pools` sends it there.
+
+A person has no reason to run one by itself: its parameters name a note that the retraining left in the store.
+"""
+
+from __future__ import annotations
+
+from prefect import Flow, flow
+from prefect.runtime import deployment
+
+from flows import stages
+from flows.errands import StageFlow, read_errand
+from flows.session import join_run, run_log
+from tasks.core.artifacts import Store
+from tasks.core.display import Display
+from tasks.core.settings import load_settings
+
+
+def _on_worker(stage_flow: StageFlow) -> Flow[..., None]:
+    @flow(name=stage_flow.name, description=f"{stage_flow.description}\n\nStarted by a retraining with execution=pools.")
+    def on_worker(errand: str, store: str) -> None:
+        """A stage flow on a worker.
+
+        Args:
+            errand: Name of the note in the store that holds the arguments; the result is left beside it.
+            store: The store of the retraining, to say so where a worker has another.
+        """
+        settings = load_settings()
+        here = Store(settings.store_uri, settings.home)
+        asked, run, given = read_errand(here, errand, stage_flow, store)
+        with join_run(run, settings, Display(run_log()), deployment.name or "") as joined:
+            result = stage_flow.fn(run, *given)
+            asked.answer(here, stage_flow, result, joined.stages)
+
+    return on_worker
+
+
+data = _on_worker(stages.make_data)
+train = _on_worker(stages.train)
+refer = _on_worker(stages.refer)
+quantize_gptq = _on_worker(stages.make_gptq)
+quantize_gguf = _on_worker(stages.make_gguf)
+measure = _on_worker(stages.measure)
+check = _on_worker(stages.check)
+ask_apis = _on_worker(stages.ask_apis)
+compare = _on_worker(stages.compare)

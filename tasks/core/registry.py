@@ -1,0 +1,178 @@
+"""The registered model in MLflow: its versions, the aliases `champion` and `previous`, and what was decided about them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tasks.core.settings import Settings
+from tasks.core.tracking import TAG, Runtime, client_of
+from tasks.domain.errors import UserError
+
+CHAMPION, PREVIOUS = "champion", "previous"
+ROLLED_BACK = TAG + "rolled_back"
+TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
+
+
+class Registry:
+    """The registered models of an MLflow."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.client = client_of(settings)
+
+    def register(self, name: str, model_id: str, digest: str, tags: Mapping[str, str], description: str) -> tuple[str, bool]:
+        """Register a logged model once per content; its version, and whether it was there already.
+
+        Args:
+            description: what its page says of it, as Markdown.
+        """
+        import mlflow
+
+        for version in self.client.search_model_versions(f"name = '{name}'"):
+            if version.tags.get(TAG + "digest") == digest:
+                return str(version.version), True
+        with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
+            made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
+        self.client.update_model_version(name, made.version, description)
+        return str(made.version), False
+
+    def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
+        """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            version = self.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return {**version.tags, "version": str(version.version)}
+
+    def promote(self, name: str, version: str, works: Callable[[], str]) -> str:
+        """Make a version the champion, and the champion until now `previous`. If it then does not work, all is as it was.
+
+        Args:
+            works: what is wrong with the new champion; empty if nothing is.
+
+        Returns:
+            What was wrong.
+        """
+        before = {alias: self.champion(name, alias) for alias in (CHAMPION, PREVIOUS)}
+        if until_now := before[CHAMPION]:
+            self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
+        self.client.set_registered_model_alias(name, CHAMPION, version)
+        try:
+            problem = works()
+        except BaseException:  # interrupted: it has not proved itself
+            self._put_back(name, before)
+            raise
+        if problem:
+            self._put_back(name, before)
+        else:
+            self.client.set_model_version_tag(name, version, TAG + "promoted", datetime.now(UTC).isoformat(timespec="seconds"))
+        return problem
+
+    def _put_back(self, name: str, before: Mapping[str, dict[str, str] | None]) -> None:
+        for alias, was in before.items():
+            if was:
+                self.client.set_registered_model_alias(name, alias, was["version"])
+            else:
+                self.client.delete_registered_model_alias(name, alias)
+
+    def rolled_back(self, name: str, version: str) -> str | None:
+        """When a version was taken out of service by `rollback`; None if it was not."""
+        return self.client.get_model_version(name, version).tags.get(ROLLED_BACK) or None
+
+    def version(self, name: str, version: str | None) -> dict[str, str]:
+        """Tags of a version of a registered model, the newest if None, with its `version`.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = {str(v.version): v for v in self.client.search_model_versions(f"name = '{name}'")}
+        wanted = version or max(found, key=int, default="")
+        if wanted not in found:
+            problem = f"is no version of {name} in {self._settings.mlflow_uri}"
+            raise UserError(
+                "version", version, problem, allowed=sorted(found, key=int) or "none yet", mend="`cartwright run` registers one"
+            )
+        return {**found[wanted].tags, "version": wanted}
+
+    @contextlib.contextmanager
+    def promoting(self, name: str) -> Iterator[None]:
+        """Held while a model is promoted or rolled back: MLflow's aliases have no compare-and-swap."""
+        folder = self._settings.home / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"promotion-{name}.lock"):
+            yield
+
+    def write_decision(self, name: str, version: str, decision: Mapping[str, Any]) -> None:
+        """Note on a version what was decided about it, by whom or what, when and why."""
+        when = datetime.now(UTC).isoformat(timespec="seconds")
+        failed = [check["name"] for check in decision["checks"] if check["passed"] is not True]
+        short = {**decision, "checks": failed, "when": when}
+        for tag, value in (("decision", json.dumps(short)), ("verdict", decision["verdict"]), ("decided", when)):
+            self.client.set_model_version_tag(name, version, TAG + tag, value[:TAG_LENGTH])
+
+    def rollback(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Let `champion` and `previous` of a registered model change places.
+
+        Returns:
+            Version and tags of the champion now, and of the one until now.
+
+        Raises:
+            UserError: one of the two is missing.
+        """
+        with self.promoting(name):
+            return self._swap(name)
+
+    def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
+        champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
+        if not champion or not previous:
+            missing = CHAMPION if not champion else PREVIOUS
+            mend = "There is nothing to go back to before a second model was promoted"
+            raise UserError("model", name, f"has no version with the alias {missing} in {self._settings.mlflow_uri}", mend=mend)
+        self.client.set_registered_model_alias(name, CHAMPION, previous["version"])
+        self.client.set_registered_model_alias(name, PREVIOUS, champion["version"])
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)  # the next retraining must not promote it again
+        self.client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
+        if ROLLED_BACK in previous:
+            self.client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
+        return previous, champion
+
+
+def champion_files(settings: Settings, name: str, into: Path | None = None) -> tuple[Path, Runtime, Path]:
+    """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
+
+    Args:
+        into: an empty folder for the files of a registry that keeps them elsewhere.
+
+    Raises:
+        UserError: the registry has none.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client_of(settings)
+    uri = f"models:/{name}@{CHAMPION}"
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
+    except MlflowException as error:
+        raise UserError(
+            "model",
+            CHAMPION,
+            f"the registry {settings.mlflow_uri} has no champion of {name} ({error.error_code})",
+            mend="Run `cartwright run` first",
+        ) from None
+    flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
+    files = flavor["artifacts"]
+    return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent

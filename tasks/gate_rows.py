@@ -1,0 +1,84 @@
+"""Stage `gate_rows`: the rows on which challenger and champion are compared, more of them than every variant is asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from tasks.core.stage import stage
+from tasks.domain.labelled import read_labelled
+from tasks.domain.spec import Spec
+from tasks.domain.utterances import Split
+from tasks.gate import RegisterConfig
+from tasks.leakage import Admission, NearDuplicates, batched, rows_of
+from tasks.synthesize import BLOCK, SynthesizeConfig, distinct_rows, make_generator
+
+SPLITS: tuple[Split, ...] = ("test", "hard")
+
+
+class GateRowsConfig(SynthesizeConfig):
+    """The data set's config with other numbers of rows, and the team's own files."""
+
+    not_in_key: ClassVar[frozenset[str]] = SynthesizeConfig.not_in_key | {"own"}
+    own: tuple[str, ...] = Field((), description="Labelled JSONL files of the team")
+    own_sha256: tuple[str, ...] = Field((), description="Digests of these files")
+
+
+def gate_rows_config(data: SynthesizeConfig, registry: RegisterConfig) -> GateRowsConfig:
+    """What to ask challenger and champion of a run."""
+    rows = {"test_rows": registry.test_rows, "hard_rows": registry.hard_rows}
+    own = {"own": registry.own_rows, "own_sha256": registry.own_rows_sha256}
+    return GateRowsConfig.model_validate(data.model_dump() | rows | own)
+
+
+@stage("gate_rows", version=1, libraries=("rapidfuzz", "scikit-learn"))
+def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Write `test.jsonl` and `hard.jsonl` of unseen products and, where the team has rows of its own, `own.jsonl`.
+
+    They depend on the domain and the seed, so they stay the same from one retraining to the next. What is in the challenger's
+    training data, or nearly, is left out and counted; products of `test` are in no model's, whatever its seed.
+    """
+    generator = make_generator(config)
+    admission = Admission()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for split in SPLITS:
+        rows[split] = list(distinct_rows(generator, split, config.rows(split), admission))
+        admission.hold_out(rows[split])
+    if config.own:
+        rows["own"], admission.rejected["own: cannot be used"] = _own_rows(config.own, generator.spec)
+    learnt = _learnt(rows, inputs["dataset"] / "train.jsonl")
+    for split, made in rows.items():
+        kept = [row for number, row in enumerate(made) if number not in learnt[split]]
+        admission.rejected[f"{split}: in the training data"] += len(made) - len(kept)
+        with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": f"{split}-{n}", **row}, ensure_ascii=False) + "\n" for n, row in enumerate(kept))
+        rows[split] = kept
+    shutil.copy(inputs["dataset"] / "spec.yaml", out_dir)
+    return {"rows": {split: len(kept) for split, kept in rows.items()}, "rejected": dict(Counter(+admission.rejected))}
+
+
+def _own_rows(paths: tuple[str, ...], spec: Spec) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the team's files, and how many lines cannot be used."""
+    found, bad = [], 0
+    for path in paths:
+        rows, problems = read_labelled(Path(path), spec)
+        found += [{"language": "?", **row} for row in rows]
+        bad += len(problems)
+    return found, bad
+
+
+def _learnt(rows: Mapping[str, list[dict[str, Any]]], train: Path) -> dict[str, set[int]]:
+    """The numbers of those rows of each split that are nearly a training row."""
+    known = {split: NearDuplicates(row["text"] for row in made) for split, made in rows.items()}
+    learnt: dict[str, set[int]] = {split: set() for split in rows}
+    for part in batched(rows_of(train), BLOCK):
+        texts = [row["text"] for row in part]
+        for split, index in known.items():
+            learnt[split].update(number for _, number in index.pairs(texts))
+    return learnt

@@ -1,0 +1,152 @@
+"""Stages on the workers of pools: a real Prefect server, a real MLflow server, and a worker in another folder with another home."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.test_team import REPOSITORY, Home
+
+# The whole DAG with as little as possible in it.
+SMALL = {"gguf": ["F16"], "gptq": [], "base_few_shot": 0, "data.train_rows": 48, "train.checkpoints": 1}
+WAIT_S = 400
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        if answer := found():
+            return answer
+        time.sleep(0.5)
+    raise TimeoutError(what)
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """Servers and the workers of `up`, of which the one that runs stages is ended: tests start others."""
+    home = Home(tmp_path_factory.mktemp("pools") / "home")
+    started = home.up()
+    assert started.returncode == 0, started.stdout + started.stderr
+    (worker,) = [service for service in home.services() if service["name"] == "worker of cpu-pool"]
+    psutil.Process(worker["pid"]).terminate()
+    yield home
+    home.command("down")
+
+
+@contextmanager
+def worker(team: Home, folder: Path, store: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of cpu-pool as on another host: its own home and working directory, the team's servers."""
+    folder.mkdir(parents=True)
+    variables = {**addresses(team), "CARTWRIGHT_HOME": str(folder / "home"), "CARTWRIGHT_STORE": store.as_uri()}
+    command = [str(Path(sys.executable).parent / "prefect"), "worker", "start", "--pool", "cpu-pool", "--type", "process", "--limit", "1"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--name", folder.name], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    until(
+        lambda: folder.name in {w["name"] for w in team.ask("work_pools/cpu-pool/workers/filter", {}) if w["status"] == "ONLINE"}, "worker"
+    )
+    try:
+        yield process
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.terminate()
+        for member in psutil.wait_procs(family, 15)[1]:
+            member.kill()
+
+
+def addresses(team: Home) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PREFECT_API_URL": f"http://127.0.0.1:{team.prefect}/api",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{team.mlflow}",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+    }
+
+
+def retrain(team: Home, changes: dict[str, Any]) -> subprocess.Popen[str]:
+    """The retraining itself, as a person starts it by hand."""
+    sets = [part for name, value in changes.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke", "--execution", "pools", *sets]
+    variables = {**addresses(team), "CARTWRIGHT_HOME": str(team.folder)}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def runs_of(team: Home, flow: str) -> list[dict[str, Any]]:
+    return team.ask("flow_runs/filter", {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC"})
+
+
+def running_stages(home: Path) -> list[psutil.Process]:
+    """Processes of stages and flows that run in a home, its worker left out."""
+    found = []
+    for process in psutil.process_iter(["environ", "cmdline"]):
+        here = (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(home)
+        if here and {"tasks.core.child", "prefect.engine", "prefect.flow_engine"} & set(process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def test_without_a_worker_or_a_server_nothing_starts(team: Home) -> None:
+    until(lambda: not [w for w in team.ask("work_pools/cpu-pool/workers/filter", {}) if w["status"] == "ONLINE"], "the worker of up to end")
+    asked = retrain(team, SMALL)
+    out, _ = asked.communicate(timeout=WAIT_S)
+    assert asked.returncode == 2 and "cpu-pool has no worker" in out and "make up" in out
+    alone = team.command("run", "--profile", "smoke", "--execution", "pools")
+    assert alone.returncode == 2 and "PREFECT_API_URL" in alone.stderr and not runs_of(team, "data")
+
+
+def test_a_worker_with_another_store_is_found_out_before_any_work_and_fails_the_parent_with_its_reason(team: Home, tmp_path: Path) -> None:
+    with worker(team, tmp_path / "elsewhere", tmp_path / "other-store"):
+        asked = retrain(team, SMALL)
+        out, _ = asked.communicate(timeout=WAIT_S)
+    assert asked.returncode == 1, out
+    assert "data on cpu-pool failed: UserError: CARTWRIGHT_STORE" in out and "is not the store of the flow that sent this work" in out
+    assert [run["state"]["type"] for run in runs_of(team, "data")] == ["FAILED"] and not (tmp_path / "other-store" / "synthesize").exists()
+
+
+def test_a_parent_that_was_killed_goes_on_with_the_children_it_had(team: Home, tmp_path: Path) -> None:
+    with worker(team, tmp_path / "host", team.folder / "store"):
+        first = retrain(team, SMALL)
+        until(lambda: [run for run in runs_of(team, "train") if run["state"]["type"] == "RUNNING"], "training")
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert running_stages(tmp_path / "host" / "home")
+        again = retrain(team, SMALL)
+        out, _ = again.communicate(timeout=WAIT_S)
+        assert again.returncode == 0, out
+    for flow in ("train", "refer", "quantize-gguf", "measure", "check", "compare"):
+        assert [run["state"]["type"] for run in runs_of(team, flow)] == ["COMPLETED"], flow
+    report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
+    pools = {stage["name"]: stage["pool"] for stage in report["stages"]}
+    assert pools["finetune"] == pools["evaluate gguf-F16"] == "cpu" and pools["register"] == pools["decide"] == "local"
+    # Stages ran in the worker's home, artefacts are in the store of both.
+    logs = {path.name.split("-")[0] for path in (tmp_path / "host" / "home" / "logs").rglob("*.log")}
+    assert {"synthesize", "finetune", "convert_gguf", "evaluate", "benchmark"} <= logs
+    assert not (tmp_path / "host" / "home" / "store").exists() and not list((team.folder / "logs").rglob("finetune-*.log"))
+    parents = {run["id"] for run in runs_of(team, "retrain")}
+    assert len(parents) == 3  # two that failed, or were killed, and the last
+
+
+def test_cancelling_the_parent_leaves_no_process_behind(team: Home, tmp_path: Path) -> None:
+    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "pools"]
+    with worker(team, tmp_path / "host", team.folder / "store"):
+        changes = {"profile": "smoke", "overrides": {**SMALL, "data.train_rows": 20_000, "data.seed": 8}, "execution": "pools"}
+        run = team.ask(f"deployments/{deployment}/create_flow_run", {"parameters": changes, "state": {"type": "SCHEDULED"}})["id"]
+        until(lambda: [p for p in running_stages(tmp_path / "host" / "home") if "tasks.core.child" in p.cmdline()], "a stage")
+        team.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+        until(lambda: team.ask(f"flow_runs/{run}")["state"]["type"] == "CANCELLED", "the parent to be cancelled")
+        until(lambda: not running_stages(tmp_path / "host" / "home") and not running_stages(team.folder), "processes to end")
+        assert runs_of(team, "data")[0]["state"]["type"] == "CANCELLED"
