@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows import team_commands
 from tasks.core import settings as environment
 from tasks.domain.errors import UserError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(team_commands.app)
 
 WRONG_SHOWN = 10
 ModelOption = Annotated[
@@ -153,74 +155,6 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
     print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {settings.mlflow_uri}")
-
-
-PrefectPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the Prefect server.")]
-MlflowPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the MLflow server.")]
-
-
-@app.command()
-def up(
-    prefect_port: PrefectPort = 4200,
-    mlflow_port: MlflowPort = 5000,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Start a worker for the gpu-pool even where no GPU is seen.")] = False,
-) -> None:
-    """Start a Prefect server, an MLflow server and workers on this machine, and deploy `retrain` to them. Twice is harmless."""
-    from flows.team import Team
-
-    settings = environment.load_settings()
-    team = Team(settings, prefect_port, mlflow_port)
-    print("Starting the Prefect server, the MLflow server and the workers: about half a minute")
-    team.up(gpu)
-    for service in team.services():
-        print(f"  {service.name:<20} process {service.pid}, log {service.log}")
-    print(f"Prefect: {team.prefect}/deployments  (choose retrain/cpu, press Run, Custom run, and fill in the form)")
-    print(f"MLflow:  {team.mlflow}  (every retraining is a run; its variants are its children)")
-    print("`cartwright down` ends what was started here.")
-
-
-@app.command()
-def down() -> None:
-    """End what `up` started, and nothing else. What was made stays."""
-    from flows.team import Team
-
-    ended = Team(environment.load_settings(), 0, 0).down()
-    print(f"Ended: {', '.join(ended)}." if ended else "Nothing that `up` started is running.")
-
-
-@app.command()
-def promote(
-    version: Annotated[str | None, typer.Argument(help="Version of the registered model. Default: the newest.")] = None,
-    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
-    why: Annotated[str, typer.Option(help="Why, for the record.")] = "",
-) -> None:
-    """Make a version of the registered model the champion by hand, whatever the gate said of it, if it answers from the registry."""
-    from getpass import getuser
-
-    from tasks.core.registry import Registry
-    from tasks.register import promote_by_hand
-
-    registry = Registry(environment.load_settings())
-    chosen = registry.version(name, version)
-    verdict = promote_by_hand(registry, name, chosen, by=getuser(), why=why)
-    if verdict["verdict"] != "promote":
-        _fail(f"{name} version {chosen['version']} was not promoted: {verdict['checks'][-1]['name']}. All is as it was.", 1)
-    before = f"; {verdict['champion']} is kept as `previous`" if verdict["champion"] else ""
-    print(f"{name}: version {chosen['version']} ({chosen.get('cartwright.variant', 'unknown variant')}) is the champion{before}.")
-
-
-@app.command()
-def rollback(
-    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
-) -> None:
-    """Make the champion before this one the champion again. Twice is as it was."""
-    from tasks.core.registry import Registry
-
-    now, before = Registry(environment.load_settings()).rollback(name)
-    was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}
-    print(
-        f"{name}: version {now['version']} ({was[now['version']]}) is the champion again; version {before['version']} ({was[before['version']]}) is kept as `previous`."
-    )
 
 
 @app.command()

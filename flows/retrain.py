@@ -15,7 +15,7 @@ from flows.session import open_run, run_log
 from tasks.config import load_config, profiles, resolve
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
-from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, REFERENCE
+from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, REFERENCE, recommended_cpu
 from tasks.gate import PromotionMode
 from tasks.quantize_gguf import GgufFormat
 
@@ -77,7 +77,9 @@ def retrain(
         apis, answered, unanswered = on(stages.ask_apis, dataset) if config.api else ([], {}, {})
         decision = stages.choose(run, [*variants, *apis], models, found | answered, checked, failed | unanswered, unchecked, unmeasured)
 
-        compared = on(stages.compare, decision, models, dataset)
+        challenger = models.get(recommended_cpu(decision) or "")
+        champion = stages.to_beat(run, challenger)
+        compared = on(stages.compare, challenger, champion, dataset) if champion else None
         verdict = stages.judge(run, decision, compared)
         if config.registry.mode == "manual" and verdict["verdict"] == "promote":
             verdict = approval.ask(verdict, run.run_id)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from tasks.config import RunConfig
+from tasks.core import hardware
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
 from tasks.core.child import tied
@@ -97,12 +98,26 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
             "cartwright.profile": config.profile,
             "mlflow.source.git.commit": str(git["commit"] or ""),
             "cartwright.git_dirty": str(git["dirty"]).lower(),
+            "cartwright.hardware": hardware.hardware_class(),
         }
         tracker = open_parent(settings, experiment_name(config), config.key(), name, tags)
+        for name, value in _flow_run().items():  # the newest, if it is taken up again
+            tracker.client.set_tag(tracker.parent, f"cartwright.{name}", value)
         started = now.isoformat(timespec="seconds")
         run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run
+
+
+def _flow_run() -> dict[str, str]:
+    """Id of the Prefect flow run, and its address where the server has pages."""
+    from prefect.runtime import flow_run
+    from prefect.utilities.urls import url_for
+
+    if not flow_run.id:
+        return {}
+    address = url_for("flow-run", obj_id=flow_run.id)
+    return {"flow_run": str(flow_run.id), **({"flow_run_url": address} if address else {})}
 
 
 @contextmanager

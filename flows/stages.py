@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.concurrency.sync import concurrency
 from prefect.events import emit_event
 
 from flows.session import Run, runner, teacher_secret
@@ -25,6 +26,7 @@ from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
+from tasks.gate import PROMOTION
 from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
@@ -287,14 +289,17 @@ def choose(
     return runner(run).run(decide, config, "decide", inputs)
 
 
-@flow(name="compare")
-def compare(run: Run, decision: Manifest, models: Models, dataset: Manifest) -> Comparison | None:
-    """Champion and challenger on the same rows, more of them than every variant was asked; None if there is nothing to compare."""
+def to_beat(run: Run, challenger: Manifest | None) -> Manifest | None:
+    """The champion, if it is another model than the challenger and can be asked the same rows."""
     call, config = runner(run), run.config
-    challenger = models.get(recommended_cpu(decision) or "")
     champion = champion_artefact(Registry(call.settings), call.store, config.registry, config.data.prompt)
-    if not champion or not challenger or champion.digest == challenger.digest:
-        return None
+    return champion if champion and challenger and champion.digest != challenger.digest else None
+
+
+@flow(name="compare")
+def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison:
+    """Challenger and champion on the same rows, more of them than every variant was asked."""
+    call, config = runner(run), run.config
     rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset)
     asked = config.evaluate.model_copy(update={"splits": tuple(rows.metrics["rows"])})
     mine, theirs = (
@@ -310,7 +315,8 @@ def release(
 ) -> Path:
     """Registry and report; the folder of the report."""
     call, config = runner(run), run.config
-    verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
+    with concurrency(PROMOTION):  # of all hosts, where the server knows the limit; MLflow's aliases have no compare-and-swap
+        verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
     tell(f"gate.{verdict['verdict']}", config.registry.name, {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict})
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
 

@@ -7,30 +7,25 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
-import yaml
 from filelock import FileLock
 
+from flows.deploying import SOURCE, Server
 from tasks.core import hardware
 from tasks.core import settings as environment
 from tasks.core.settings import Settings
 from tasks.domain.errors import UserError
 
-SOURCE = Path(__file__).resolve().parents[1]
-DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 HOST = "127.0.0.1"
 ORCHESTRATOR = "orchestrator"  # the pool of retrainings that send their stages to other pools
 HEALTHY_WITHIN_S = 120
 ENDED_WITHIN_S = 15
-BUSY_TRIES = 40  # half a second apart
 CLOCK_S = 3  # the time of a process's start follows the system clock, which may be set
 
 
@@ -62,6 +57,7 @@ class Team:
         self.mlflow = f"http://{HOST}:{mlflow_port}"
         self._ports = {"Prefect": prefect_port, "MLflow": mlflow_port}
         self._state = settings.home / "team.json"
+        self._server = Server(f"{self.prefect}/api", self._environment())
 
     def up(self, gpu: bool) -> None:
         """Start what is not running yet, wait until it is healthy, and deploy.
@@ -78,7 +74,7 @@ class Team:
             self._ensure(running, "MLflow", self._mlflow_command())
             self._wait(running["Prefect"], f"{self.prefect}/api/health")
             pools = [ORCHESTRATOR, "cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
-            self._deploy()
+            self._server.deploy("process")
             for pool in pools:
                 command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-{socket.gethostname()}"]
                 # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
@@ -169,56 +165,15 @@ class Team:
                 time.sleep(0.2)
         raise UserError(service.name, url, "does not answer", mend=f"Its log says why: {service.log}")
 
-    def _deploy(self) -> None:
-        """Pools, and every deployment of `deployments/prefect.yaml`."""
-        for pool in (ORCHESTRATOR, "cpu-pool", "gpu-pool"):
-            known = self._ask(f"work_pools/{pool}", missing_is_none=True)
-            if known is None:
-                self._ask("work_pools/", {"name": pool, "type": "process", "description": "Runs stages as processes of this host"})
-        switched_on = {schedule["slug"] for schedule in self._schedules() if schedule["active"]}
-        command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
-        done = subprocess.run(command, capture_output=True, text=True, env=self._environment(), cwd=SOURCE)
-        if done.returncode:
-            raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
-        # Deploying switches schedules as the file has them, and leaves those that are not there any more.
-        in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
-        known = {schedule["slug"] for deployment in in_file for schedule in deployment.get("schedules", [])}
-        for schedule in self._schedules():
-            path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
-            if schedule["slug"] not in known:
-                self._ask(path, method="DELETE")
-            elif schedule["slug"] in switched_on:
-                self._ask(path, {"active": True}, method="PATCH")
-
-    def _schedules(self) -> list[dict[str, Any]]:
-        """The schedules of every deployment of ours on the server."""
-        ours = {"deployments": {"tags": {"all_": ["cartwright"]}}}
-        return [schedule for deployment in self._ask("deployments/filter", ours) for schedule in deployment["schedules"]]
-
     def _wait_for_worker(self, service: Service, pool: str) -> None:
         deadline = time.monotonic() + HEALTHY_WITHIN_S
         while time.monotonic() < deadline and service.process():
-            workers = self._ask(f"work_pools/{pool}/workers/filter", {}) or []
+            workers = self._server.ask(f"work_pools/{pool}/workers/filter", {}) or []
             # One of the same name that was ended a moment ago is called online for a while: it must have been heard since.
             if any(_moment(worker["last_heartbeat_time"]) > service.started for worker in workers):
                 return
             time.sleep(0.3)
         raise UserError(service.name, pool, "does not come online", mend=f"Its log says why: {service.log}")
-
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None, missing_is_none: bool = False, method: str | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.prefect}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
-        for left in range(BUSY_TRIES, -1, -1):
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.loads(answer.read() or "null")
-            except urllib.error.HTTPError as error:
-                if error.code == 404 and missing_is_none:
-                    return None
-                if error.code != 503 or not left:  # 503: its SQLite is locked by another request for a moment
-                    raise
-                time.sleep(0.5)
-        return None
 
 
 def _answers(port: int) -> bool:

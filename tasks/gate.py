@@ -13,6 +13,7 @@ from pydantic import Field
 from tasks.core.stage import StageConfig
 
 Verdict = Literal["promote", "hold", "inconclusive"]
+PROMOTION = "cartwright-promotion"  # the concurrency limit of a Prefect server that lets one promotion go on at a time
 PromotionMode = Literal["auto", "manual", "off"]
 
 

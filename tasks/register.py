@@ -112,7 +112,7 @@ def register_variants(
         return verdict, True
     tags = {
         "kind": challenger.kind, "key": challenger.key, "run": run.run_id, "mlflow_run": tracker.parent, "variant": name,
-        "prompt": dataset.config["prompt"], "dataset_key": dataset.key, "dataset_sha256": dataset.digest,
+        "prompt": dataset.config["prompt"], "dataset_key": dataset.key, "dataset_sha256": dataset.digest, "flow_run": tracker.tag("flow_run") or "",
     }  # fmt: skip
     variant = next(variant for variant in found["variants"] if variant["name"] == name)
     about = describe(config.name, variant, run.run_id, tracker.parent)

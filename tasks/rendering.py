@@ -245,6 +245,14 @@ STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Co
 PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]
 
 
+def _check(check: Any) -> str:
+    """A check of the gate in words."""
+    if not isinstance(check, dict):
+        return _text(check)
+    passed = {True: "passed", False: "failed", None: "cannot tell"}[check.get("passed")]
+    return f"{passed} · {_text(check.get('name'))}"
+
+
 def quiet(measurement: Any) -> str:
     """A sentence on whether other programs disturbed the measurements."""
     if not isinstance(measurement, Mapping):
@@ -282,7 +290,7 @@ class _Page:
             "gate": self._facts(gate, GATE) if gate else [],
             "verdict": self._cell(report, "gate.verdict", otherwise="no gate was run"),
             "verdicts": VERDICTS,
-            "checks": gate.get("checks") or [],
+            "checks": [_check(check) for check in gate.get("checks") or []],
             "tiles": {_text(v.get("name")): self._facts(v, TILES) for v in self.recommended},
             "variants": self._variants(VARIANT_COLUMNS, self.variants),
             "notes": {_text(v.get("name")): v["notes"] for v in self.variants if v.get("notes")},

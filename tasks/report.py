@@ -16,7 +16,9 @@ from tasks.core.artifacts import Manifest
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state
+from tasks.core.tracking import Tracker
 from tasks.domain.errors import UserError
+from tasks.gate import in_markdown
 from tasks.rendering import render
 
 PICTURES = ("accuracy_memory", "accuracy_speed", "latency", "divergence", "languages")
@@ -41,6 +43,8 @@ def write_report(
     finished = datetime.now(UTC)
     report = {
         "run_id": run.run_id,
+        "mlflow_run": run.tracker.parent,
+        "flow_run": run.tracker.tag("flow_run"),
         "profile": config.profile,
         "config": config.model_dump(mode="json"),
         "git": git_state(),
@@ -60,15 +64,19 @@ def write_report(
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)
-    show_in_prefect(report, folder, run.tracker.parent)
+    show_in_prefect(report, folder, run.tracker)
     return folder, all(stage["state"] == "cached" for stage in run.stages)
 
 
-def show_in_prefect(report: dict[str, Any], folder: Path, mlflow_run: str) -> None:
-    """The recommendation, the table of variants and the pictures as artifacts of the flow run, and where the whole report is."""
-    from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+def show_in_prefect(report: dict[str, Any], folder: Path, tracker: Tracker) -> None:
+    """The recommendation, the gate, the table of variants and the pictures as artifacts of the flow run, and where the whole report is."""
+    from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
-    where = f"Report: `{folder / 'report.html'}`\n\nMLflow run: `{mlflow_run}`"
+    if page := tracker.page():
+        create_link_artifact(key="mlflow-run", link=page, link_text="The run in MLflow", description=report["run_id"])
+        create_link_artifact(key="report", link=f"{page}/artifacts/report/report.html", link_text="The report in MLflow")
+    create_markdown_artifact(key="gate", markdown=in_markdown(report["gate"]), description=report["run_id"])
+    where = f"Report: `{folder / 'report.html'}`\n\nMLflow run: `{tracker.parent}`"
     create_markdown_artifact(key="recommendation", markdown=f"{report['recommendation']['why']}\n\n{where}", description=report["run_id"])
     create_table_artifact(key="variants", table=[_variant_row(v) for v in report["variants"]], description=report["run_id"])
     for name in PICTURES:

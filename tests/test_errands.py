@@ -49,10 +49,10 @@ def test_arguments_and_results_come_out_as_they_went_in(store: Store) -> None:
     assert errand.result(store, stages.measure) == (result, [{"name": "evaluate", "state": "cached"}])
 
 
-def test_a_result_may_be_a_manifest_or_a_reason_or_nothing(store: Store) -> None:
+def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None:
     for stage_flow, given, results in (
         (stages.refer, (manifest("a"), manifest("b")), (manifest("c"), "out of memory")),
-        (stages.compare, (manifest("a"), {}, manifest("b")), (None, (manifest("r"), manifest("m"), manifest("t")))),
+        (stages.compare, (manifest("a"), manifest("c"), manifest("b")), ((manifest("r"), manifest("m"), manifest("t")),)),
     ):
         errand = errand_for(RUN, stage_flow, given)
         for result in results:

@@ -2,74 +2,104 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks import register
+from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
-from tasks.core.tracking import CHAMPION, PREVIOUS, Tracker, open_parent, rollback
 from tasks.domain.errors import UserError
+from tasks.register import promote_by_hand
 from tasks.registered import problem_of_champion
 
 NAME = "shop-intent"
 
 
 @pytest.fixture
-def tracker(home: Path) -> Tracker:
+def registry(home: Path) -> Registry:
     """A registry with three versions of a model whose files are nowhere."""
     home.mkdir()
-    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
-    tracker.client.create_registered_model(NAME)
+    registry = Registry(load_settings())
+    registry.client.create_registered_model(NAME)
     for variant in ("Q8_0", "Q4_0", "Q4_1"):
-        tracker.client.create_model_version(NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant})
-    return tracker
+        registry.client.create_model_version(NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant})
+    return registry
 
 
-def aliases(tracker: Tracker) -> tuple[str | None, str | None]:
-    found = [tracker.champion(NAME, alias) for alias in (CHAMPION, PREVIOUS)]
+def aliases(registry: Registry) -> tuple[str | None, str | None]:
+    found = [registry.champion(NAME, alias) for alias in (CHAMPION, PREVIOUS)]
     return found[0] and found[0]["version"], found[1] and found[1]["version"]
 
 
-def test_a_promotion_keeps_the_champion_before_it_and_takes_itself_back_when_the_new_one_fails(tracker: Tracker) -> None:
-    assert tracker.champion("unknown") is None and aliases(tracker) == (None, None)
-    assert tracker.promote(NAME, "1", lambda: "it does not load") == "it does not load"
-    assert aliases(tracker) == (None, None)
-    assert tracker.promote(NAME, "1", lambda: "") == "" and aliases(tracker) == ("1", None)
+def test_a_promotion_keeps_the_champion_before_it_and_takes_itself_back_when_the_new_one_fails(registry: Registry) -> None:
+    assert registry.champion("unknown") is None and aliases(registry) == (None, None)
+    assert registry.promote(NAME, "1", lambda: "it does not load") == "it does not load"
+    assert aliases(registry) == (None, None)
+    assert registry.promote(NAME, "1", lambda: "") == "" and aliases(registry) == ("1", None)
     seen: list[tuple[str | None, str | None]] = []
-    tracker.promote(NAME, "2", lambda: seen.append(aliases(tracker)) or "")  # type: ignore[func-returns-value]
-    assert seen == [("2", "1")] == [aliases(tracker)]
-    tracker.promote(NAME, "3", lambda: "it answers nothing")
-    assert aliases(tracker) == ("2", "1")
-    promoted = tracker.champion(NAME)
-    assert promoted and promoted["cartwright.promoted"] and "cartwright.promoted" not in tracker.client.get_model_version(NAME, "3").tags
+    registry.promote(NAME, "2", lambda: seen.append(aliases(registry)) or "")  # type: ignore[func-returns-value]
+    assert seen == [("2", "1")] == [aliases(registry)]
+    registry.promote(NAME, "3", lambda: "it answers nothing")
+    assert aliases(registry) == ("2", "1")
+    promoted = registry.champion(NAME)
+    assert promoted and promoted["cartwright.promoted"] and "cartwright.promoted" not in registry.client.get_model_version(NAME, "3").tags
 
 
-def test_an_interrupted_promotion_leaves_everything_as_it_was(tracker: Tracker) -> None:
-    tracker.promote(NAME, "1", lambda: "")
+def test_an_interrupted_promotion_leaves_everything_as_it_was(registry: Registry) -> None:
+    registry.promote(NAME, "1", lambda: "")
 
     def stopped() -> str:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tracker.promote(NAME, "2", stopped)
-    assert aliases(tracker) == ("1", None)
+        registry.promote(NAME, "2", stopped)
+    assert aliases(registry) == ("1", None)
 
 
-def test_rollback_swaps_and_says_what_it_did(tracker: Tracker) -> None:
-    tracker.promote(NAME, "1", lambda: "")
+def test_rollback_swaps_and_says_what_it_did(registry: Registry) -> None:
+    registry.promote(NAME, "1", lambda: "")
     with pytest.raises(UserError, match="no version with the alias previous"):
-        rollback(load_settings(), NAME)
+        registry.rollback(NAME)
     with pytest.raises(UserError, match="no version with the alias champion"):
-        rollback(load_settings(), "unknown")
-    tracker.promote(NAME, "2", lambda: "")
-    now, before = rollback(load_settings(), NAME)
-    assert (now["cartwright.variant"], before["cartwright.variant"]) == ("Q8_0", "Q4_0") and aliases(tracker) == ("1", "2")
-    assert tracker.rolled_back(NAME, "2") and not tracker.rolled_back(NAME, "1")
-    rollback(load_settings(), NAME)
-    assert aliases(tracker) == ("2", "1") and tracker.rolled_back(NAME, "1") and not tracker.rolled_back(NAME, "2")
+        registry.rollback("unknown")
+    registry.promote(NAME, "2", lambda: "")
+    now, before = registry.rollback(NAME)
+    assert (now["cartwright.variant"], before["cartwright.variant"]) == ("Q8_0", "Q4_0") and aliases(registry) == ("1", "2")
+    assert registry.rolled_back(NAME, "2") and not registry.rolled_back(NAME, "1")
+    registry.rollback(NAME)
+    assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "1") and not registry.rolled_back(NAME, "2")
 
 
-def test_a_champion_whose_files_are_gone_does_not_work(tracker: Tracker) -> None:
-    tracker.promote(NAME, "1", lambda: "")
+def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry) -> None:
+    registry.promote(NAME, "1", lambda: "")
     problem = problem_of_champion(NAME)
     assert problem and "Traceback" not in problem
+
+
+def test_a_person_promotes_by_hand_and_what_was_decided_is_written_down(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = {"1": "", "2": "", "3": "it answers nothing"}
+    monkeypatch.setattr(register, "problem_of_champion", lambda name: problems[registry.champion(name)["version"]])  # type: ignore[index]
+
+    def promote(version: str) -> dict[str, Any]:
+        return promote_by_hand(registry, NAME, registry.version(NAME, version), by="ana", why="trial")
+
+    assert promote("1")["verdict"] == "promote" and promote("2")["champion"] == "version 1" and aliases(registry) == ("2", "1")
+    failed = promote("3")
+    assert failed["verdict"] == "hold" and "it answers nothing" in failed["checks"][-1]["name"] and aliases(registry) == ("2", "1")
+    assert promote("2")["checks"][-1]["name"] == "it is the champion already"
+    written = json.loads(registry.client.get_model_version(NAME, "3").tags["cartwright.decision"])
+    assert (written["verdict"], written["by"], written["why"]) == ("hold", "ana", "trial") and written["when"]
+    assert registry.version(NAME, None)["version"] == "3"
+    with pytest.raises(UserError, match=r"version = '7': is no version of shop-intent .* Allowed: 1, 2, 3"):
+        registry.version(NAME, "7")
+
+
+def test_what_was_compared_with_another_champion_is_held(registry: Registry) -> None:
+    registry.promote(NAME, "1", lambda: "")
+    verdict = {"verdict": "promote", "champion": None, "checks": []}
+    held = register.promote(registry, NAME, "2", verdict)
+    assert held["verdict"] == "hold" and "the champion is version 1 by now" in held["checks"][-1]["name"]
+    assert aliases(registry) == ("1", None)

@@ -15,13 +15,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import prefect
 import psutil
 import pytest
 import yaml
 
+from flows.deploying import DEPLOYMENTS, POOLS, job_template, pools
 from flows.placement import stage_flows_on
-from flows.team import DEPLOYMENTS, Service
+from flows.team import Service
 from tasks.config import load_config, profiles
+from tasks.domain.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -168,16 +171,6 @@ def test_a_port_that_is_taken_is_an_error_and_starts_nothing(tmp_path: Path) -> 
     )
 
 
-def test_down_ends_what_up_started_and_nothing_else(team: Home) -> None:
-    """The last test of the module: afterwards nothing runs."""
-    pids = [service["pid"] for service in team.services()]
-    family = [member for pid in pids for member in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
-    ended = team.command("down")
-    assert ended.returncode == 0 and "Prefect" in ended.stdout and "MLflow" in ended.stdout and "worker of cpu-pool" in ended.stdout
-    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
-    assert "Nothing that `up` started is running" in team.command("down").stdout
-
-
 @pytest.mark.fast
 def test_a_process_id_that_the_kernel_has_used_again_is_not_ours() -> None:
     me = psutil.Process()
@@ -211,3 +204,43 @@ def test_every_stage_flow_is_deployed_where_a_retraining_looks_for_it() -> None:
         assert wanted and wanted <= deployed
     stages = {name for name in deployed if not name.startswith("retrain/")}
     assert stages == {f"{flow}/{machine}" for machine in ("cpu", "gpu") for flow in stage_flows_on(machine)}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_every_pool_has_job_variables_that_its_kind_of_worker_takes(kind: Any) -> None:
+    known = json.loads(next((Path(prefect.__file__).parent / "server").rglob("aggregate-worker-metadata.json")).read_text())
+    variables = {"PREFECT_API_URL": "http://p/api", "MLFLOW_TRACKING_URI": "http://m", "CARTWRIGHT_STORE": "s3://b/store"}
+    used = {d["work_pool"]["name"] for d in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]}
+    found = pools(kind, variables)
+    assert set(found) == used and set(yaml.safe_load(POOLS.read_text())["pools"]) == {"process", "docker", "kubernetes"}
+    for job_variables in found.values():
+        properties = job_template(known, kind, job_variables)["variables"]["properties"]
+        assert {name: properties[name]["default"] for name in job_variables} == job_variables
+    if kind != "process":
+        assert found["cpu-pool"]["env"]["CARTWRIGHT_STORE"] == "s3://b/store" and found["gpu-pool"]["image"] != found["cpu-pool"]["image"]
+        with pytest.raises(UserError, match="CARTWRIGHT_STORE: is not set, and containers need it"):
+            pools(kind, {name: value for name, value in variables.items() if name != "CARTWRIGHT_STORE"})
+
+
+@pytest.mark.fast
+def test_a_server_that_does_not_answer_is_one_clear_message(cartwright: Any) -> None:
+    refused = cartwright("deploy", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
+    assert refused.returncode == 2 and "does not answer" in refused.stderr and "cartwright up" in refused.stderr
+    assert cartwright("deploy").returncode == 2
+
+
+def test_pools_of_another_kind_are_not_overwritten(team: Home, cartwright: Any) -> None:
+    addresses = {"MLFLOW_TRACKING_URI": "http://m", "CARTWRIGHT_STORE": "s3://b/store"}
+    refused = cartwright("deploy", "--pools", "docker", PREFECT_API_URL=f"http://127.0.0.1:{team.prefect}/api", **addresses)
+    assert refused.returncode == 2 and "--pools = 'docker'" in refused.stderr and "Allowed: process" in refused.stderr
+
+
+def test_down_ends_what_up_started_and_nothing_else(team: Home) -> None:
+    """The last test of the module: afterwards nothing runs."""
+    pids = [service["pid"] for service in team.services()]
+    family = [member for pid in pids for member in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    ended = team.command("down")
+    assert ended.returncode == 0 and "Prefect" in ended.stdout and "MLflow" in ended.stdout and "worker of cpu-pool" in ended.stdout
+    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    assert "Nothing that `up` started is running" in team.command("down").stdout

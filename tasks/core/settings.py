@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import sys
@@ -94,6 +95,17 @@ def set_prefect_api(url: str | None) -> None:
         os.environ["PREFECT_API_URL"] = url
     else:
         os.environ.pop("PREFECT_API_URL", None)
+
+
+def source_on_workers(here: Path) -> str:
+    """Where workers find these sources: `CARTWRIGHT_SOURCE`, by default the folder they are in here."""
+    return os.environ.get("CARTWRIGHT_SOURCE") or str(here)
+
+
+def prefect_authorization() -> dict[str, str]:
+    """The header that a Prefect server with a password wants, from `PREFECT_API_AUTH_STRING` (`user:password`); none without."""
+    secret = os.environ.get("PREFECT_API_AUTH_STRING")
+    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
 
 
 def without_secrets(text: str) -> str:

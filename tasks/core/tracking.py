@@ -115,6 +115,17 @@ class Tracker:
     def _search(self, condition: str) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=1000))
 
+    def tag(self, name: str) -> str | None:
+        """A tag of ours on the parent run."""
+        found: str | None = self.client.get_run(self.parent).data.tags.get(TAG + name)
+        return found
+
+    def page(self) -> str | None:
+        """The address of the parent run's page, where MLflow is a server."""
+        if not self.uri.startswith(("http:", "https:")):
+            return None
+        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.parent}"
+
     @property
     def run_name(self) -> str:
         return str(self.client.get_run(self.parent).info.run_name)
@@ -182,7 +193,9 @@ class Tracker:
         recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
         figures = flatten({**recommended["quality"], **recommended["performance"]}) if recommended else {}
         self.log(self.parent, {**figures, "wall_s": report["wall_s"]})
-        self.client.set_tag(self.parent, "mlflow.note.content", report["recommendation"]["why"])
+        flow_run = self.tag("flow_run_url")
+        note = report["recommendation"]["why"] + (f"\n\n[The flow run in Prefect]({flow_run})" if flow_run else "")
+        self.client.set_tag(self.parent, "mlflow.note.content", note)
         self.client.set_tag(self.parent, TAG + "gate", report["gate"]["verdict"])
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

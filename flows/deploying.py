@@ -1,0 +1,142 @@
+"""What a Prefect server is told of Cartwright: pools, deployments with their schedules, limits. Twice changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tasks.core import settings as environment
+from tasks.domain.errors import UserError
+from tasks.gate import PROMOTION
+
+SOURCE = Path(__file__).resolve().parents[1]
+DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
+POOLS = SOURCE / "deployments" / "pools.yaml"
+PoolKind = Literal["process", "docker", "kubernetes"]
+BUSY_TRIES = 40  # half a second apart
+
+
+class Server:
+    """A Prefect server, as its API answers.
+
+    Args:
+        api: its address, which ends in `/api`.
+        variables: environment of the commands that talk to it.
+    """
+
+    def __init__(self, api: str, variables: Mapping[str, str]) -> None:
+        self.api = api.rstrip("/")
+        self._variables = dict(variables)
+
+    def ask(self, path: str, body: Any = None, missing_is_none: bool = False, method: str | None = None) -> Any:
+        """What the API answers to a request; a POST if it has a body.
+
+        Raises:
+            UserError: the server does not answer.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **environment.prefect_authorization()}
+        request = urllib.request.Request(f"{self.api}/{path}", data, headers, method=method)
+        for left in range(BUSY_TRIES, -1, -1):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or "null")
+            except urllib.error.HTTPError as error:
+                if error.code == 404 and missing_is_none:
+                    return None
+                if error.code == 401:
+                    mend = "Set PREFECT_API_AUTH_STRING to user:password"
+                    raise UserError("PREFECT_API_URL", self.api, "refuses the credentials", mend=mend) from None
+                if error.code != 503 or not left:  # 503: its SQLite is locked by another request for a moment
+                    raise
+                time.sleep(0.5)
+            except urllib.error.URLError as error:
+                mend = "Start it with `cartwright up`, or set the address of a server that runs"
+                raise UserError("PREFECT_API_URL", self.api, f"does not answer ({error.reason})", mend=mend) from None
+        return None
+
+    def deploy(self, kind: PoolKind) -> None:
+        """Make pools of a kind, and every deployment of `deployments/prefect.yaml`.
+
+        Raises:
+            UserError: a pool is of another kind, a variable is not set, or a deployment is refused.
+        """
+        for name, job_variables in pools(kind, self._variables).items():
+            self._make_pool(name, kind, job_variables)
+        if self.ask(f"v2/concurrency_limits/{PROMOTION}", missing_is_none=True) is None:
+            self.ask("v2/concurrency_limits/", {"name": PROMOTION, "limit": 1})
+        switched_on = {schedule["slug"] for schedule in self._schedules() if schedule["active"]}
+        command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
+        done = subprocess.run(command, capture_output=True, text=True, env=self._variables, cwd=SOURCE)
+        if done.returncode:
+            raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
+        # Deploying switches schedules as the file has them, and leaves those that are not there any more.
+        in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
+        known = {schedule["slug"] for deployment in in_file for schedule in deployment.get("schedules", [])}
+        for schedule in self._schedules():
+            path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
+            if schedule["slug"] not in known:
+                self.ask(path, method="DELETE")
+            elif schedule["slug"] in switched_on:
+                self.ask(path, {"active": True}, method="PATCH")
+
+    def _make_pool(self, name: str, kind: PoolKind, job_variables: Mapping[str, Any]) -> None:
+        known = self.ask(f"work_pools/{name}", missing_is_none=True)
+        if known and known["type"] != kind:
+            mend = f"Delete it first (`prefect work-pool delete {name}`), or deploy with --pools {known['type']}"
+            raise UserError(
+                "--pools", kind, f"the pool {name} is there and has workers of another kind", allowed=[known["type"]], mend=mend
+            )
+        template = job_template(self.ask("collections/views/aggregate-worker-metadata"), kind, job_variables)
+        if known:
+            self.ask(f"work_pools/{name}", {"base_job_template": template}, method="PATCH")
+        else:
+            made = {"name": name, "type": kind, "description": "Runs Cartwright's flows", "base_job_template": template}
+            self.ask("work_pools/", made)
+
+    def _schedules(self) -> list[dict[str, Any]]:
+        """The schedules of every deployment of ours on the server."""
+        ours = {"deployments": {"tags": {"all_": ["cartwright"]}}}
+        return [schedule for deployment in self.ask("deployments/filter", ours) for schedule in deployment["schedules"]]
+
+
+def pools(kind: PoolKind, variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Job variables of each pool of a kind.
+
+    Args:
+        variables: what is put in for `{{ $NAME }}`.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+
+    def filled(found: re.Match[str]) -> str:
+        if found[1] not in variables:
+            raise UserError(found[1], None, "is not set, and containers need it", mend="Set it to an address that containers reach")
+        return variables[found[1]]
+
+    wanted = yaml.safe_load(POOLS.read_text(encoding="utf-8"))["pools"][kind]
+    return json.loads(re.sub(r"\{\{ \$(\w+) \}\}", filled, json.dumps(wanted)))
+
+
+def job_template(known: Mapping[str, Any], kind: PoolKind, job_variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Prefect's own job template of a kind of worker, with other defaults.
+
+    Args:
+        known: what the server knows of kinds of workers (`collections/views/aggregate-worker-metadata`).
+    """
+    (found,) = [workers[kind] for workers in known.values() if kind in workers]
+    template: dict[str, Any] = json.loads(json.dumps(found["default_base_job_configuration"]))
+    for name, value in job_variables.items():
+        template["variables"]["properties"][name]["default"] = value
+    return template

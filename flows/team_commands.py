@@ -1,0 +1,115 @@
+"""The commands of `cartwright` for a team: standing servers and workers, deployments, the registered model."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated, NoReturn
+
+import typer
+
+from tasks.core import settings as environment
+from tasks.domain.errors import UserError
+
+app = typer.Typer()
+
+
+class PoolKind(StrEnum):
+    process = "process"
+    docker = "docker"
+    kubernetes = "kubernetes"
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message and exit code 1."""
+    print(message, file=sys.stderr)
+    raise SystemExit(1)
+
+
+PrefectPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the Prefect server.")]
+MlflowPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the MLflow server.")]
+
+
+@app.command()
+def up(
+    prefect_port: PrefectPort = 4200,
+    mlflow_port: MlflowPort = 5000,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Start a worker for the gpu-pool even where no GPU is seen.")] = False,
+) -> None:
+    """Start a Prefect server, an MLflow server and workers on this machine, and deploy `retrain` to them. Twice is harmless."""
+    from flows.team import Team
+
+    settings = environment.load_settings()
+    team = Team(settings, prefect_port, mlflow_port)
+    print("Starting the Prefect server, the MLflow server and the workers: about half a minute")
+    team.up(gpu)
+    for service in team.services():
+        print(f"  {service.name:<20} process {service.pid}, log {service.log}")
+    print(f"Prefect: {team.prefect}/deployments  (choose retrain/cpu, press Run, Custom run, and fill in the form)")
+    print(f"MLflow:  {team.mlflow}  (every retraining is a run; its variants are its children)")
+    print("`cartwright down` ends what was started here.")
+
+
+@app.command()
+def down() -> None:
+    """End what `up` started, and nothing else. What was made stays."""
+    from flows.team import Team
+
+    ended = Team(environment.load_settings(), 0, 0).down()
+    print(f"Ended: {', '.join(ended)}." if ended else "Nothing that `up` started is running.")
+
+
+@app.command()
+def deploy(
+    kind: Annotated[
+        PoolKind, typer.Option("--pools", help="How workers start runs: as processes of their host, or as containers.")
+    ] = PoolKind.process,
+) -> None:
+    """Tell the Prefect server of PREFECT_API_URL about pools, deployments and schedules. `up` does it for its own server. Twice is harmless."""
+    from flows.deploying import SOURCE, Server
+
+    settings = environment.load_settings()
+    if not settings.prefect_api_url:
+        raise UserError(
+            "PREFECT_API_URL", None, "is not set", mend="Set the address of a Prefect server, such as http://127.0.0.1:4200/api"
+        )
+    variables = {**environment.child_environment(), "CARTWRIGHT_SOURCE": environment.source_on_workers(SOURCE)}
+    Server(settings.prefect_api_url, variables).deploy(kind.value)
+    print(
+        f"Deployed to {settings.prefect_api_url}. Workers: prefect worker start --pool cpu-pool --type {kind.value} --limit 1, and so for orchestrator and gpu-pool."
+    )
+
+
+@app.command()
+def promote(
+    version: Annotated[str | None, typer.Argument(help="Version of the registered model. Default: the newest.")] = None,
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    why: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+) -> None:
+    """Make a version of the registered model the champion by hand, whatever the gate said of it, if it answers from the registry."""
+    from getpass import getuser
+
+    from tasks.core.registry import Registry
+    from tasks.register import promote_by_hand
+
+    registry = Registry(environment.load_settings())
+    chosen = registry.version(name, version)
+    verdict = promote_by_hand(registry, name, chosen, by=getuser(), why=why)
+    if verdict["verdict"] != "promote":
+        fail(f"{name} version {chosen['version']} was not promoted: {verdict['checks'][-1]['name']}. All is as it was.")
+    before = f"; {verdict['champion']} is kept as `previous`" if verdict["champion"] else ""
+    print(f"{name}: version {chosen['version']} ({chosen.get('cartwright.variant', 'unknown variant')}) is the champion{before}.")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+) -> None:
+    """Make the champion before this one the champion again. Twice is as it was."""
+    from tasks.core.registry import Registry
+
+    now, before = Registry(environment.load_settings()).rollback(name)
+    was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}
+    print(
+        f"{name}: version {now['version']} ({was[now['version']]}) is the champion again; version {before['version']} ({was[before['version']]}) is kept as `previous`."
+    )
