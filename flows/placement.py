@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, StateType, Worker, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling, State
+from prefect.states import Cancelling
 
 from flows import errands, pools
 from flows.errands import Errand, StageFlow
@@ -111,7 +111,8 @@ class Pools:
         for attempt in itertools.count(1):
             key = f"{errand.name}-{attempt}"
             name = f"{self._run.run_id}-{deployment.partition('/')[0]}" + (f"-{attempt}" if attempt > 1 else "")
-            child = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, flow_run_name=name)
+            made = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, flow_run_name=name)
+            child = cast(FlowRun, made)  # a coroutine only where it is called from one
             if not (child.state and child.state.is_final() and not child.state.is_completed()):  # failed in an earlier life of this run
                 break
         return child

@@ -69,7 +69,11 @@ def retrain(
 
         variants = stages.all_variants(config, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, **dict.fromkeys((REFERENCE, *BASELINES.values()), tuned), **gptq_models, **gguf_models}
-        failed, found, unmeasured, checked, unchecked = failed | gguf_failed, {}, {}, {}, {}
+        failed |= gguf_failed
+        found: stages.Models = {}
+        checked: stages.Models = {}
+        unmeasured: stages.Failed = {}
+        unchecked: stages.Failed = {}
         for machine, some in on.machines(variants):
             measured, failed, missed = on(stages.measure, some, models, dataset, failed, machine=machine)
             sound, doubtful = on(stages.check, some, models, reference, base, tuned, converted, failed, machine=machine)

@@ -20,7 +20,7 @@ from tasks.core.child import StageError
 from tasks.core.registry import Registry
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
-from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide, recommended_cpu
+from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api

@@ -147,7 +147,10 @@ def judge(
         checks += compared
         of_all = next(check for check in compared if check["group"] == "test")
         result |= {"delta": of_all["delta"], "low": of_all["low"]}
-    return {**result, "verdict": verdict_of(checks), "checks": checks}
+    verdict = {**result, "verdict": verdict_of(checks), "checks": checks}
+    if config.mode == "off" and verdict["verdict"] == "promote":
+        return hold(verdict, "promotion is off (registry.mode); `cartwright promote` makes it the champion")
+    return verdict
 
 
 def _fidelity(challenger: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,12 +53,12 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     if config.own:
         rows["own"], admission.rejected["own: cannot be used"] = _own_rows(config.own, generator.spec)
     learnt = _learnt(rows, inputs["dataset"] / "train.jsonl")
-    for split, made in rows.items():
-        kept = [row for number, row in enumerate(made) if number not in learnt[split]]
-        admission.rejected[f"{split}: in the training data"] += len(made) - len(kept)
-        with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"id": f"{split}-{n}", **row}, ensure_ascii=False) + "\n" for n, row in enumerate(kept))
-        rows[split] = kept
+    for name, made in rows.items():
+        kept = [row for number, row in enumerate(made) if number not in learnt[name]]
+        admission.rejected[f"{name}: in the training data"] += len(made) - len(kept)
+        with (out_dir / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"id": f"{name}-{n}", **row}, ensure_ascii=False) + "\n" for n, row in enumerate(kept))
+        rows[name] = kept
     shutil.copy(inputs["dataset"] / "spec.yaml", out_dir)
     return {"rows": {split: len(kept) for split, kept in rows.items()}, "rejected": dict(Counter(+admission.rejected))}
 

@@ -89,7 +89,10 @@ def judge_recommended(run: Runner, config: RegisterConfig, decision: Manifest, c
     """The gate's verdict on the recommended variant: the `gate` of the report."""
     found, name = decided(run.store, decision), recommended_cpu(decision)
     challenger = next((variant for variant in found["variants"] if variant["name"] == name), None)
-    checks = gate.compare(*(run.store.fetch(manifest) for manifest in compared), config) if compared else None
+    checks = None
+    if compared:
+        rows, mine, theirs = (run.store.fetch(manifest) for manifest in compared)
+        checks = gate.compare(rows, mine, theirs, config)
     return gate.judge(config, Registry(run.settings).champion(config.name), challenger, found["recommendation"].get("excluded", {}), checks)
 
 

@@ -101,3 +101,11 @@ def test_what_is_not_the_fine_tuned_model_or_breaks_a_limit_never_passes() -> No
     judged = gate.judge(CONFIG, None, unchecked, {}, None)
     assert judged["verdict"] == "inconclusive" and "no disk" in judged["checks"][0]["name"]
     assert gate.judge(CONFIG, None, challenger(), {"gguf-Q4_0": "its size is 99 MB"}, None)["verdict"] == "hold"
+
+
+def test_with_promotion_off_what_would_pass_is_held() -> None:
+    off = RegisterConfig(mode="off")
+    verdict = gate.judge(off, None, challenger(), {}, None)
+    assert verdict["verdict"] == "hold" and "promotion is off" in verdict["checks"][-1]["name"]
+    assert gate.judge(off, CHAMPION, challenger(), {}, None)["verdict"] == "inconclusive"
+

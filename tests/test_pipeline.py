@@ -368,3 +368,26 @@ def test_stopped_by_hand_it_says_how_to_go_on_and_leaves_nothing_running(tmp_pat
     assert processes_of(home) == []
     with sqlite3.connect(home / "mlflow.db") as database:
         assert database.execute("select distinct status from runs where status != 'FINISHED'").fetchall() == [("KILLED",)]
+
+
+def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(first: tuple[Path, Any]) -> None:
+    """The last test of the module: it changes the champion of the first run's registry."""
+    home = first[0]
+    champion = latest(home)["gate"]["challenger"]
+    other = next(name for name in ("F16", "Q8_0") if f"gguf-{name}" != champion)
+    changes = ["--set", f"gguf=[{other}]", "--set", "gptq=[]", "--set", "base_few_shot=0"]
+    result = run(home, *changes)
+    assert result.returncode == 0, result.stdout + result.stderr
+    gate = latest(home)["gate"]
+    groups = {check["group"]: check for check in gate["checks"] if "group" in check}
+    assert {"test", "hard", "test, en", "test, hr"} <= set(groups) and groups["test"]["n"] == 36
+    assert gate["verdict"] == "inconclusive" and gate["champion"] == "version 1"  # 36 rows are too few
+    assert {"gate_rows", "evaluate challenger, for the gate", "evaluate champion, for the gate"} <= set(states(home))
+    wide = [*changes, "--set", "registry.margin=1", "--set", "registry.group_margin=1"]
+    asked = run(home, *wide, "--set", "registry.mode=manual")
+    assert "Gate: hold" in asked.stdout and "waits for a person" in asked.stdout
+    promoted = call(home, "promote", "--why", "trial")
+    assert promoted.returncode == 0 and "version 2" in promoted.stdout and "version 1 is kept as `previous`" in promoted.stdout
+    assert "already" in call(home, "promote").stderr
+    back = call(home, "rollback")
+    assert back.returncode == 0 and "version 1" in back.stdout

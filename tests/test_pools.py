@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.test_team import REPOSITORY, Home
+from tests.test_team import REPOSITORY, Home, deployment_of
 
 # The whole DAG with as little as possible in it.
 SMALL = {"gguf": ["F16"], "gptq": [], "base_few_shot": 0, "data.train_rows": 48, "train.checkpoints": 1}
@@ -140,8 +142,49 @@ def test_a_parent_that_was_killed_goes_on_with_the_children_it_had(team: Home, t
     assert len(parents) == 3  # two that failed, or were killed, and the last
 
 
+def test_in_manual_mode_a_person_is_asked_and_the_answer_is_kept(team: Home, tmp_path: Path) -> None:
+    """Every stage is cached by now. A registered model of another name has no champion, so that the gate lets pass."""
+    deployment = deployment_of(team, "retrain/pools")
+    asked = {"profile": "smoke", "promotion": "manual", "overrides": {**SMALL, "registry.name": "asked"}, "execution": "pools"}
+    with worker(team, tmp_path / "host", team.folder / "store"):
+        run = team.ask(f"deployments/{deployment}/create_flow_run", {"parameters": asked, "state": {"type": "SCHEDULED"}})["id"]
+        state = until(lambda: (s := team.ask(f"flow_runs/{run}")["state"])["type"] in ("PAUSED", "FAILED", "CRASHED") and s, "the question")
+        assert state["name"] == "Suspended", state
+        key = state["state_details"]["run_input_keyset"]
+        described = team.ask(f"flow_runs/{run}/input/{key['description']}")
+        assert "gguf-F16 against no champion: **promote**" in described
+        team.ask(f"flow_runs/{run}/resume", {"run_input": {"promote": True, "by": "Ana", "why": "looks right"}})
+        state = until(lambda: (s := team.ask(f"flow_runs/{run}")["state"])["type"] in ("COMPLETED", "FAILED", "CRASHED") and s, "the end")
+    assert state["type"] == "COMPLETED", state
+    report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
+    assert report["gate"] | {"verdict": "promote", "by": "Ana", "why": "looks right"} == report["gate"] and report["flow_run"] == run
+    assert len(runs_of(team, "data")) == 3  # one failed, one of each run: an answer starts no stage again
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (Debian's package of that name)")
+def test_a_browser_finds_in_both_dashboards_what_a_person_would_look_for(team: Home, tmp_path: Path) -> None:
+    report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
+    prefect, mlflow = f"http://127.0.0.1:{team.prefect}", f"http://127.0.0.1:{team.mlflow}"
+    assert {"retrain", "pools"} <= set(page(f"{prefect}/deployments").split())
+    shown = page(f"{prefect}/runs/flow-run/{report['flow_run']}")
+    assert report["run_id"] in shown and "Completed" in shown
+    assert "gguf-F16 answers" in page(f"{prefect}/artifacts/key/recommendation")
+    experiment = "ecommerce/tiny-random"
+    assert experiment in page(f"{mlflow}/#/experiments")
+    version = page(f"{mlflow}/#/models/asked/versions/1")
+    assert report["mlflow_run"] in version and "champion" in version and "exact match" in version
+    assert "Release gate" in page((team.folder / "reports" / "latest" / "report.html").as_uri())
+
+
+def page(address: str) -> str:
+    """The text of a page after its scripts have run."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=30000", "--dump-dom", address]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", found.stdout, flags=re.DOTALL).split())
+
+
 def test_cancelling_the_parent_leaves_no_process_behind(team: Home, tmp_path: Path) -> None:
-    (deployment,) = [d["id"] for d in team.ask("deployments/filter", {}) if d["name"] == "pools"]
+    deployment = deployment_of(team, "retrain/pools")
     with worker(team, tmp_path / "host", team.folder / "store"):
         changes = {"profile": "smoke", "overrides": {**SMALL, "data.train_rows": 20_000, "data.seed": 8}, "execution": "pools"}
         run = team.ask(f"deployments/{deployment}/create_flow_run", {"parameters": changes, "state": {"type": "SCHEDULED"}})["id"]
