@@ -38,14 +38,16 @@ $(READY): pyproject.toml requirements.lock
 run: install
 	$(BIN)/cartwright run --profile $(PROFILE) $(ARGS)
 
+# Two files of tests at a time, each with half of the cores.
+TWO := -n 2 --dist loadfile
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(TWO) $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m fast
+	$(BIN)/pytest -q $(TWO) -m fast
 
 report: install
 	$(BIN)/cartwright report

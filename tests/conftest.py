@@ -17,6 +17,15 @@ from tests.lessons import ask  # noqa: F401 - a fixture
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure() -> None:
+    """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{part}", "") for part in ("", "_COUNT"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(worker.removeprefix("gw")) % len(cores) :: int(workers)]
+        os.sched_setaffinity(0, own)
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary Cartwright home."""

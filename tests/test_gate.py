@@ -108,4 +108,3 @@ def test_with_promotion_off_what_would_pass_is_held() -> None:
     verdict = gate.judge(off, None, challenger(), {}, None)
     assert verdict["verdict"] == "hold" and "promotion is off" in verdict["checks"][-1]["name"]
     assert gate.judge(off, CHAMPION, challenger(), {}, None)["verdict"] == "inconclusive"
-

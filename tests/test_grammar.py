@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from tasks.core import hardware
 from tasks.domain.grammar import answer_grammar
 from tasks.domain.scoring import answer_text, parse_answer
 from tasks.domain.spec import Spec, load_spec
@@ -94,7 +94,7 @@ def test_a_model_that_knows_nothing_writes_what_can_be_read(tiny_gguf: Path) -> 
 
     spec = load_spec("ecommerce")
     asked = [messages(spec, text) for text in ("two red shoes", "where is my order 1234", "x", "please 5 of the blue ones")]
-    free, kept = (load_local("llama_cpp", tiny_gguf, os.cpu_count() or 1, grammar=g) for g in (None, answer_grammar(spec)))
+    free, kept = (load_local("llama_cpp", tiny_gguf, hardware.cores(), grammar=g) for g in (None, answer_grammar(spec)))
     written = {c.index: c for c in kept.generate(asked, 40, 2)}
     finished = [c.text for c in written.values() if c.completion_tokens < 40]
     assert len(written) == len(asked) and finished and all(parse_answer(text, spec).answer for text in finished)
