@@ -22,7 +22,9 @@ from tests.test_team import REPOSITORY, Home, deployment_of
 
 # The whole DAG with as little as possible in it.
 SMALL = {"gguf": ["F16"], "gptq": [], "base_few_shot": 0, "data.train_rows": 48, "train.checkpoints": 1}
-WAIT_S = 400
+WAIT_S = 800
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 def until(found: Callable[[], Any], what: str) -> Any:
@@ -87,6 +89,14 @@ def retrain(team: Home, changes: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def end_of(asked: subprocess.Popen[str]) -> str:
+    """What a retraining says until its end; it does not outlive the test."""
+    try:
+        return asked.communicate(timeout=WAIT_S)[0]
+    finally:
+        asked.kill()
+
+
 def runs_of(team: Home, flow: str) -> list[dict[str, Any]]:
     return team.ask("flow_runs/filter", {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC"})
 
@@ -104,7 +114,7 @@ def running_stages(home: Path) -> list[psutil.Process]:
 def test_without_a_worker_or_a_server_nothing_starts(team: Home) -> None:
     until(lambda: not [w for w in team.ask("work_pools/cpu-pool/workers/filter", {}) if w["status"] == "ONLINE"], "the worker of up to end")
     asked = retrain(team, SMALL)
-    out, _ = asked.communicate(timeout=WAIT_S)
+    out = end_of(asked)
     assert asked.returncode == 2 and "cpu-pool has no worker" in out and "make up" in out
     alone = team.command("run", "--profile", "smoke", "--execution", "pools")
     assert alone.returncode == 2 and "PREFECT_API_URL" in alone.stderr and not runs_of(team, "data")
@@ -113,7 +123,7 @@ def test_without_a_worker_or_a_server_nothing_starts(team: Home) -> None:
 def test_a_worker_with_another_store_is_found_out_before_any_work_and_fails_the_parent_with_its_reason(team: Home, tmp_path: Path) -> None:
     with worker(team, tmp_path / "elsewhere", tmp_path / "other-store"):
         asked = retrain(team, SMALL)
-        out, _ = asked.communicate(timeout=WAIT_S)
+        out = end_of(asked)
     assert asked.returncode == 1, out
     assert "data on cpu-pool failed: UserError: CARTWRIGHT_STORE" in out and "is not the store of the flow that sent this work" in out
     assert [run["state"]["type"] for run in runs_of(team, "data")] == ["FAILED"] and not (tmp_path / "other-store" / "synthesize").exists()
@@ -127,7 +137,7 @@ def test_a_parent_that_was_killed_goes_on_with_the_children_it_had(team: Home, t
         first.wait()
         assert running_stages(tmp_path / "host" / "home")
         again = retrain(team, SMALL)
-        out, _ = again.communicate(timeout=WAIT_S)
+        out = end_of(again)
         assert again.returncode == 0, out
     for flow in ("train", "refer", "quantize-gguf", "measure", "check"):
         assert [run["state"]["type"] for run in runs_of(team, flow)] == ["COMPLETED"], flow
