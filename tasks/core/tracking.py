@@ -270,6 +270,17 @@ def version_behind(client: Any, name: str, alias: str) -> dict[str, str] | None:
     return {**version.tags, "version": str(version.version)}
 
 
+def champion_version(settings: Settings, name: str) -> dict[str, str] | None:
+    """Version and tags of a registered model's champion; None without one. Nothing is made where there is no registry yet."""
+    import mlflow
+
+    file = settings.mlflow_uri.removeprefix("sqlite:///")
+    if file != settings.mlflow_uri and not Path(file).is_file():
+        return None
+    mlflow.set_tracking_uri(settings.mlflow_uri)
+    return version_behind(mlflow.MlflowClient(), name, CHAMPION)
+
+
 def rollback(settings: Settings, name: str) -> tuple[dict[str, str], dict[str, str]]:
     """Let `champion` and `previous` of a registered model change places.
 
@@ -311,28 +322,29 @@ def _serving_requirements(runtime: str) -> list[str]:
     return [f"{name}=={version.partition('+')[0]}" for name, version in versions((*names, *extra)).items()]
 
 
-def champion_files(settings: Settings, name: str, into: Path | None = None) -> tuple[Path, Runtime, Path]:
+def champion_files(settings: Settings, name: str, into: Path | None = None, version: str | None = None) -> tuple[Path, Runtime, Path]:
     """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
 
     Args:
         into: an empty folder for the files of a registry that keeps them elsewhere.
+        version: this version, whether or not the alias points at it by now.
 
     Raises:
-        UserError: the registry has none.
+        UserError: the registry has none, or not its files.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(settings.mlflow_uri)
-    uri = f"models:/{name}@{CHAMPION}"
+    uri = f"models:/{name}/{version}" if version else f"models:/{name}@{CHAMPION}"
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
         raise UserError(
             "model",
             CHAMPION,
-            f"the registry {settings.mlflow_uri} has no champion of {name} ({error.error_code})",
-            mend="Run `cartwright run` first",
+            f"the registry {settings.mlflow_uri} has no {f'files of version {version}' if version else 'champion'} of {name} ({error.error_code})",
+            mend="`cartwright rollback`, or a new `cartwright run`" if version else "Run `cartwright run` first",
         ) from None
     flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
     files = flavor["artifacts"]
