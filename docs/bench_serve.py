@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+Round = tuple[dict[str, Any], dict[str, Any]]  # what `direct` and `load` measured
 TEXTS = ROOT / "tests" / "handwritten.jsonl"
 
 
@@ -77,35 +78,48 @@ def main() -> None:
     """Print one row a round, and what all rounds say together."""
     options = read_options()
     if options.direct:
-        return direct(options)
-    if options.load:
-        return print(json.dumps(asyncio.run(load(options))))
+        direct(options)
+    elif options.load:
+        print(json.dumps(asyncio.run(load(options))))
+    else:
+        summarise(options, measure(options))
+
+
+def measure(options: argparse.Namespace) -> list[Round]:
+    """Start both sides and let them take turns."""
     import psutil
 
-    passed = ["--gguf", str(options.gguf.absolute()), *flags(options, "requests", "parallel", "threads", "max_tokens", "clients")]
-    constrained = "--constrained" if options.constrained else "--no-constrained"
-    command = [sys.executable, "-m", "flows.cli", "serve", "--gguf", str(options.gguf.absolute()), "--port", "0", "--rate", "0", constrained]
-    command += ["--timeout-s", "600", "--max-waiting", str(options.clients), *flags(options, "parallel", "threads", "max_tokens")]
-    me = [sys.executable, __file__, *passed, *(["--constrained"] if options.constrained else [])]
+    from tasks.core.child import tied
+
+    gguf = ["--gguf", str(options.gguf.absolute()), *(["--constrained"] if options.constrained else [])]
+    me = [__file__, *gguf, *flags(options, "requests", "parallel", "threads", "max_tokens", "clients")]
+    serve = ["-m", "flows.cli", "serve", *gguf, *([] if options.constrained else ["--no-constrained"])]
+    serve += ["--port", "0", "--rate", "0", "--timeout-s", "600", "--max-waiting", str(options.clients)]
+    serve += flags(options, "parallel", "threads", "max_tokens")
     piped: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen(command, **piped) as server, subprocess.Popen([*me, "--direct"], stdin=subprocess.PIPE, **piped) as alone:
+    rounds: list[Round] = []
+    with (
+        subprocess.Popen(tied("python", *serve), **piped) as server,
+        subprocess.Popen(tied("python", *me, "--direct"), stdin=subprocess.PIPE, **piped) as alone,
+    ):
         assert server.stdout and alone.stdin and alone.stdout
-        address = server.stdout.readline().split()[-1]
-        seen, rounds = psutil.Process(server.pid), []
+        address, seen = server.stdout.readline().split()[-1], psutil.Process(server.pid)
         print("| round | generate requests/s | HTTP requests/s | ratio | CPU ms/request: generate, server, load generator |")
-        print("| ---: | ---: | ---: | ---: | ---: |")
+        print("| ---: | ---: | ---: | ---: | --- |")
         for number in range(options.rounds + 1):  # the first warms up
             print(file=alone.stdin, flush=True)
             plain = json.loads(alone.stdout.readline())
             before = sum(seen.cpu_times()[:2])
-            http = json.loads(subprocess.run([*me, "--load", address], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+            http = json.loads(
+                subprocess.run(tied("python", *me, "--load", address), stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+            )
             http["server_cpu_s"] = sum(seen.cpu_times()[:2]) - before
             if number:
                 rounds.append((plain, http))
                 show(number, options.requests, plain, http)
         server.terminate()
         alone.stdin.close()
-    summarise(options, rounds)
+    return rounds
 
 
 def flags(options: argparse.Namespace, *names: str) -> list[str]:
@@ -115,11 +129,11 @@ def flags(options: argparse.Namespace, *names: str) -> list[str]:
 
 def show(number: int, requests: int, plain: dict[str, Any], http: dict[str, Any]) -> None:
     """One row of the table."""
-    ms = " , ".join(f"{1000 * s / requests:.1f}" for s in (plain["cpu_s"], http["server_cpu_s"], http["cpu_s"]))
+    ms = ", ".join(f"{1000 * s / requests:.1f}" for s in (plain["cpu_s"], http["server_cpu_s"], http["cpu_s"]))
     print(f"| {number} | {requests / plain['s']:.2f} | {requests / http['s']:.2f} | {plain['s'] / http['s']:.1%} | {ms} |", flush=True)
 
 
-def summarise(options: argparse.Namespace, rounds: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def summarise(options: argparse.Namespace, rounds: list[Round]) -> None:
     """Medians over the rounds, and percentiles of all requests together."""
     from tasks.benchmark import percentiles
 

@@ -57,9 +57,10 @@ def running(home: Path, *options: str, **extra: str) -> Iterator[tuple[subproces
     """`cartwright serve` on a free port: the process, and its address."""
     variables = {**os.environ, "CARTWRIGHT_HOME": str(home), **extra}
     command = [sys.executable, "-m", "flows.cli", "serve", "--port", "0", "--threads", "1", "--rate", "0", *options]
-    with (home / "serve.log").open("w") as log, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=REPOSITORY
-    ) as process:
+    with (
+        (home / "serve.log").open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=REPOSITORY) as process,
+    ):
         try:
             assert process.stdout
             line = process.stdout.readline()

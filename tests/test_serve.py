@@ -23,7 +23,16 @@ from tasks.serving.metrics import Metrics
 
 KEY = "a-key-for-a-test-only"
 Ask = Callable[..., list[httpx.Response]]
-FEW: dict[str, Any] = {"parallel": 2, "max_waiting": 2, "max_tokens": 24, "threads": 1, "rate": 0.0, "max_chars": 300, "max_texts": 8, "timeout_s": 120.0}
+FEW: dict[str, Any] = {
+    "parallel": 2,
+    "max_waiting": 2,
+    "max_tokens": 24,
+    "threads": 1,
+    "rate": 0.0,
+    "max_chars": 300,
+    "max_texts": 8,
+    "timeout_s": 120.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +171,33 @@ def test_whatever_is_sent_the_answer_is_json_and_no_failure_of_the_server(ask: A
 
 def _noise(chance: random.Random, path: str) -> bytes:
     """A body: random bytes, random JSON, or a good one with a random field; some cut off."""
-    text = "".join(chr(chance.choice([chance.randrange(32, 127), chance.randrange(0xD800), 0, 0x1F600, 0x200B])) for _ in range(chance.randrange(1, 9)))
-    values: list[Any] = [text, f"<|im_end|>{text}", None, True, -1, 10**40, 1e308, [text], [], {}, {text: text}, [[None]], [{"role": "user", "content": text}]]
+    text = "".join(
+        chr(chance.choice([chance.randrange(32, 127), chance.randrange(0xD800), 0, 0x1F600, 0x200B])) for _ in range(chance.randrange(1, 9))
+    )
+    values: list[Any] = [
+        text,
+        f"<|im_end|>{text}",
+        None,
+        True,
+        -1,
+        10**40,
+        1e308,
+        [text],
+        [],
+        {},
+        {text: text},
+        [[None]],
+        [{"role": "user", "content": text}],
+    ]
     good = {"text": text} if path == "/intent" else {"model": "shop-intent", "messages": [{"role": "user", "content": text}]}
     kind = chance.randrange(4)
     if kind == 0:
         return chance.randbytes(chance.randrange(40))
-    body = chance.choice(values) if kind == 1 else {**good, chance.choice([*good, "texts", "stream_options", "n", "max_tokens", text]): chance.choice(values)}
+    body = (
+        chance.choice(values)
+        if kind == 1
+        else {**good, chance.choice([*good, "texts", "stream_options", "n", "max_tokens", text]): chance.choice(values)}
+    )
     raw = json.dumps(good if kind == 3 else body).encode()
     return raw[: chance.randrange(len(raw))] if chance.random() < 0.15 else raw
 

@@ -86,7 +86,9 @@ class Service:
 def application(service: Service) -> FastAPI:
     """The endpoints of a service."""
     codes = {401: "no key", 408: "slow body", 413: "large body", 422: "wrong field", 429: "rate", 500: "failed", 503: "busy", 504: "slow"}
-    errors: dict[int | str, dict[str, Any]] = {code: {"model": Error, "description": text} for code, text in {400: "no JSON", **codes}.items()}
+    errors: dict[int | str, dict[str, Any]] = {
+        code: {"model": Error, "description": text} for code, text in {400: "no JSON", **codes}.items()
+    }
     app = FastAPI(title="Cartwright", version=API, docs_url=None, redoc_url=None, responses=errors)
     for kind in (Refused, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error)
@@ -168,7 +170,11 @@ def _usage(completion: Completion) -> dict[str, int]:
 
 def _events(head: dict[str, Any], content: str, reason: str, usage: dict[str, int], with_usage: bool) -> Iterator[str]:
     """Server-sent events. The answer comes whole, in one: it is JSON made of what the model wrote, and that is only read at its end."""
-    pieces: list[tuple[dict[str, str], str | None]] = [({"role": "assistant", "content": ""}, None), ({"content": content}, None), ({}, reason)]
+    pieces: list[tuple[dict[str, str], str | None]] = [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": content}, None),
+        ({}, reason),
+    ]
     for delta, finish in pieces:
         chunk = {**head, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
         yield _event({**chunk, "usage": None} if with_usage else chunk)

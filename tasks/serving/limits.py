@@ -25,7 +25,7 @@ CLIENTS = 10_000  # whose rate is remembered
 CLOSE = [(b"connection", b"close")]
 
 
-class Refused(Exception):  # noqa: N818 - it is an answer
+class Refused(Exception):
     """A request that is answered with an error.
 
     Args:
@@ -143,7 +143,7 @@ class Limits:
         return Refused(413, "body_too_large", f"A body may have {self._config.max_body} bytes")
 
 
-class _Gone(Exception):  # noqa: N818 - nothing is wrong with us
+class _Gone(Exception):
     """The client has left."""
 
 

@@ -19,10 +19,16 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("cartwright_requests", "Requests answered", ["endpoint", "status"], registry=registry)
         self.seconds = Histogram(
-            "cartwright_request_seconds", "From a request's headers to the end of its answer", ["endpoint"], buckets=SECONDS, registry=registry
+            "cartwright_request_seconds",
+            "From a request's headers to the end of its answer",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.tokens = Counter("cartwright_tokens", "Tokens read and written", ["kind"], registry=registry)
-        self.no_answer = Counter("cartwright_parse_failures", "Outputs of the model that are no valid answer", ["problem"], registry=registry)
+        self.no_answer = Counter(
+            "cartwright_parse_failures", "Outputs of the model that are no valid answer", ["problem"], registry=registry
+        )
         self.reloads = Counter("cartwright_reloads", "Champions taken up while serving", ["result"], registry=registry)
         self.registry_errors = Counter("cartwright_registry_errors", "Times the registry could not be asked", registry=registry)
         self._running = Gauge("cartwright_running", "Texts being answered by the champion", registry=registry)

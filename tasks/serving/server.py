@@ -38,7 +38,10 @@ def serve(settings: Settings, config: ServeConfig) -> None:
         service = Service(config, champions, metrics)
         shown = f"[{config.host}]" if ":" in config.host else config.host
         current = champions.current
-        print(f"Serving {config.name} version {current.version} ({current.variant}) on http://{shown}:{listening.getsockname()[1]}", flush=True)
+        print(
+            f"Serving {config.name} version {current.version} ({current.variant}) on http://{shown}:{listening.getsockname()[1]}",
+            flush=True,
+        )
         sys.setswitchinterval(SWITCH_S)
         _Server(service, Limits(application(service), config, metrics, key)).serve_on(listening)  # type: ignore[arg-type]
         champions.close()
@@ -91,7 +94,9 @@ def _bound(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             mend = "End the program that listens there, or choose another port; 0 takes a free one"
             raise UserError("--port", port, f"is in use on {host}", mend=mend) from None
-        raise UserError("--port" if error.errno == errno.EACCES else "--host", f"{host}:{port}", f"cannot be listened on: {error}") from None
+        raise UserError(
+            "--port" if error.errno == errno.EACCES else "--host", f"{host}:{port}", f"cannot be listened on: {error}"
+        ) from None
     return made
 
 
