@@ -80,12 +80,6 @@ class _Sequence:
     state: Any = None  # of the grammar, where there is one
 
 
-def _in_common(prefix: list[int], prompt: list[int]) -> int:
-    """How many tokens of a prompt are the prefix's; at least its last is not, since its logits are needed."""
-    limit = min(len(prefix), len(prompt) - 1)
-    return next((i for i in range(limit) if prefix[i] != prompt[i]), limit)
-
-
 class Guesses:
     """What may come next, from the prompt, which products are copied from, and from earlier answers, which are built alike.
 
@@ -318,7 +312,7 @@ class LlamaCppRuntime:
         """Answer what a source gives, `parallel` at a time, until it has ended. What comes later joins those that are being answered.
 
         Args:
-            prefix: tokens with which prompts begin, read once; what a prompt has in common with them need not be read again.
+            prefix: tokens with which prompts begin, read once. One that begins otherwise is read whole.
             places: tokens the context holds in all, those of the prefix too. A conversation waits until there is room for its longest answer.
         """
         self._make_context(parallel, places)
@@ -339,7 +333,7 @@ class LlamaCppRuntime:
                     entries.extend((token, at + i, slot, True) for i, token in enumerate([sequence.written[-1], *guessed]))
                     owners.append((slot, guessed))
                 while free and (asked := asked or source.take(wait=not running)):
-                    shared = _in_common(prefix, asked.prompt)
+                    shared = len(prefix) if asked.prompt[: len(prefix)] == prefix and len(asked.prompt) > len(prefix) else 0
                     rest = asked.prompt[shared:]
                     needed = len(rest) + asked.max_tokens + self._most_guesses
                     if len(entries) + len(rest) > BATCH or needed > room:
@@ -348,7 +342,8 @@ class LlamaCppRuntime:
                     room -= needed
                     state = self._grammar and self._grammar.begin()
                     running[slot] = _Sequence(asked, asked.prompt, time.perf_counter(), needed, state=state)
-                    api.llama_memory_seq_cp(memory, 0, slot, 0, shared)
+                    if shared:
+                        api.llama_memory_seq_cp(memory, 0, slot, 0, shared)
                     entries.extend((token, shared + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
                     owners.append((slot, []))
                     asked = None

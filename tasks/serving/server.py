@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -43,6 +44,7 @@ def serve(settings: Settings, config: ServeConfig) -> None:
             flush=True,
         )
         sys.setswitchinterval(SWITCH_S)
+        gc.freeze()  # what was imported and loaded is not searched for garbage: requests wait for that, and so does the end
         _Server(service, Limits(application(service), config, metrics, key)).serve_on(listening)  # type: ignore[arg-type]
         champions.close()
 
