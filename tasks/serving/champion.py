@@ -56,7 +56,9 @@ def load_champion(settings: Settings, config: ServeConfig, version: dict[str, st
     with TemporaryDirectory(prefix="cartwright-serve-") as folder:
         try:
             path, runtime, asked_by = champion_files(settings, config.name, Path(folder), number)
-        except (OSError, KeyError) as error:  # gone, or not as we register models
+        except UserError:
+            raise
+        except Exception as error:  # gone, not as we register models, or a storage that does not answer
             raise _unusable(config, number, variant, f"its files cannot be read: {type(error).__name__}: {error}") from None
         if runtime != "llama_cpp":
             raise UserError(
@@ -81,9 +83,9 @@ def _load(config: ServeConfig, path: Path, spec: Spec, version: str, variant: st
     grammar = answer_grammar(spec) if config.constrained else None
     try:
         model = LlamaCppRuntime(path, config.threads or hardware.cores(), grammar=grammar)
-    except (ValueError, OSError, MemoryError) as error:
+        prefix = common_prefix([model.encode(prompt.messages(spec, text)) for text in ("a", "7", "é")])
+    except Exception as error:  # llama.cpp, or the template of the chat
         raise _unusable(config, version, variant, f"does not load: {error}") from None
-    prefix = common_prefix([model.encode(prompt.messages(spec, text)) for text in ("a", "7", "é")])
     engine = Engine(model, prefix, config.parallel, config.max_waiting, config.max_tokens)
     champion = Champion(version, variant, spec, engine)
     try:
