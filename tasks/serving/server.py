@@ -45,7 +45,7 @@ def serve(settings: Settings, config: ServeConfig) -> None:
         )
         sys.setswitchinterval(SWITCH_S)
         gc.freeze()  # what was imported and loaded is not searched for garbage: requests wait for that, and so does the end
-        _Server(service, Limits(application(service), config, metrics, key)).serve_on(listening)  # type: ignore[arg-type]
+        _Server(service, Limits(application(service), config, metrics, key)).serve_on(listening)
         champions.close()
 
 
