@@ -11,7 +11,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme bench llama-bench bench-data doctor clean
+.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -59,6 +59,10 @@ up: install
 down: install
 	$(BIN)/cartwright down
 
+# The registered champion over HTTP, on 127.0.0.1:8080.
+serve: install
+	$(BIN)/cartwright serve $(ARGS)
+
 LATEST := $(or $(CARTWRIGHT_HOME),.cartwright)/reports/latest
 readme: install
 	$(BIN)/cartwright evaluate --data tests/handwritten.jsonl --model recommended --output $(LATEST)/handwritten.json
@@ -89,6 +93,9 @@ $(LLAMA_BENCH): $(READY)
 
 bench-data: install
 	$(BIN)/python docs/bench_data.py $(ARGS)
+
+bench-serve: install
+	$(BIN)/python docs/bench_serve.py $(ARGS)
 
 doctor: install
 	$(BIN)/cartwright doctor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -78,6 +79,39 @@ def deploy(
     print(
         f"Deployed to {settings.prefect_api_url}. Workers: prefect worker start --pool cpu-pool --type {kind.value} --limit 1, and so for orchestrator and gpu-pool."
     )
+
+
+@app.command()
+def serve(
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    host: Annotated[str, typer.Option(help="Where to listen. Any but a loopback address needs CARTWRIGHT_SERVE_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8080,
+    gguf: Annotated[Path | None, typer.Option(help="Serve this file instead of the champion, without a registry.")] = None,
+    constrained: Annotated[bool, typer.Option(help="Keep every answer to the grammar of the domain.")] = True,
+    threads: Annotated[int, typer.Option(help="Threads of llama.cpp; 0: one for each core.")] = 0,
+    parallel: Annotated[int, typer.Option(help="Texts answered at a time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Texts that may wait for their turn; more are refused with 503.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_chars: Annotated[int, typer.Option(help="Longest text, in characters; else 422.")] = 1000,
+    max_texts: Annotated[int, typer.Option(help="Most texts of one request; else 422.")] = 64,
+    max_body: Annotated[int, typer.Option(help="Largest body, in bytes; else 413.")] = 262_144,
+    rate: Annotated[float, typer.Option(help="Requests a second of one address; else 429. 0: no limit.")] = 100.0,
+    timeout_s: Annotated[float, typer.Option(help="Longest time for a request, seconds; else 504.")] = 10.0,
+    reload_s: Annotated[float, typer.Option(help="How often the alias `champion` is looked up, seconds.")] = 10.0,
+    end_s: Annotated[float, typer.Option(help="How long running requests may take to end after SIGTERM, seconds.")] = 30.0,
+) -> None:
+    """Answer over HTTP with the registered champion: POST /intent, OpenAI's /v1/chat/completions, /health, /ready, /metrics.
+
+    When the alias moves, the new champion takes over without a request being dropped.
+    """
+    given = dict(locals())
+    from tasks.serving.config import serve_config
+
+    config = serve_config(**given)
+    environment.give_up_soon()
+    from tasks.serving.server import serve as serve_champion
+
+    serve_champion(environment.load_settings(), config)
 
 
 @app.command()

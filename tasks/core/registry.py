@@ -150,29 +150,36 @@ class Registry:
         return previous, champion
 
 
-def champion_files(settings: Settings, name: str, into: Path | None = None) -> tuple[Path, Runtime, Path]:
+def champion_version(settings: Settings, name: str) -> dict[str, str] | None:
+    """Version and tags of a registered model's champion; None without one. Nothing is made where there is no registry yet."""
+    file = settings.mlflow_uri.removeprefix("sqlite:///")
+    if file != settings.mlflow_uri and not Path(file).is_file():
+        return None
+    return Registry(settings).champion(name)
+
+
+def champion_files(settings: Settings, name: str, into: Path | None = None, version: str | None = None) -> tuple[Path, Runtime, Path]:
     """Path of the champion's model, the runtime that loads it, and the folder of its `spec.yaml`.
 
     Args:
         into: an empty folder for the files of a registry that keeps them elsewhere.
+        version: this version, whether or not the alias points at it by now.
 
     Raises:
-        UserError: the registry has none.
+        UserError: the registry has none, or not its files.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
     client_of(settings)
-    uri = f"models:/{name}@{CHAMPION}"
+    uri = f"models:/{name}/{version}" if version else f"models:/{name}@{CHAMPION}"
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
-        raise UserError(
-            "model",
-            CHAMPION,
-            f"the registry {settings.mlflow_uri} has no champion of {name} ({error.error_code})",
-            mend="Run `cartwright run` first",
-        ) from None
+        missing = f"files of version {version}" if version else "champion"
+        problem = f"the registry {settings.mlflow_uri} has no {missing} of {name} ({error.error_code})"
+        mend = "`cartwright rollback`, or a new `cartwright run`" if version else "Run `cartwright run` first"
+        raise UserError("model", CHAMPION, problem, mend=mend) from None
     flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
     files = flavor["artifacts"]
     return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent

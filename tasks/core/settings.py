@@ -130,6 +130,17 @@ def teacher_key() -> str | None:
     return os.environ.get(TEACHER_KEY) or None
 
 
+def serve_key() -> str | None:
+    """The key that clients of `cartwright serve` have to send, `CARTWRIGHT_SERVE_KEY`; None where none is asked for."""
+    return os.environ.get("CARTWRIGHT_SERVE_KEY") or None
+
+
+def give_up_soon() -> None:
+    """A server that does not answer is one for half a minute, not for the many minutes that MLflow tries by default."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
     """The environment of a stage's child process: ours, with defaults for third parties."""
     return {**_QUIET, **(_REUSE_MEMORY if reuse_memory else {}), **os.environ, "PYTHONUNBUFFERED": "1"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,8 @@ GptqKernel = Literal["marlin", "exllama_v2", "triton", "torch", "torch_aten", "t
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up."""
+    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up. It has `ended`
+    if it was not cut off at the most tokens allowed; not every runtime knows."""
 
     index: int
     text: str
@@ -26,6 +27,7 @@ class Completion:
     completion_tokens: int
     first_token_s: float
     total_s: float
+    ended: bool = field(default=True, kw_only=True)
 
 
 class Runtime(Protocol):

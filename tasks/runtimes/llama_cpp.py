@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as api
 import numpy as np
@@ -32,14 +32,51 @@ api.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 @dataclass
-class _Sequence:
-    """A conversation in progress: which tokens are still to be read, which were written."""
+class Asked:
+    """A conversation to be answered, and the most tokens of its answer. `gone`: nobody waits for it any more."""
 
     index: int
     prompt: list[int]
+    max_tokens: int
+    gone: bool = False
+
+
+class Source(Protocol):
+    """Where conversations come from: a list, or requests as they arrive."""
+
+    def take(self, wait: bool) -> Asked | None:
+        """The next conversation; None if there is none at the moment. With `wait` None means that there will be none any more."""
+        ...
+
+    def refuse(self, asked: Asked, problem: str) -> None:
+        """What was taken can never be answered."""
+        ...
+
+
+class _Listed:
+    """Conversations that are all there from the beginning."""
+
+    def __init__(self, asked: list[Asked]) -> None:
+        self._asked = asked[::-1]
+
+    def take(self, wait: bool) -> Asked | None:
+        return self._asked.pop() if self._asked else None
+
+    def refuse(self, asked: Asked, problem: str) -> None:
+        raise ValueError(f"conversation {asked.index} {problem}")
+
+
+@dataclass
+class _Sequence:
+    """A conversation in progress: which tokens are still to be read, which were written, and how many places it may need."""
+
+    asked: Asked
+    prompt: list[int]
     started: float
+    needed: int
     first_token_s: float = 0.0
     written: list[int] = field(default_factory=list)
+    ended: bool = False  # with the end of a turn
     state: Any = None  # of the grammar, where there is one
 
 
@@ -267,59 +304,97 @@ class LlamaCppRuntime:
         prompts = [self.encode(conversation) for conversation in conversations]
         prefix = common_prefix(prompts) if self.share_prefix else []
         longest = max(map(len, prompts), default=0)
-        self._make_context(parallel, len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses))
+        places = len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses)
+        listed = _Listed([Asked(index, prompt, max_tokens) for index, prompt in enumerate(prompts)])
+        return self.answer(listed, prefix, parallel, places)
+
+    def answer(self, source: Source, prefix: list[int], parallel: int, places: int) -> Iterator[Completion]:
+        """Answer what a source gives, `parallel` at a time, until it has ended. What comes later joins those that are being answered.
+
+        Args:
+            prefix: tokens with which prompts begin, read once. One that begins otherwise is read whole.
+            places: tokens the context holds in all, those of the prefix too. A conversation waits until there is room for its longest answer.
+        """
+        self._make_context(parallel, places)
         memory = api.llama_get_memory(self._context)
-        if prefix:
-            for start in range(0, len(prefix), BATCH):
-                self._evaluate([(token, start + i, 0, False) for i, token in enumerate(prefix[start : start + BATCH])])
-        waiting = list(enumerate(prompts))[::-1]
+        for start in range(0, len(prefix), BATCH):
+            self._evaluate([(token, start + i, 0, False) for i, token in enumerate(prefix[start : start + BATCH])])
+        room = self._shape[1] - len(prefix)
         free = list(range(parallel, 0, -1))
         running: dict[int, _Sequence] = {}
-        while waiting or running:
-            entries: list[tuple[int, int, int, bool]] = []
-            owners: list[tuple[int, list[int]]] = []
-            for slot, sequence in running.items():
-                guessed = self._guesses.after(sequence.prompt, sequence.written) if len(running) <= FEW else []
-                at = len(sequence.prompt) + len(sequence.written) - 1
-                entries.extend((token, at + i, slot, True) for i, token in enumerate([sequence.written[-1], *guessed]))
-                owners.append((slot, guessed))
-            while waiting and free and len(entries) + len(waiting[-1][1]) - len(prefix) <= BATCH:
-                index, prompt = waiting.pop()
-                slot = free.pop()
-                running[slot] = _Sequence(index, prompt, time.perf_counter(), state=self._grammar and self._grammar.begin())
-                api.llama_memory_seq_cp(memory, 0, slot, 0, len(prefix))
-                rest = prompt[len(prefix) :]
-                entries.extend((token, len(prefix) + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
-                owners.append((slot, []))
-            if not entries:
-                raise ValueError(f"conversation {waiting[-1][0]} has more than {BATCH} tokens")
-            logits = iter(self._logits(entries))
-            for slot, guessed in owners:
-                sequence = running[slot]
-                sequence.first_token_s = sequence.first_token_s or time.perf_counter() - sequence.started
-                found = self._chosen(sequence, list(itertools.islice(logits, 1 + len(guessed))), guessed)
-                right = len(found) - 1
-                new = found[: max_tokens - len(sequence.written)]
-                ended = next((i for i, token in enumerate(new) if api.llama_vocab_is_eog(self._vocab, token)), None)
-                sequence.written.extend(new if ended is None else new[: ended + 1])
-                if ended is None and right < len(guessed):  # forget the wrong guesses
-                    api.llama_memory_seq_rm(memory, slot, len(sequence.prompt) + len(sequence.written) - 1, -1)
-                if ended is not None or len(sequence.written) >= max_tokens:
-                    if self._grammar:
-                        self._grammar.end(sequence.state)
-                    self._guesses.learn(sequence.written)
-                    text = self.decode(sequence.written if ended is None else sequence.written[:-1])
-                    yield Completion(
-                        sequence.index,
-                        text,
-                        len(sequence.prompt),
-                        len(sequence.written),
-                        sequence.first_token_s,
-                        time.perf_counter() - sequence.started,
-                    )
-                    api.llama_memory_seq_rm(memory, slot, -1, -1)
-                    del running[slot]
-                    free.append(slot)
+        asked: Asked | None = None
+        try:
+            while True:
+                entries: list[tuple[int, int, int, bool]] = []
+                owners: list[tuple[int, list[int]]] = []
+                for slot, sequence in running.items():
+                    guessed = self._guesses.after(sequence.prompt, sequence.written) if len(running) <= FEW else []
+                    at = len(sequence.prompt) + len(sequence.written) - 1
+                    entries.extend((token, at + i, slot, True) for i, token in enumerate([sequence.written[-1], *guessed]))
+                    owners.append((slot, guessed))
+                while free and (asked := asked or source.take(wait=not running)):
+                    shared = len(prefix) if asked.prompt[: len(prefix)] == prefix and len(asked.prompt) > len(prefix) else 0
+                    rest = asked.prompt[shared:]
+                    needed = len(rest) + asked.max_tokens + self._most_guesses
+                    if len(entries) + len(rest) > BATCH or needed > room:
+                        break
+                    slot = free.pop()
+                    room -= needed
+                    state = self._grammar and self._grammar.begin()
+                    running[slot] = _Sequence(asked, asked.prompt, time.perf_counter(), needed, state=state)
+                    if shared:
+                        api.llama_memory_seq_cp(memory, 0, slot, 0, shared)
+                    entries.extend((token, shared + i, slot, i == len(rest) - 1) for i, token in enumerate(rest))
+                    owners.append((slot, []))
+                    asked = None
+                if not running:
+                    if not asked:
+                        return
+                    source.refuse(asked, f"has more than {min(BATCH, self._shape[1])} tokens")
+                    asked = None
+                    continue
+                logits = iter(self._logits(entries))
+                for slot, guessed in owners:
+                    sequence = running[slot]
+                    sequence.first_token_s = sequence.first_token_s or time.perf_counter() - sequence.started
+                    found = self._chosen(sequence, list(itertools.islice(logits, 1 + len(guessed))), guessed)
+                    right = len(found) - 1
+                    self._write(sequence, found)
+                    if not sequence.ended and right < len(guessed):  # forget the wrong guesses
+                        api.llama_memory_seq_rm(memory, slot, len(sequence.prompt) + len(sequence.written) - 1, -1)
+                    if sequence.ended or len(sequence.written) >= sequence.asked.max_tokens or sequence.asked.gone:
+                        api.llama_memory_seq_rm(memory, slot, -1, -1)
+                        del running[slot]
+                        free.append(slot)
+                        room += sequence.needed
+                        yield self._completion(sequence)
+        finally:
+            for sequence in running.values():
+                self._release(sequence)
+
+    def _write(self, sequence: _Sequence, found: list[int]) -> None:
+        """Go on from tokens that were chosen, up to the end of the turn or as many as were asked for."""
+        new = found[: sequence.asked.max_tokens - len(sequence.written)]
+        ended = next((i for i, token in enumerate(new) if api.llama_vocab_is_eog(self._vocab, token)), None)
+        sequence.ended = ended is not None
+        sequence.written.extend(new if ended is None else new[: ended + 1])
+
+    def _completion(self, sequence: _Sequence) -> Completion:
+        self._release(sequence)
+        self._guesses.learn(sequence.written)
+        return Completion(
+            sequence.asked.index,
+            self.decode(sequence.written[:-1] if sequence.ended else sequence.written),
+            len(sequence.prompt),
+            len(sequence.written),
+            sequence.first_token_s,
+            time.perf_counter() - sequence.started,
+            ended=sequence.ended,
+        )
+
+    def _release(self, sequence: _Sequence) -> None:
+        if self._grammar:
+            self._grammar.end(sequence.state)
 
     def _chosen(self, sequence: _Sequence, logits: list[Any], guessed: list[int]) -> list[int]:
         """The tokens that follow: one for each guess that was right, and the one after them."""

@@ -1,0 +1,98 @@
+"""Bodies of requests and answers: ours, and those of OpenAI's chat completions as far as they make sense here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
+
+
+def _is_unicode(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("has half of a surrogate pair, which is no character") from None
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+Text = Annotated[str, StringConstraints(strict=True), AfterValidator(_is_unicode)]
+
+
+class IntentRequest(BaseModel):
+    """One `text`, or several `texts`. Lengths are limits of the server, see `cartwright serve --help`."""
+
+    text: Text | None = Field(None, description="What a customer says", examples=["two olive oils please"])
+    texts: list[Text] | None = Field(None, min_length=1, description="What several customers say")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> IntentRequest:
+        if (self.text is None) == (self.texts is None):
+            raise ValueError("give either `text` or `texts`")
+        return self
+
+
+class Answer(BaseModel):
+    """`answer` is null where the model's `output` is no valid answer, and `problem` says why."""
+
+    answer: dict[str, Any] | None
+    problem: str | None = None
+    output: str | None = None
+
+
+class IntentAnswer(BaseModel):
+    """The answer to `text`, or those to `texts` in their order."""
+
+    model: str
+    version: str
+    answer: dict[str, Any] | None = None
+    problem: str | None = None
+    output: str | None = None
+    answers: list[Answer] | None = None
+
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """The last message of the role `user` is what the customer says; the model was trained on single messages, so others are not read.
+    Decoding is greedy whatever `temperature` says; fields that are not named here are ignored."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: Literal[1] | None = 1
+
+    def customer(self) -> str | None:
+        """What the customer says; None if there is no such message."""
+        said = next((message.content for message in reversed(self.messages) if message.role == "user"), None)
+        return "".join(part.text for part in said) if isinstance(said, list) else said
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """Every error, of every endpoint."""
+
+    error: ErrorDetail

@@ -1,0 +1,108 @@
+"""The server process: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from tasks.core.settings import Settings, serve_key
+from tasks.domain.errors import UserError
+from tasks.serving.app import Service, application
+from tasks.serving.champion import Champions
+from tasks.serving.config import ServeConfig, check_key
+from tasks.serving.limits import Limits
+from tasks.serving.metrics import Metrics
+
+BACKLOG = 1024
+SWITCH_S = 0.0005  # the thread that computes and the one that speaks HTTP take turns ten times more often than Python's usual
+
+
+def serve(settings: Settings, config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT; requests that are running then are answered.
+
+    Raises:
+        UserError: no key where one is needed, a port in use, or no champion that can be served.
+    """
+    key = serve_key()
+    check_key(config.host, key)
+    with _bound(config.host, config.port) as listening:
+        _log()
+        metrics = Metrics()
+        champions = Champions(settings, config, metrics)
+        service = Service(config, champions, metrics)
+        shown = f"[{config.host}]" if ":" in config.host else config.host
+        current = champions.current
+        print(
+            f"Serving {config.name} version {current.version} ({current.variant}) on http://{shown}:{listening.getsockname()[1]}",
+            flush=True,
+        )
+        sys.setswitchinterval(SWITCH_S)
+        gc.freeze()  # what was imported and loaded is not searched for garbage: requests wait for that, and so does the end
+        _Server(service, Limits(application(service), config, metrics, key)).serve_on(listening)
+        champions.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that says so when it ends."""
+
+    def __init__(self, service: Service, application: Limits) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                backlog=BACKLOG,
+                access_log=False,
+                log_config=None,
+                lifespan="off",
+                proxy_headers=False,  # a client could call itself whatever it likes, and so have no rate
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(service.config.end_s) or 1,
+                ws="none",
+            )
+        )
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.ending = True
+        super().handle_exit(sig, frame)
+
+    def serve_on(self, listening: socket.socket) -> None:
+        # uvicorn raises the signals it has caught once more at its end: they have done what they should.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self.run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that listens on that port, before a model is loaded: who connects meanwhile waits."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise UserError("--host", host, f"is no address of this machine: {error}", mend="127.0.0.1 always is") from None
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRINUSE:
+            mend = "End the program that listens there, or choose another port; 0 takes a free one"
+            raise UserError("--port", port, f"is in use on {host}", mend=mend) from None
+        raise UserError(
+            "--port" if error.errno == errno.EACCES else "--host", f"{host}:{port}", f"cannot be listened on: {error}"
+        ) from None
+    return made
+
+
+def _log() -> None:
+    """Ours on stderr, with the time; uvicorn's from warnings on."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("cartwright.serve").setLevel(logging.INFO)
