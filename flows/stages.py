@@ -23,7 +23,7 @@ from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
-from tasks.finetune import finetune
+from tasks.finetune import finetune, has_compiler
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
@@ -67,6 +67,8 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
     """Base model, adapter and merged 16-bit model."""
     call = runner(run)
     base = call(base_model, run.config.base_model)
+    if run.config.train.compile and not has_compiler():
+        call.display.say("There is no C++ compiler here: the layers are trained as they are, on a CPU at two thirds of the speed")
     adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
     return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
 
