@@ -59,6 +59,8 @@ def ask_teacher(run: Run) -> Manifest:
     lessons = asking(teach, teach_config(run.config.data, config))
     if lessons.metrics["stopped"]:
         call.display.say(f"The teacher was asked less than planned: {lessons.metrics['stopped']}")
+        about = {"prefect.resource.id": f"cartwright.teacher.{run.config.data.teacher}", "prefect.resource.name": run.config.data.teacher}
+        emit_event("cartwright.teacher.budget", about, payload={"run": run.run_id, "stopped": lessons.metrics["stopped"]})
     return lessons
 
 

@@ -98,7 +98,7 @@ def set_prefect_api(url: str | None) -> None:
 
 def without_secrets(text: str) -> str:
     """A text in which no value of an environment variable that holds a key, token, secret or password is left."""
-    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper())]
+    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
@@ -116,6 +116,11 @@ TEACHER_KEY = "CARTWRIGHT_TEACHER_KEY"
 def teacher_key() -> str | None:
     """The key a parent handed to this process for the teacher; None where the provider's own variable holds it."""
     return os.environ.get(TEACHER_KEY) or None
+
+
+def alert_webhook() -> str | None:
+    """Where alerts go: an address that takes JSON by POST. It is a secret: whoever knows it can write there."""
+    return os.environ.get("CARTWRIGHT_ALERT_WEBHOOK") or None
 
 
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
