@@ -137,8 +137,8 @@ def _automation(entry: Entry, client: SyncPrefectClient, webhook: str | None, fi
         "actions": actions or [{"type": "do-nothing"}],
     }
     try:
-        # Twice: an update sends only fields that were set, and the server wants those too that have a default.
-        return AutomationCore.model_validate(AutomationCore.model_validate(fields).model_dump())
+        # Twice: an update sends the fields that were set, and the server wants defaults too, but no owner.
+        return AutomationCore.model_validate(AutomationCore.model_validate(fields).model_dump(exclude={"owner_resource"}))
     except ValidationError as error:
         raise _refused(file, entry.name, error) from None
 
