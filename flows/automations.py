@@ -70,12 +70,14 @@ def install(api_url: str | None = None, file: Path = AUTOMATIONS) -> Installed:
         UserError: an entry of the file is not valid, or names a deployment that the server has not.
     """
     from prefect.client.orchestration import get_client
+    from prefect.events.filters import AutomationFilter, AutomationFilterTags
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings(updates={PREFECT_API_URL: api_url}) if api_url else nullcontext(), get_client(sync_client=True) as client:
         webhook = _webhook(client)
         wanted = {entry.name: _automation(entry, client, webhook, file) for entry in read(file)}
-        found = {known.name: known for known in client.read_automations() if OURS in known.tags}
+        ours = AutomationFilter(tags=AutomationFilterTags(all_=[OURS]))
+        found = {known.name: known for known in client.read_automations(automations=ours)}
         changed = []
         for name, automation in wanted.items():
             if name not in found:
@@ -103,7 +105,7 @@ def read(file: Path = AUTOMATIONS) -> list[Entry]:
     Raises:
         UserError: a field is missing, unknown or of the wrong type, or a name is there twice.
     """
-    entries = []
+    entries: list[Entry] = []
     for raw in yaml.safe_load(file.read_text(encoding="utf-8"))["automations"]:
         try:
             entry = Entry.model_validate(raw)

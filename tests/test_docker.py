@@ -360,7 +360,9 @@ def mlflow_environment(secrets: Path, folder: Path, database: str) -> dict[str, 
     users = folder / "mlflow_auth.ini"
     text = (DOCKER / "mlflow_auth.ini").read_text().replace("postgresql://mlflow@postgres:5432/mlflow_auth", database)
     users.write_text(text)
-    return environment_of("mlflow", secrets, folder, {}) | {"MLFLOW_AUTH_CONFIG_PATH": str(users), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Unlike the image, the project's environment has litellm: without a network, its import hangs while it asks for prices.
+    here = {"MLFLOW_AUTH_CONFIG_PATH": str(users), "MLFLOW_DISABLE_TELEMETRY": "true", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    return environment_of("mlflow", secrets, folder, {}) | here
 
 
 def check_mlflow(address: str, password: str) -> None:
