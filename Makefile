@@ -63,6 +63,10 @@ down: install
 serve: install
 	$(BIN)/cartwright serve $(ARGS)
 
+# Random values for those secrets of docker/compose.yaml that have none yet.
+secrets:
+	docker/secrets.sh
+
 LATEST := $(or $(CARTWRIGHT_HOME),.cartwright)/reports/latest
 readme: install
 	$(BIN)/cartwright evaluate --data tests/handwritten.jsonl --model recommended --output $(LATEST)/handwritten.json

@@ -25,7 +25,7 @@ from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
-from tasks.finetune import finetune
+from tasks.finetune import finetune, has_compiler
 from tasks.gate import PROMOTION
 from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.importance import importance
@@ -63,6 +63,8 @@ def ask_teacher(run: Run) -> Manifest:
     lessons = asking(teach, teach_config(run.config.data, config))
     if lessons.metrics["stopped"]:
         call.display.say(f"The teacher was asked less than planned: {lessons.metrics['stopped']}")
+        about = {"prefect.resource.id": f"cartwright.teacher.{run.config.data.teacher}", "prefect.resource.name": run.config.data.teacher}
+        emit_event("cartwright.teacher.budget", about, payload={"run": run.run_id, "stopped": lessons.metrics["stopped"]})
     return lessons
 
 
@@ -71,6 +73,8 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
     """Base model, adapter and merged 16-bit model."""
     call = runner(run)
     base = call(base_model, run.config.base_model)
+    if run.config.train.compile and not has_compiler():
+        call.display.say("There is no C++ compiler here: the layers are trained as they are, on a CPU at two thirds of the speed")
     adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
     return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
 

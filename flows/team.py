@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from flows import automations
+from flows.automations import Installed
 from flows.deploying import SOURCE, Server
 from tasks.core import hardware
 from tasks.core import settings as environment
@@ -59,8 +61,11 @@ class Team:
         self._state = settings.home / "team.json"
         self._server = Server(f"{self.prefect}/api", self._environment())
 
-    def up(self, gpu: bool) -> None:
+    def up(self, gpu: bool) -> Installed:
         """Start what is not running yet, wait until it is healthy, and deploy.
+
+        Returns:
+            What became of the automations.
 
         Raises:
             UserError: a port is taken, or a service does not become healthy.
@@ -75,6 +80,7 @@ class Team:
             self._wait(running["Prefect"], f"{self.prefect}/api/health")
             pools = [ORCHESTRATOR, "cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]
             self._server.deploy("process")
+            automated = automations.install(self._server.api)
             for pool in pools:
                 command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-{socket.gethostname()}"]
                 # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
@@ -83,6 +89,7 @@ class Team:
             self._wait(running["MLflow"], f"{self.mlflow}/health")
             for pool in pools:
                 self._wait_for_worker(running[f"worker of {pool}"], pool)
+            return automated
 
     def down(self) -> list[str]:
         """End exactly what `up` started, and what that started; the names of what was running."""

@@ -43,11 +43,12 @@ def up(
     settings = environment.load_settings()
     team = Team(settings, prefect_port, mlflow_port)
     print("Starting the Prefect server, the MLflow server and the workers: about half a minute")
-    team.up(gpu)
+    automated = team.up(gpu)
     for service in team.services():
         print(f"  {service.name:<20} process {service.pid}, log {service.log}")
     print(f"Prefect: {team.prefect}/deployments  (choose retrain/cpu, press Run, Custom run, and fill in the form)")
     print(f"MLflow:  {team.mlflow}  (every retraining is a run; its variants are its children)")
+    print(automated)
     print("`cartwright down` ends what was started here.")
 
 
@@ -67,6 +68,7 @@ def deploy(
     ] = PoolKind.process,
 ) -> None:
     """Tell the Prefect server of PREFECT_API_URL about pools, deployments and schedules. `up` does it for its own server. Twice is harmless."""
+    from flows.automations import install
     from flows.deploying import SOURCE, Server
 
     settings = environment.load_settings()
@@ -76,6 +78,7 @@ def deploy(
         )
     variables = {**environment.child_environment(), "CARTWRIGHT_SOURCE": environment.source_on_workers(SOURCE)}
     Server(settings.prefect_api_url, variables).deploy(kind.value)
+    print(install(settings.prefect_api_url))
     print(
         f"Deployed to {settings.prefect_api_url}. Workers: prefect worker start --pool cpu-pool --type {kind.value} --limit 1, and so for orchestrator and gpu-pool."
     )

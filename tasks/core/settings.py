@@ -110,7 +110,7 @@ def prefect_authorization() -> dict[str, str]:
 
 def without_secrets(text: str) -> str:
     """A text in which no value of an environment variable that holds a key, token, secret or password is left."""
-    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", name.upper())]
+    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
@@ -139,6 +139,11 @@ def give_up_soon() -> None:
     """A server that does not answer is one for half a minute, not for the many minutes that MLflow tries by default."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
+def alert_webhook() -> str | None:
+    """Where alerts go: an address that takes JSON by POST. It is a secret: whoever knows it can write there."""
+    return os.environ.get("CARTWRIGHT_ALERT_WEBHOOK") or None
 
 
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
