@@ -181,6 +181,52 @@ def rollback(
 
 
 @app.command()
+def drift(
+    texts: Annotated[
+        str,
+        typer.Option(help="JSONL with a `text` on each line: a path or any fsspec URI; `*` stands for any part of a name."),
+    ] = "",
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    change: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change one option, such as allowed.language=0.3, max_asked=50 or samples=5."),
+    ] = [],  # noqa: B006 - typer copies it
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="End with 3 where drift is found, and with 4 where too few texts are.")
+    ] = False,
+) -> None:
+    """Compare recent customer texts with what the champion was trained on: languages, length, unknown words, its answers.
+
+    Finds and tells; promotes nothing. Without --texts those of CARTWRIGHT_TEXTS, by default texts/*.jsonl in the home.
+    """
+    from flows.session import prefect_api
+    from tasks.config import parse_overrides, with_overrides
+    from tasks.drift import FOUND, INCONCLUSIVE, DriftOptions, read_result
+    from tasks.drift_report import HEADLINES
+
+    options = with_overrides(DriftOptions, {}, parse_overrides(change))
+    settings = environment.load_settings()
+    from flows import drift as check
+
+    check.prepare(settings, texts or settings.texts_uri, name)  # before anything starts
+    with prefect_api(settings), _goes_on():
+        folder = check.drift(texts=texts, model=name, options=options)
+    found = read_result(folder)
+    counts = found["texts"]
+    print(f"\n{HEADLINES[found['verdict']]}")
+    for reason in found["reasons"]:
+        print(f"  {reason}")
+    print(
+        f"{counts['usable']} usable texts, {counts['compared']} compared, {counts['asked']} answered by the champion, {counts['bad']} bad lines"
+    )
+    for problem, times in found["problems"].items():
+        print(f"  {times} {problem}")
+    print(f"Report: {folder / 'drift.html'}")
+    if exit_code:
+        raise SystemExit({FOUND: 3, INCONCLUSIVE: 4}.get(found["verdict"], 0))
+
+
+@app.command()
 def ablate(
     file: Annotated[Path, typer.Argument(help="A YAML file like those of deployments/ablations/: profile, base, seeds, arms.")],
 ) -> None:

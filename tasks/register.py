@@ -154,7 +154,7 @@ def register_variants(
     if not challenger or not name:
         return verdict, True
     tags = {"cartwright.kind": challenger.kind, "cartwright.key": challenger.key, "cartwright.run": run.run_id, "cartwright.variant": name}
-    tags["cartwright.prompt"] = dataset.config["prompt"]
+    tags |= {"cartwright.prompt": dataset.config["prompt"], "cartwright.dataset_key": dataset.key}
     version, known = tracker.register(config.name, logged[name], challenger.digest, tags)
     if verdict["verdict"] == "promote" and (when := tracker.rolled_back(config.name, version)):
         mend = f"it was rolled back at {when}; `cartwright rollback` once more makes it the champion again"

@@ -90,7 +90,7 @@ class Tracker:
             self.parent = left[0].info.run_id
             self.client.update_run(self.parent, status="RUNNING")
         else:
-            all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
+            all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
             self.parent = self.client.create_run(self.experiment_id, run_name=run_name, tags=all_tags).info.run_id
         earlier = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}'") if left else []
         self._children = {(run.data.tags.get(TAG + "kind"), run.data.tags.get(TAG + "key")): str(run.info.run_id) for run in earlier}
@@ -212,6 +212,8 @@ class Tracker:
 
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
+                for tag in tags.keys() - version.tags.keys():  # of an earlier Cartwright, which did not note it yet
+                    self.client.set_model_version_tag(name, str(version.version), tag, tags[tag])
                 return str(version.version), True
         with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
             made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
@@ -268,6 +270,31 @@ def version_behind(client: Any, name: str, alias: str) -> dict[str, str] | None:
             return None
         raise
     return {**version.tags, "version": str(version.version)}
+
+
+def find_champion(settings: Settings, name: str) -> tuple[dict[str, str], str | None]:
+    """Version and tags of a registered model's champion, and the experiment it was made in, None if that is gone.
+
+    Raises:
+        UserError: the registry has none.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    kept = settings.mlflow_uri.removeprefix("sqlite:///")
+    champion = None
+    if kept == settings.mlflow_uri or Path(kept).exists():  # else MLflow would make an empty one
+        mlflow.set_tracking_uri(settings.mlflow_uri)
+        client = mlflow.MlflowClient()
+        champion = version_behind(client, name, CHAMPION)
+    if not champion:
+        problem = f"has no champion in {settings.mlflow_uri}"
+        raise UserError("model", name, problem, mend="Run `cartwright run` first, or name the model as registry.name did")
+    try:
+        run_id = client.get_model_version(name, champion["version"]).run_id
+        return champion, str(client.get_experiment(client.get_run(run_id).info.experiment_id).name) if run_id else None
+    except MlflowException:
+        return champion, None
 
 
 def rollback(settings: Settings, name: str) -> tuple[dict[str, str], dict[str, str]]:

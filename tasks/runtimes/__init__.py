@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,10 @@ GptqKernel = Literal["marlin", "exllama_v2", "triton", "torch", "torch_aten", "t
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up."""
+    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up.
+
+    `tokens` are the ids that were written, with the one that ends the turn; an API does not tell them.
+    """
 
     index: int
     text: str
@@ -26,6 +29,7 @@ class Completion:
     completion_tokens: int
     first_token_s: float
     total_s: float
+    tokens: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 class Runtime(Protocol):

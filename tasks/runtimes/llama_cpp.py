@@ -316,6 +316,7 @@ class LlamaCppRuntime:
                         len(sequence.written),
                         sequence.first_token_s,
                         time.perf_counter() - sequence.started,
+                        tokens=tuple(sequence.written),
                     )
                     api.llama_memory_seq_rm(memory, slot, -1, -1)
                     del running[slot]
