@@ -38,7 +38,6 @@ FOUND, NONE, INCONCLUSIVE = "found", "none", "inconclusive"
 RESULT, BAD_LINES = "drift.json", "bad_lines.jsonl"
 OTHER = "other"  # a language that is none of the domain's
 HELD_OUT = ("validation", "test")  # like `train`, but never trained on: of its own rows a model is surer than of any others
-MAX_TOKENS = 96
 PARALLEL = 8
 LONGEST_PROMPT = 512  # tokens; longer texts are counted, and the champion is not asked about them
 NEW_WORDS, NEW_WORD_TEXTS = 20, 5  # new words are named if so many texts have them: what many write is nobody's secret
@@ -68,7 +67,8 @@ class DriftOptions(StageConfig):
     alpha: float = Field(0.01, gt=0, lt=0.5, description="How often a check of texts like those of training may find drift, as a share")
     min_texts: int = Field(50, ge=20, le=100_000, description="Fewer usable texts are inconclusive")
     max_texts: int = Field(2000, ge=20, le=100_000, description="Most texts to compare, a random sample of them all")
-    max_asked: int = Field(200, ge=20, le=10_000, description="Most texts to ask the champion, and as many of its data set")
+    max_asked: int = Field(200, ge=20, le=10_000, description="Most texts to ask the champion, and about as many of its data set")
+    max_tokens: int = Field(96, ge=4, le=512, description="Longest answer of the champion, in tokens")
     samples: int = Field(
         0, ge=0, le=100, description="Texts to keep in the report, those it is least sure of; personal data may be in them"
     )
@@ -140,9 +140,9 @@ def _compared(config: DriftConfig, dataset: Path, recent: RecentTexts, counts: J
     asked = Random(f"{config.seed}/asked").sample(recent.texts, min(config.max_asked, len(recent.texts)))
     model = runtimes.load_local(config.runtime, Path(config.model), hardware.cores())
     progress.advance(1, 3, "asking about recent texts")
-    answers = answers_of(model, spec, asked)
+    answers = answers_of(model, spec, asked, config.max_tokens)
     progress.advance(2, 3, "asking about the data set")
-    before = answers_of(model, spec, held_out(dataset, len(asked), config.seed))
+    before = answers_of(model, spec, held_out(dataset, len(asked), config.seed), config.max_tokens)
     counts["asked"], counts["too_long"] = len(answers), len(asked) - len(answers)
     columns += answer_columns(config, before, answers)
     alpha = config.alpha / sum(enough(column) for column in columns)  # Bonferroni: the whole check errs as seldom as was asked for
@@ -247,20 +247,19 @@ def held_out(dataset: Path, most: int, seed: int) -> list[str]:
         by_intent.setdefault(row["gold"]["intent"], []).append(row["text"])
     scale = min((len(texts) / trained[intent] for intent, texts in by_intent.items() if trained[intent]), default=0.0)
     scale = min(scale, most / max(1, trained.total()))
-    return [text for intent, texts in by_intent.items() for text in texts[: round(scale * trained[intent])]]
+    return [text for intent, texts in by_intent.items() for text in texts[: math.ceil(scale * trained[intent])]]
 
 
-def answers_of(model: LocalRuntime, spec: Spec, texts: Sequence[str]) -> list[Answer]:
+def answers_of(model: LocalRuntime, spec: Spec, texts: Sequence[str], max_tokens: int) -> list[Answer]:
     """The champion's answer to every text that is not too long for it; what several customers wrote is asked once, and counts as often."""
     prompts = {text: model.encode(prompt.messages(spec, text)) for text in texts}
     asked = [text for text, tokens in prompts.items() if len(tokens) <= LONGEST_PROMPT]
     if not asked:
         return []
-    written = sorted(
-        model.generate([prompt.messages(spec, text) for text in asked], MAX_TOKENS, PARALLEL), key=lambda answer: -len(answer.tokens)
-    )
+    conversations = [prompt.messages(spec, text) for text in asked]
+    written = list(model.generate(conversations, max_tokens, PARALLEL))
     answers = {}
-    for answer in written:  # the longest first, so that one context fits all
+    for answer in sorted(written, key=lambda answer: -answer.prompt_tokens - len(answer.tokens)):  # so that one context fits all
         text = asked[answer.index]
         parsed = parse_answer(answer.text, spec).answer
         sure = confidence(model.completion_logits(prompts[text], list(answer.tokens)), answer.tokens)

@@ -130,4 +130,5 @@ def _words(column: Column, sides: dict[str, Any]) -> str:
         label: abs(now["shares"].get(label, 0) - before["shares"].get(label, 0)) for label in sorted(now["shares"] | before["shares"])
     }
     labels = sorted(change, key=lambda label: -round(change[label], 6))
-    return ", ".join(f"{label} {now['shares'].get(label, 0):.0%} against {before['shares'].get(label, 0):.0%}" for label in labels[:SHOWN])
+    parts = [f"{label} {now['shares'].get(label, 0):.0%} against {before['shares'].get(label, 0):.0%}" for label in labels[:SHOWN]]
+    return f"{', '.join(parts)} in training"

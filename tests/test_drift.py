@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import random
@@ -63,9 +64,15 @@ def shop(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Iterator[
     yield Shop(home, dataset, folder, tiny_gguf)
 
 
-def texts_like_training(rows: int, first: int = 10_000) -> list[str]:
+@functools.cache
+def rows_like_training(rows: int) -> list[dict[str, Any]]:
+    """Rows of the generator that made the data set, which are not in it."""
     generator = make_generator(DATA)
-    return [generator.row("train", first + turn)["text"] for turn in range(rows)]
+    return [generator.row("train", 10_000 + turn) for turn in range(rows)]
+
+
+def texts_like_training(rows: int) -> list[str]:
+    return [row["text"] for row in rows_like_training(900)[:rows]]
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -78,7 +85,7 @@ def check(shop: Shop, texts: Path, **options: Any) -> dict[str, Any]:
     out = texts.with_suffix(".out")
     out.mkdir()
     filled = {"texts": str(texts), "texts_sha256": read_texts(str(texts), 0).sha256, "model": str(shop.model), "model_digest": "d1"}
-    metrics = drift.function(DriftConfig(**filled, **{"max_asked": 20, **options}), {"dataset": shop.folder}, out)
+    metrics = drift.function(DriftConfig(**filled, **{"max_asked": 20, "max_tokens": 4, **options}), {"dataset": shop.folder}, out)
     found = read_result(out)
     assert metrics["verdict"] == found["verdict"] and (out / "drift.html").is_file() and (out / "drift.md").is_file()
     return found | {"out": out}
@@ -266,8 +273,8 @@ def test_texts_of_the_same_generator_have_not_drifted(shop: Shop, tmp_path: Path
 
 def test_the_reasons_name_what_has_changed(shop: Shop, tmp_path: Path) -> None:
     usual = texts_like_training(600)
-    rows = [make_generator(DATA).row("train", 10_000 + turn) for turn in range(900)]
-    croatian = check(shop, write(tmp_path / "hr.jsonl", [row["text"] for row in rows if row["language"] == "hr"]))
+    spoken = [row["text"] for row in rows_like_training(900) if row["language"] == "hr"]
+    croatian = check(shop, write(tmp_path / "hr.jsonl", spoken))
     assert croatian["verdict"] == "found" and "language" in drifted(croatian) and not drifted(croatian) & {"words", "unknown_words"}
     assert any(reason.startswith("Languages: hr 9") for reason in croatian["reasons"])
     long = check(shop, write(tmp_path / "long.jsonl", [" ".join(usual[at : at + 4]) for at in range(0, 600, 4)]))
@@ -278,10 +285,8 @@ def test_the_reasons_name_what_has_changed(shop: Shop, tmp_path: Path) -> None:
     assert {"language", "unknown_words"} <= drifted(gibberish)
     assert any(reason.startswith("Unknown words: mean 100% against ") for reason in gibberish["reasons"])
     assert len(gibberish["samples"]) == 2 and gibberish["samples"][0]["text"] in (gibberish["out"] / "drift.html").read_text()
-    assert (
-        check(shop, write(tmp_path / "hr2.jsonl", [r["text"] for r in rows if r["language"] == "hr"]), allowed={"language": 1})["verdict"]
-        == "none"
-    )
+    asked_for = check(shop, write(tmp_path / "hr2.jsonl", spoken), allowed={"language": 1})
+    assert asked_for["verdict"] == "none"
 
 
 def test_new_words_are_named_when_several_texts_have_them(shop: Shop, tmp_path: Path) -> None:
@@ -329,8 +334,8 @@ def test_reference_answers_are_to_rows_that_were_not_trained_on_with_the_intents
     assert not {row["text"] for row in rows["train"]} & set(texts)
     intent = {row["text"]: row["gold"]["intent"] for split in ("validation", "test") for row in rows[split]}
     picked, trained = Counter(intent[text] for text in texts), Counter(row["gold"]["intent"] for row in rows["train"])
-    assert all(abs(picked[name] / len(texts) - count / trained.total()) < 0.02 for name, count in trained.items())
-    assert len(held_out(shop.folder, 30, 7)) == pytest.approx(30, abs=4)
+    assert all(abs(picked[name] / len(texts) - count / trained.total()) < 0.03 for name, count in trained.items())
+    assert 30 <= len(held_out(shop.folder, 30, 7)) <= 30 + len(trained)
 
 
 # The flow --------------------------------------------------------------------------------------------------------
@@ -345,7 +350,9 @@ def test_a_check_is_published_everywhere_and_promotes_nothing(shop: Shop, cartwr
     aliases = query(shop.home / "mlflow.db", "select * from registered_model_aliases")
     path = write(tmp_path / "hr.jsonl", [f"gdje je moja narudžba broj {n}" for n in range(60)])
     path.write_text(path.read_text() + "nonsense\n", encoding="utf-8")
-    done = cartwright("drift", "--texts", str(path), "--set", "max_asked=20", "--exit-code", CARTWRIGHT_HOME=str(shop.home))
+    done = cartwright(
+        "drift", "--texts", str(path), "--set", "max_asked=20", "--set", "max_tokens=4", "--exit-code", CARTWRIGHT_HOME=str(shop.home)
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "Drift: recent texts are not" in done.stdout and "Languages: " in done.stdout and "1 is not JSON" in done.stdout
     folder = Path(next(line for line in done.stdout.splitlines() if line.startswith("Report: ")).removeprefix("Report: ")).parent

@@ -180,7 +180,8 @@ def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() ->
         flow = getattr(import_module(module), name)
         for parameters in (deployment["parameters"], *(s.get("parameters", {}) for s in deployment.get("schedules", []))):
             valid = flow.validate_parameters(deployment["parameters"] | parameters)
-            load_config(valid["profile"])
-            assert valid["profile"] in flow.parameters.properties["profile"]["enum"] == profiles()
+            if flow.name == "retrain":
+                load_config(valid["profile"])
+                assert valid["profile"] in flow.parameters.properties["profile"]["enum"] == profiles()
             checked += 1
-    assert (len(deployments), checked) == (2, 3)
+    assert (len(deployments), checked) == (3, 5)
