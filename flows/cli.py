@@ -200,17 +200,21 @@ def drift(
     Finds and tells; promotes nothing. Without --texts those of CARTWRIGHT_TEXTS, by default texts/*.jsonl in the home.
     """
     from flows.session import prefect_api
+    from tasks.champion import champion_with_dataset
     from tasks.config import parse_overrides, with_overrides
     from tasks.drift import FOUND, INCONCLUSIVE, DriftOptions, read_result
     from tasks.drift_report import HEADLINES
+    from tasks.recent_texts import read_texts
 
     options = with_overrides(DriftOptions, {}, parse_overrides(change))
     settings = environment.load_settings()
-    from flows import drift as check
-
-    check.prepare(settings, texts or settings.texts_uri, name)  # before anything starts
+    read_texts(texts or settings.texts_uri, most=0)  # before anything starts
+    champion = champion_with_dataset(settings, name)
+    print(f"Cartwright: drift against the champion of {name}, version {champion.tags['version']}, home {settings.home}")
     with prefect_api(settings), _goes_on():
-        folder = check.drift(texts=texts, model=name, options=options)
+        from flows.drift import drift as check
+
+        folder = check(texts=texts, model=name, options=options)
     found = read_result(folder)
     counts = found["texts"]
     print(f"\n{HEADLINES[found['verdict']]}")

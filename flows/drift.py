@@ -6,7 +6,6 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +16,12 @@ from prefect.events import emit_event
 from prefect.runtime import deployment
 
 from flows.session import alone, ending, run_log
+from tasks.champion import Champion, champion_with_dataset
 from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.display import Display
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
-from tasks.core.tracking import Tracker, as_params, champion_files, find_champion, flatten
+from tasks.core.tracking import Tracker, as_params, champion_files, flatten
 from tasks.domain.errors import UserError
 from tasks.drift import DriftConfig, DriftOptions, read_result
 from tasks.drift import drift as drift_stage
@@ -29,16 +29,6 @@ from tasks.drift_report import HEADLINES, TEXT, rows_of
 from tasks.recent_texts import read_texts, shown
 
 USUAL = DriftOptions()
-
-
-@dataclass(frozen=True)
-class Champion:
-    """The registered champion, and the data set it was trained on."""
-
-    name: str
-    tags: dict[str, str]
-    experiment: str
-    dataset: Manifest
 
 
 @flow(name="drift")
@@ -55,7 +45,7 @@ def drift(texts: str = "", model: str = "shop-intent", options: DriftOptions = U
     """
     settings = load_settings()
     uri = texts or settings.texts_uri
-    champion, digest = prepare(settings, uri, model)
+    digest, champion = read_texts(uri, most=0).sha256, champion_with_dataset(settings, model)
     display = Display(run_log()) if deployment.id else Display()
     with open_check(settings, champion, digest, options, display) as call, TemporaryDirectory() as folder:
         path, runtime, _ = champion_files(settings, model, Path(folder))
@@ -63,27 +53,6 @@ def drift(texts: str = "", model: str = "shop-intent", options: DriftOptions = U
         config = DriftConfig(**dict(options), **filled, runtime=runtime)
         manifest = call(drift_stage, config, dataset=champion.dataset)
         return call.act("publish", lambda: (publish(call, champion, config, manifest), False))
-
-
-def prepare(settings: Settings, texts: str, model: str) -> tuple[Champion, str]:
-    """Look at everything a check needs before it begins: the champion with its data set, and the digest of the texts.
-
-    Raises:
-        UserError: one of them is missing or cannot be used.
-    """
-    found = read_texts(texts, most=0)
-    tags, experiment = find_champion(settings, model)
-    if "cartwright.dataset_key" not in tags:
-        problem = f"the champion, version {tags['version']}, does not say what it was trained on"
-        raise UserError("model", model, problem, mend="Run `cartwright run` with its configuration once more, which notes it")
-    key, store = tags["cartwright.dataset_key"], Store(settings.store_uri, settings.home)
-    dataset, damage = store.find("synthesize", key)
-    if not dataset:
-        problem = f"the data set {key} of the champion, version {tags['version']}, is no longer in {settings.store_uri}"
-        mend = "Run `cartwright run` with its configuration once more: it makes the same data set again"
-        raise UserError("model", model, problem + (f" ({damage})" if damage else ""), mend=mend)
-    domain = Path(dataset.config["domain"]).name
-    return Champion(model, tags, experiment or f"{domain}-drift", dataset), found.sha256
 
 
 @contextmanager

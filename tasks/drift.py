@@ -64,7 +64,7 @@ class DriftOptions(StageConfig):
     """What a person may choose of a drift check."""
 
     allowed: Allowed = Field(Allowed(), description="Largest differences that are no drift")
-    alpha: float = Field(0.01, gt=0, lt=0.5, description="How often a check of texts like those of training may find drift, as a share")
+    alpha: float = Field(0.01, ge=0.001, lt=0.5, description="How often a check of texts like those of training may find drift, as a share")
     min_texts: int = Field(50, ge=20, le=100_000, description="Fewer usable texts are inconclusive")
     max_texts: int = Field(2000, ge=20, le=100_000, description="Most texts to compare, a random sample of them all")
     max_asked: int = Field(200, ge=20, le=10_000, description="Most texts to ask the champion, and about as many of its data set")
@@ -206,10 +206,10 @@ def text_columns(config: DriftConfig, spec: Spec, dataset: Path, recent: list[st
     languages = [[language(text) for text in texts] for texts, _ in sides]
     allowed = config.allowed
     columns = [
-        Column("language", "Languages", "category", *languages, allowed.language),
+        Column("language", "Languages", "category", languages[0], languages[1], allowed.language),
         Column("characters", "Length in characters", "number", [*map(len, training)], [*map(len, recent)], allowed.characters),
         Column("words", "Length in words", "number", [*map(len, split[0])], [*map(len, split[1])], allowed.words),
-        Column("unknown_words", "Unknown words", "number", *unknown, allowed.unknown_words, worse="higher", unit=".0%"),
+        Column("unknown_words", "Unknown words", "number", unknown[0], unknown[1], allowed.unknown_words, worse="higher", unit=".0%"),
     ]
     new = Counter(word for words in split[1] for word in set(words) if not rows_with[word])
     return columns, [{"word": word, "texts": texts} for word, texts in new.most_common(NEW_WORDS) if texts >= NEW_WORD_TEXTS]
@@ -284,9 +284,9 @@ def answer_columns(config: DriftConfig, reference: Sequence[Answer], recent: Seq
     sure = [[answer.confidence for answer in side] for side in sides]
     intents = [[answer.intent for answer in side if answer.intent] for side in sides]
     return [
-        Column("unparseable", "Answers that cannot be parsed", "share", *failed, allowed.unparseable, worse="higher"),
-        Column("confidence", "Confidence of the champion", "number", *sure, allowed.confidence, worse="lower", unit=".2f"),
-        Column("intent", "Intents the champion finds", "category", *intents, allowed.intent),
+        Column("unparseable", "Answers that cannot be parsed", "share", failed[0], failed[1], allowed.unparseable, worse="higher"),
+        Column("confidence", "Confidence of the champion", "number", sure[0], sure[1], allowed.confidence, worse="lower", unit=".2f"),
+        Column("intent", "Intents the champion finds", "category", intents[0], intents[1], allowed.intent),
     ]
 
 

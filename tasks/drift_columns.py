@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 FEW = 20  # values on either side, below which a column is not compared
 SHOWN = 3  # categories named in words
-RESAMPLES = 9999
+RESAMPLES = 9999  # so p is never below 1e-4
 Kind = Literal["number", "category", "share"]
 
 

@@ -83,7 +83,7 @@ def _curves(axes: Axes, column: Column) -> str:
         axes.step(ordered, shares, where="post", color=_colours()[side], linestyle=dashes, linewidth=1.6, label=side)
     axes.set(ylabel="% of texts at most", ylim=(0, 102))
     axes.grid(True, color=GRID, linewidth=0.7)
-    axes.figure.legend(**LEGEND)  # type: ignore[union-attr]
+    axes.figure.legend(**LEGEND)
     return "Share of texts with at most this value. Drift is how far the curves are apart, at their widest."
 
 
@@ -102,5 +102,5 @@ def _bars(axes: Axes, column: Column) -> str:
     axes.set_yticks(range(len(labels)), [short(label) for label in labels])
     axes.set(xlabel="% of texts", xlim=(0, None))
     axes.grid(True, axis="x", color=GRID, linewidth=0.7)
-    axes.figure.legend(**LEGEND)  # type: ignore[union-attr]
+    axes.figure.legend(**LEGEND)
     return "Share of texts. Drift is the share that would have to change its label."

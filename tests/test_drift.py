@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tasks.champion import champion_with_dataset
 from tasks.config import with_overrides
 from tasks.core.artifacts import Manifest, Store
-from tasks.core.settings import Settings, load_settings
+from tasks.core.settings import load_settings
 from tasks.core.stage import run as run_stage
 from tasks.domain.errors import UserError
 from tasks.drift import Answer, DriftConfig, DriftOptions, answer_columns, confidence, drift, held_out, read_result, samples
@@ -28,7 +29,7 @@ from tasks.synthesize import SynthesizeConfig, make_generator, synthesize
 
 Cartwright = Callable[..., subprocess.CompletedProcess[str]]
 NAME = "shop-intent"
-DATA = SynthesizeConfig(train_rows=480, validation_rows=48, test_rows=60, hard_rows=12, patterns_per_intent=12, noise_rate=0.1)
+DATA = SynthesizeConfig(train_rows=480, validation_rows=72, test_rows=72, hard_rows=12, patterns_per_intent=12, noise_rate=0.1)
 
 
 @dataclass(frozen=True)
@@ -379,42 +380,31 @@ def test_a_check_is_published_everywhere_and_promotes_nothing(shop: Shop, cartwr
     assert query(shop.home / "mlflow.db", "select * from registered_model_aliases") == aliases
 
 
-def settings_of(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setenv("CARTWRIGHT_HOME", str(shop.home))
-    return load_settings()
-
-
-def test_a_registry_without_champion_is_one_message_and_starts_nothing(
-    shop: Shop, cartwright: Cartwright, home: Path, tmp_path: Path
-) -> None:
+@pytest.mark.fast
+def test_what_cannot_be_checked_is_one_message_and_starts_nothing(cartwright: Cartwright, home: Path, tmp_path: Path) -> None:
     texts = str(write(tmp_path / "some.jsonl", ["my cart"]))
-    for arguments, variables, message in (
-        (
-            ("--texts", texts),
-            {},
-            f"Error: model = 'shop-intent': has no champion in sqlite:///{home}/mlflow.db. Run `cartwright run` first",
-        ),
-        (("--texts", str(tmp_path / "no.jsonl")), {}, "Error: texts = "),
-        ((), {}, f"Error: texts = '{home}/texts/*.jsonl': matches no file"),
-        (("--texts", texts, "--set", "samplez=1"), {}, "Error: samplez = 1: is an unknown field"),
+    for arguments, message in (
+        (("--texts", texts), f"model = 'shop-intent': has no champion in sqlite:///{home}/mlflow.db. Run `cartwright run` first"),
+        (("--texts", str(tmp_path / "no.jsonl")), f"texts = '{tmp_path}/no.jsonl': does not exist"),
+        ((), f"texts = '{home}/texts/*.jsonl': matches no file"),
+        (("--texts", texts, "--set", "samplez=1"), "samplez = 1: is an unknown field. Allowed: allowed, alpha"),
     ):
-        done = cartwright("drift", *arguments, **variables)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        done = cartwright("drift", *arguments)
+        assert done.returncode == 2 and done.stderr.startswith(f"Error: {message}") and "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 and not home.exists()
 
 
 def test_a_champion_whose_data_set_is_gone_or_unknown_is_one_message(shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from flows.drift import prepare
-
-    settings, texts = settings_of(shop, monkeypatch), str(write(tmp_path / "some.jsonl", ["my cart"]))
-    champion, _ = prepare(settings, texts, NAME)
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(shop.home))
+    settings = load_settings()
+    champion = champion_with_dataset(settings, NAME)
     assert (champion.dataset, champion.experiment) == (shop.dataset, "ecommerce/tiny")
     with pytest.raises(UserError, match="'sofas': has no champion"):
-        prepare(settings, texts, "sofas")
+        champion_with_dataset(settings, "sofas")
     away = shop.folder.rename(tmp_path / "away")
     try:
         with pytest.raises(UserError, match=r"data set \w+ of the champion, version 1, is no longer in .*Run `cartwright run`"):
-            prepare(settings, texts, NAME)
+            champion_with_dataset(settings, NAME)
     finally:
         away.rename(shop.folder)
 
@@ -424,6 +414,6 @@ def test_a_champion_whose_data_set_is_gone_or_unknown_is_one_message(shop: Shop,
     client.delete_model_version_tag(NAME, "1", "cartwright.dataset_key")
     try:
         with pytest.raises(UserError, match="does not say what it was trained on"):
-            prepare(settings, texts, NAME)
+            champion_with_dataset(settings, NAME)
     finally:
         client.set_model_version_tag(NAME, "1", "cartwright.dataset_key", shop.dataset.key)
