@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import team_commands
+from flows.terminal import fail, goes_on
 from tasks.core import settings as environment
 from tasks.domain.errors import UserError
 
@@ -52,21 +51,16 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except OSError as error:
         if error.errno in (28, 13, 30):  # ENOSPC, EACCES, EROFS
-            _fail(
+            fail(
                 f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and run the same command again; finished stages are kept.",
                 2,
             )
         raise
     except KeyboardInterrupt:
-        _fail("Stopped. The same command goes on where this one ended.", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"Error: {message}" if code == 2 else message, file=sys.stderr)
-    raise SystemExit(code)
+        fail("Stopped. The same command goes on where this one ended.", 130)
 
 
 @app.command()
@@ -116,24 +110,11 @@ def run(
     from flows.session import prefect_api
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
-    with prefect_api(settings), _goes_on():
+    with prefect_api(settings), goes_on():
         from flows.retrain import retrain
 
         folder = retrain(profile=profile, overrides=overrides, execution=execution.value, accelerator=accelerator.value)
     _say_where(settings, folder)
-
-
-@contextmanager
-def _goes_on() -> Iterator[None]:
-    """What stops a run is one message that says how to go on."""
-    from tasks.core.child import StageError
-
-    try:
-        yield
-    except StageError as error:
-        _fail(f"{error}\nThe same command goes on after the last finished stage.", 1)
-    except KeyboardInterrupt:  # click would turn it into a bare `Aborted`
-        _fail("Stopped. The same command goes on where this one ended.", 130)
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
@@ -172,7 +153,7 @@ def ablate(
     from flows.session import prefect_api
 
     print(f"Cartwright: ablation {ablation.name}, {len(ablation.arms)} arms, {len(ablation.seeds)} seeds each, home {settings.home}")
-    with prefect_api(settings), _goes_on():
+    with prefect_api(settings), goes_on():
         from flows.ablate import ablate as run_ablation
 
         path = run_ablation(str(file))

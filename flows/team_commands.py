@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from flows.terminal import fail, goes_on
 from tasks.core import settings as environment
 from tasks.domain.errors import UserError
 
@@ -19,12 +19,6 @@ class PoolKind(StrEnum):
     process = "process"
     docker = "docker"
     kubernetes = "kubernetes"
-
-
-def fail(message: str) -> NoReturn:
-    """End with a message and exit code 1."""
-    print(message, file=sys.stderr)
-    raise SystemExit(1)
 
 
 PrefectPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the Prefect server.")]
@@ -115,6 +109,56 @@ def serve(
     from tasks.serving.server import serve as serve_champion
 
     serve_champion(environment.load_settings(), config)
+
+
+@app.command()
+def drift(
+    texts: Annotated[
+        str,
+        typer.Option(help="JSONL with a `text` on each line: a path or any fsspec URI; `*` stands for any part of a name."),
+    ] = "",
+    name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    change: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change one option, such as allowed.language=0.3, max_asked=50 or samples=5."),
+    ] = [],  # noqa: B006 - typer copies it
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="End with 3 where drift is found, and with 4 where too few texts are.")
+    ] = False,
+) -> None:
+    """Compare recent customer texts with what the champion was trained on: languages, length, unknown words, its answers.
+
+    Finds and tells; promotes nothing. Without --texts those of CARTWRIGHT_TEXTS, by default texts/*.jsonl in the home.
+    """
+    from flows.session import prefect_api
+    from tasks.champion import champion_with_dataset
+    from tasks.config import parse_overrides, with_overrides
+    from tasks.drift import FOUND, INCONCLUSIVE, DriftOptions, read_result
+    from tasks.drift_report import HEADLINES
+    from tasks.recent_texts import read_texts
+
+    options = with_overrides(DriftOptions, {}, parse_overrides(change))
+    settings = environment.load_settings()
+    read_texts(texts or settings.texts_uri, most=0)  # before anything starts
+    champion = champion_with_dataset(settings, name)
+    print(f"Cartwright: drift against the champion of {name}, version {champion.tags['version']}, home {settings.home}")
+    with prefect_api(settings), goes_on():
+        from flows.drift import drift as check
+
+        folder = check(texts=texts, model=name, options=options)
+    found = read_result(folder)
+    counts = found["texts"]
+    print(f"\n{HEADLINES[found['verdict']]}")
+    for reason in found["reasons"]:
+        print(f"  {reason}")
+    print(
+        f"{counts['usable']} usable texts, {counts['compared']} compared, {counts['asked']} answered by the champion, {counts['bad']} bad lines"
+    )
+    for problem, times in found["problems"].items():
+        print(f"  {times} {problem}")
+    print(f"Report: {folder / 'drift.html'}")
+    if exit_code:
+        raise SystemExit({FOUND: 3, INCONCLUSIVE: 4}.get(found["verdict"], 0))
 
 
 @app.command()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,6 +35,7 @@ from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
+Config = TypeVar("Config", bound=BaseModel)
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
 
 
@@ -97,16 +99,25 @@ def load_config(profile: str, overrides: dict[str, Any] | None = None) -> RunCon
     if profile not in profiles():
         raise UserError("profile", profile, "is unknown", allowed=profiles())
     values: dict[str, Any] = {"profile": profile, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
-    for name, value in (overrides or {}).items():
+    return with_overrides(RunConfig, values, overrides or {})
+
+
+def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mapping[str, Any]) -> Config:
+    """A configuration of `values` with some fields changed, by dotted name.
+
+    Raises:
+        UserError: unknown field, or a value that is not allowed.
+    """
+    for name, value in overrides.items():
         *parents, last = name.split(".")
         target = reduce(lambda level, part: level.setdefault(part, {}), parents, values)
         if not isinstance(target, dict):
             raise UserError(name, value, f"{'.'.join(parents)} has no fields")
         target[last] = value
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise _explained(error, model) from None
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:
@@ -127,13 +138,13 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _explained(error: ValidationError) -> UserError:
+def _explained(error: ValidationError, root: type[BaseModel]) -> UserError:
     """The first problem of a config, with the values it may have."""
     first = error.errors()[0]
     location = list(map(str, first["loc"]))
     context = first.get("ctx", {})
     if first["type"] == "extra_forbidden":
-        model = _model_at(location[:-1])
+        model = _model_at(root, location[:-1])
         names = list(model.model_fields) if model else None
         return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
     allowed = context.get("expected")
@@ -141,8 +152,8 @@ def _explained(error: ValidationError) -> UserError:
     return UserError(".".join(location), first["input"], message, allowed=allowed)
 
 
-def _model_at(location: list[str]) -> type[BaseModel] | None:
-    model: type[BaseModel] = RunConfig
+def _model_at(root: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
+    model = root
     for part in location:
         if part.isdigit():
             continue

@@ -38,6 +38,8 @@ class Registry:
 
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
+                for tag in tags.keys() - version.tags.keys():  # of an earlier Cartwright, which did not note it yet
+                    self.client.set_model_version_tag(name, str(version.version), tag, tags[tag])
                 return str(version.version), True
         with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
             made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
@@ -156,6 +158,26 @@ def champion_version(settings: Settings, name: str) -> dict[str, str] | None:
     if file != settings.mlflow_uri and not Path(file).is_file():
         return None
     return Registry(settings).champion(name)
+
+
+def find_champion(settings: Settings, name: str) -> tuple[dict[str, str], str | None]:
+    """Version and tags of a registered model's champion, and the experiment it was made in, None if that is gone.
+
+    Raises:
+        UserError: the registry has none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    champion = champion_version(settings, name)
+    if not champion:
+        problem = f"has no champion in {settings.mlflow_uri}"
+        raise UserError("model", name, problem, mend="Run `cartwright run` first, or name the model as registry.name did")
+    client = client_of(settings)
+    try:
+        run_id = client.get_model_version(name, champion["version"]).run_id
+        return champion, str(client.get_experiment(client.get_run(run_id).info.experiment_id).name) if run_id else None
+    except MlflowException:
+        return champion, None
 
 
 def champion_files(settings: Settings, name: str, into: Path | None = None, version: str | None = None) -> tuple[Path, Runtime, Path]:

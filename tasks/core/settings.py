@@ -51,6 +51,7 @@ class Settings:
     mlflow_uri: str
     prefect_api_url: str | None
     llama_cpp: Path
+    texts_uri: str
 
     @property
     def reports(self) -> Path:
@@ -62,7 +63,7 @@ class Settings:
 
 
 def load_settings() -> Settings:
-    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL` and `CARTWRIGHT_LLAMA_CPP`."""
+    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`."""
     env = os.environ
     home = Path(env.get("CARTWRIGHT_HOME") or ".cartwright").absolute()
     return Settings(
@@ -71,6 +72,7 @@ def load_settings() -> Settings:
         mlflow_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
         prefect_api_url=env.get("PREFECT_API_URL") or None,
         llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
+        texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )
 
 

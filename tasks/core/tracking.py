@@ -78,7 +78,7 @@ def open_parent(
     if left:
         client.update_run(left[0].info.run_id, status="RUNNING")
         return Tracker(settings, str(left[0].info.run_id), resumed=True)
-    all_tags = {**tags, TAG + "kind": "pipeline", TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
+    all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
     return Tracker(settings, str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id))
 
 

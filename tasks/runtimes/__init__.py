@@ -18,8 +18,11 @@ GptqKernel = Literal["marlin", "exllama_v2", "triton", "torch", "torch_aten", "t
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up. It has `ended`
-    if it was not cut off at the most tokens allowed; not every runtime knows."""
+    """One answer. `index` is that of its conversation; times are seconds of wall clock since its prompt was taken up.
+
+    It has `ended` if it was not cut off at the most tokens allowed; not every runtime knows. `tokens` are the ids that were written,
+    with the one that ends the turn; an API does not tell them.
+    """
 
     index: int
     text: str
@@ -28,6 +31,7 @@ class Completion:
     first_token_s: float
     total_s: float
     ended: bool = field(default=True, kw_only=True)
+    tokens: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 class Runtime(Protocol):

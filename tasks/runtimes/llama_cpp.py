@@ -390,6 +390,7 @@ class LlamaCppRuntime:
             sequence.first_token_s,
             time.perf_counter() - sequence.started,
             ended=sequence.ended,
+            tokens=tuple(sequence.written),
         )
 
     def _release(self, sequence: _Sequence) -> None:

@@ -114,7 +114,7 @@ class TransformersRuntime:
         for (index, ids), written in zip(prompts, output[:, longest:].tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(written) if token == self._tokenizer.eos_token_id), len(written))
             text = str(self._tokenizer.decode(written[:length], skip_special_tokens=True))
-            yield Completion(index, text, len(ids), length, clock.first - clock.started, total)
+            yield Completion(index, text, len(ids), length, clock.first - clock.started, total, tokens=tuple(written[:length]))
 
     def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
         """See `LocalRuntime`."""

@@ -1,0 +1,154 @@
+"""Customer texts from wherever they lie: JSONL at any fsspec URI, read a line at a time, so that memory does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from tasks.domain.errors import UserError
+from tasks.domain.labelled import parse_json
+
+LONGEST_LINE = 1_000_000  # bytes; what has no end of line within them is no line of JSONL
+SHOWN = 3  # bad lines named in an error
+ENDINGS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+SECRET = re.compile(r"(?i)sig|token|key|secret|password|credential")  # in what follows a `?`
+MEND = 'Give JSONL in UTF-8, such as {"text": "where is my order?"} a line'
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be used, without what it says: it may be personal."""
+
+    file: str
+    line: int
+    problem: str
+
+
+@dataclass
+class RecentTexts:
+    """What was read: digest of all bytes, how many texts there were, a random sample of them, and every line that was none."""
+
+    sha256: str = ""
+    files: int = 0
+    usable: int = 0
+    texts: list[str] = field(default_factory=list)
+    bad: list[BadLine] = field(default_factory=list)
+
+    def problems(self) -> dict[str, int]:
+        """Counts of unusable lines by reason, most frequent first."""
+        return dict(Counter(line.problem.partition(" (")[0] for line in self.bad).most_common())
+
+
+def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
+    """The texts of JSONL files, each line with a `text`; other fields are not looked at, empty lines are none.
+
+    Args:
+        uri: any fsspec URI or path; `*` stands for any part of a name, files that end in .gz are unpacked.
+        most: texts to keep, a random sample of them all (reservoir sampling, Vitter 1985, algorithm R).
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or no line of it can be used.
+    """
+    found, digest, draw = RecentTexts(), hashlib.sha256(), Random(f"{seed}/texts")
+    for name, opened in _files(uri):
+        found.files += 1
+        digest.update(b"\0file\0")  # two files are not one with the same lines
+        for number, line in enumerate(_lines(uri, opened), 1):
+            digest.update(line)
+            text, problem = _text_of(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            if problem:
+                found.bad.append(BadLine(name, number, problem))
+            elif text:
+                found.usable += 1
+                place = len(found.texts) if len(found.texts) < most else draw.randrange(found.usable)
+                if place < most:
+                    found.texts[place : place + 1] = [text]
+    found.sha256 = digest.hexdigest()
+    if not found.usable:
+        first = "; ".join(f"line {bad.line} {bad.problem}" for bad in found.bad[:SHOWN]) or "it is empty"
+        raise UserError("texts", shown(uri), f"has no usable line among {len(found.bad)} ({first})", mend=MEND)
+    return found
+
+
+def shown(uri: str) -> str:
+    """A URI as it may be written into reports: without what follows a `?`."""
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
+def _files(uri: str) -> list[tuple[str, Any]]:
+    """Name and opener of every file that a URI stands for, by name.
+
+    Raises:
+        UserError: none, or no storage of that kind.
+    """
+    if not uri:
+        raise UserError("texts", uri, "names no file", mend="Give a path or an fsspec URI, such as s3://shop/chat/*.jsonl")
+    parts = urlsplit(uri)
+    if parts.password or ("://" in uri and SECRET.search(parts.query)):
+        mend = "It would be kept with the report: give it by the environment or by fsspec's own configuration"
+        raise UserError("texts", re.sub(r"//[^/]*@", "//***@", shown(uri)), "holds a password or a signature", mend=mend)
+    try:
+        system, path = fsspec.core.url_to_fs(uri)
+        paths = sorted(system.glob(path)) if "*" in path else [path]
+        folder = "*" not in path and system.isdir(path)
+    except Exception as error:  # every storage has errors of its own
+        raise _unreadable(uri, error) from None
+    if not paths:
+        raise UserError("texts", shown(uri), "matches no file", mend="Correct the pattern, or let the texts be written there first")
+    if folder:
+        raise UserError("texts", shown(uri), "is a folder", mend=f"Name the files in it: {shown(uri).rstrip('/')}/*.jsonl")
+    return [(str(name), fsspec.core.OpenFile(system, name, "rb", ENDINGS.get(Path(name).suffix))) for name in paths]
+
+
+def _lines(uri: str, opener: Any) -> Iterator[bytes]:
+    """Lines of a file; of one that is too long, its beginning alone."""
+    try:
+        with opener as file:
+            while line := file.readline(LONGEST_LINE):
+                yield line
+                while not line.endswith(b"\n") and line:
+                    line = file.readline(LONGEST_LINE)
+    except Exception as error:  # every storage, and every way of packing, has errors of its own
+        raise _unreadable(uri, error) from None
+
+
+def _unreadable(uri: str, error: Exception) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return UserError("texts", shown(uri), "does not exist", mend="Correct the address, or let the texts be written there first")
+    if isinstance(error, ImportError):
+        return UserError("texts", shown(uri), f"needs a library that is not installed ({error})", mend="Install it beside Cartwright")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError("texts", shown(uri), f"cannot be read ({reason[:200]})", mend="Mend the address or the permissions")
+
+
+def _text_of(line: bytes) -> tuple[str, str | None]:
+    """The text of a line, empty for an empty line, and why there is none."""
+    if len(line) >= LONGEST_LINE:
+        return "", f"is longer than {LONGEST_LINE} bytes"
+    try:
+        decoded = line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return "", "is not UTF-8"
+    if not decoded:
+        return "", None
+    try:
+        row, problem = parse_json(decoded)
+    except RecursionError:
+        return "", "is nested too deeply"
+    if problem:
+        return "", problem
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        return "", "has no `text`"
+    text = row["text"].strip()
+    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can write them, UTF-8 cannot
+        return "", "has half a character"
+    return (text, None) if text else ("", "has an empty `text`")
