@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from filelock import FileLock, Timeout
-from prefect.exceptions import Pause, TerminationSignal
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
@@ -177,6 +176,8 @@ def alone(settings: Settings, name: str, running: UserError) -> Iterator[None]:
 @contextmanager
 def ending(tracker: Tracker) -> Iterator[None]:
     """End the run in MLflow as what happens within ends: finished, failed or killed."""
+    from prefect.exceptions import Pause, TerminationSignal
+
     try:
         yield
     except Pause:  # a person is asked; the run is taken up again with the answer

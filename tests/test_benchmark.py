@@ -154,7 +154,7 @@ def test_a_repeat_that_fails_leaves_the_variant_the_runs_it_has(monkeypatch: pyt
         return manifest
 
     monkeypatch.setattr(stages, "runner", lambda run: call)
-    run: Any = Run(run_id="x", config=load_config("smoke", {"benchmark.runs": 3}), started="", resumed=False)
+    run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke", {"benchmark.runs": 3}), started="", resumed=False)
     found, failed, unmeasured = stages.measure.fn(run, VARIANTS, {v.name: manifest for v in VARIANTS}, manifest, {})
     assert failed == {} and unmeasured == {"benchmark:gguf-Q4_0:1": "killed by signal 9"}
     assert {"benchmark:gguf-Q4_0:0", "benchmark:gguf-Q4_0:2"} < set(found)
@@ -175,7 +175,7 @@ def test_a_further_measurement_that_fails_is_noted_and_an_essential_one_fails_it
         return manifest
 
     monkeypatch.setattr(stages, "runner", lambda run: call)
-    run: Any = Run(run_id="x", config=load_config("smoke", {"benchmark.llama_bench": True}), started="", resumed=False)
+    run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke", {"benchmark.llama_bench": True}), started="", resumed=False)
     variants = [*VARIANTS, VARIANTS[2].model_copy(update={"name": "gguf-Q8_0"})]
     found, failed, unmeasured = stages.measure.fn(run, variants, {v.name: manifest for v in variants}, manifest, {})
     assert "llama-bench:gguf-Q8_0:0" in found and "benchmark:tuned-fp16:0" in found
@@ -200,7 +200,7 @@ def test_gguf_variants_fail_alone_when_what_they_are_made_from_fails(monkeypatch
 
     monkeypatch.setattr(stages, "runner", lambda run: call)
     wanted = {"gguf": ["F16", "Q4_0"], "gguf_importance": "both", "gguf_search": {}}
-    run: Any = Run(run_id="x", config=load_config("smoke", wanted), started="", resumed=False)
+    run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke", wanted), started="", resumed=False)
     variants, models, failed, converted = stages.make_gguf.fn(run, manifest, manifest)
     names = {variant.name for variant in variants}
     assert names == {"gguf-F16", "gguf-Q4_0", "gguf-Q4_0-imatrix", "gguf-mixed"} and set(models) | set(failed) == names
