@@ -103,7 +103,10 @@ def measure(options: argparse.Namespace) -> list[Round]:
         subprocess.Popen(tied("python", *me, "--direct"), stdin=subprocess.PIPE, **piped) as alone,
     ):
         assert server.stdout and alone.stdin and alone.stdout
-        address, seen = server.stdout.readline().split()[-1], psutil.Process(server.pid)
+        said, seen = server.stdout.readline(), psutil.Process(server.pid)
+        if not said.startswith("Serving "):
+            raise SystemExit(f"The server did not start: {said or 'it said nothing'}")
+        address = said.split()[-1]
         print("| round | generate requests/s | HTTP requests/s | ratio | CPU ms/request: generate, server, load generator |")
         print("| ---: | ---: | ---: | ---: | --- |")
         for number in range(options.rounds + 1):  # the first warms up

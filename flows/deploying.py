@@ -75,20 +75,20 @@ class Server:
             self._make_pool(name, kind, job_variables)
         if self.ask(f"v2/concurrency_limits/{PROMOTION}", missing_is_none=True) is None:
             self.ask("v2/concurrency_limits/", {"name": PROMOTION, "limit": 1})
-        switched_on = {schedule["slug"] for schedule in self._schedules() if schedule["active"]}
+        switched_on = {name for name, schedule in self._schedules() if schedule["active"]}
         command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
         done = subprocess.run(command, capture_output=True, text=True, env=self._variables, cwd=SOURCE)
+        # Deploying switches schedules as the file has them, also where it fails half-way, and leaves those that are not there any more.
+        in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
+        known = {(d["entrypoint"], d["name"], schedule["slug"]) for d in in_file for schedule in d.get("schedules", [])}
+        for name, schedule in self._schedules():
+            path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
+            if name in switched_on and not schedule["active"]:
+                self.ask(path, {"active": True}, method="PATCH")
+            if schedule["slug"] and name not in known and not done.returncode:  # those made in the UI have no slug, and are people's
+                self.ask(path, method="DELETE")
         if done.returncode:
             raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
-        # Deploying switches schedules as the file has them, and leaves those that are not there any more.
-        in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
-        known = {schedule["slug"] for deployment in in_file for schedule in deployment.get("schedules", [])}
-        for schedule in self._schedules():
-            path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
-            if schedule["slug"] not in known:
-                self.ask(path, method="DELETE")
-            elif schedule["slug"] in switched_on:
-                self.ask(path, {"active": True}, method="PATCH")
 
     def _make_pool(self, name: str, kind: PoolKind, job_variables: Mapping[str, Any]) -> None:
         known = self.ask(f"work_pools/{name}", missing_is_none=True)
@@ -104,10 +104,11 @@ class Server:
             made = {"name": name, "type": kind, "description": "Runs Cartwright's flows", "base_job_template": template}
             self.ask("work_pools/", made)
 
-    def _schedules(self) -> list[dict[str, Any]]:
-        """The schedules of every deployment of ours on the server."""
+    def _schedules(self) -> list[tuple[tuple[str, str, str | None], dict[str, Any]]]:
+        """The schedules of every deployment of ours on the server, by entrypoint, deployment and slug."""
         ours = {"deployments": {"tags": {"all_": ["cartwright"]}}}
-        return [schedule for deployment in self.ask("deployments/filter", ours) for schedule in deployment["schedules"]]
+        found = self.ask("deployments/filter", ours)
+        return [((d["entrypoint"], d["name"], schedule["slug"]), schedule) for d in found for schedule in d["schedules"]]
 
 
 def pools(kind: PoolKind, variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:

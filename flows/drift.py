@@ -49,7 +49,7 @@ def drift(texts: str = "", model: str = "shop-intent", options: DriftOptions = U
     digest, champion = read_texts(uri, most=0).sha256, champion_with_dataset(settings, model)
     display = Display(run_log()) if deployment.id else Display()
     with open_check(settings, champion, digest, options, display) as call, TemporaryDirectory() as folder:
-        path, runtime, _ = champion_files(settings, model, Path(folder))
+        path, runtime, _ = champion_files(settings, model, Path(folder), champion.tags["version"])
         filled = {"texts": uri, "texts_sha256": digest, "model": str(path), "model_digest": champion.tags["cartwright.digest"]}
         config = DriftConfig(**dict(options), **filled, runtime=runtime)
         manifest = call(drift_stage, config, dataset=champion.dataset)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Protocol, cast
+from uuid import UUID
 
 import httpx
 from prefect import Flow
@@ -73,6 +75,7 @@ class Pools:
         self._run = run
         self._accelerator: Machine = accelerator
         self._runner = runner(run)
+        _not_on_a_pool_it_waits_for(accelerator)
         for machine in dict.fromkeys(("cpu", accelerator)):
             self._check(machine)
 
@@ -92,30 +95,34 @@ class Pools:
         where = machine or (self._accelerator if stage_flow.name in ACCELERATED else "cpu")
         errand = errands.errand_for(self._run, stage_flow, given)
         errand.send(self._runner.store, self._run)
-        child = self._start(f"{stage_flow.name}/{where}", errand)
-        self._runner.display.say(f"{stage_flow.name} on {where}-pool: flow run {child.name} ({child.id})")
+        child: FlowRun | None = None
         try:
-            state = self._wait(child)
-        except BaseException:  # cancelled, or stopped: nothing may go on that nobody waits for
-            _cancel(child)
+            for child in self._attempts(f"{stage_flow.name}/{where}", errand):
+                known = child.state is not None and child.state.is_final()  # of an earlier life of this run
+                self._runner.display.say(f"{stage_flow.name} on {where}-pool: flow run {child.name} ({child.id})")
+                state = self._wait(child)
+                if state.is_completed():
+                    with suppress(FileNotFoundError):  # who cleans up the store may have taken the note of an old one
+                        result, stages = errand.result(self._runner.store, stage_flow)
+                        self._runner.stages.extend(stages)
+                        return result
+                if not known:
+                    raise StageError(f"{stage_flow.name} on {where}-pool {_ended(state)}: {_reason(state)}")
+        except StageError:
             raise
-        if not state.is_completed():
-            raise StageError(f"{stage_flow.name} on {where}-pool {_ended(state)}: {_reason(state)}")
-        result, stages = errand.result(self._runner.store, stage_flow)
-        self._runner.stages.extend(stages)
-        return result
+        except BaseException:  # cancelled, or stopped: nothing may go on that nobody waits for
+            if child:
+                _cancel(child)
+            raise
 
-    def _start(self, deployment: str, errand: Errand) -> FlowRun:
-        """The flow run of an errand: one that goes on or is finished, else a new one."""
+    def _attempts(self, deployment: str, errand: Errand) -> Iterator[FlowRun]:
+        """The flow runs of an errand, one after the other: those that were started in an earlier life of this run, then new ones."""
         parameters = {"errand": errand.name, "store": self._runner.store.uri}
         for attempt in itertools.count(1):
-            key = f"{errand.name}-{attempt}"
+            key = f"{errand.name}-{deployment.partition('/')[2]}-{attempt}"
             name = f"{self._run.run_id}-{deployment.partition('/')[0]}" + (f"-{attempt}" if attempt > 1 else "")
             made = run_deployment(deployment, parameters=parameters, timeout=0, idempotency_key=key, flow_run_name=name)
-            child = cast(FlowRun, made)  # a coroutine only where it is called from one
-            if not (child.state and child.state.is_final() and not child.state.is_completed()):  # failed in an earlier life of this run
-                break
-        return child
+            yield cast(FlowRun, made)  # a coroutine only where it is called from one
 
     def _wait(self, child: FlowRun) -> State[Any]:
         late, answered = False, time.monotonic()
@@ -170,10 +177,23 @@ def _reason(state: State[Any]) -> str:
     return (state.message or "no reason was given").removeprefix("Flow run encountered an exception: ")
 
 
-def _cancel(child: FlowRun) -> None:
-    """Ask the worker to end a flow run, and wait until it has."""
-    deadline = time.monotonic() + CANCELLED_WITHIN_S
+def _not_on_a_pool_it_waits_for(accelerator: Machine) -> None:
+    """A worker that waits for stages must not be the one that would run them."""
+    from prefect.runtime import flow_run
+
+    if not flow_run.id:
+        return
     with get_client(sync_client=True) as client:
+        pool = client.read_flow_run(UUID(flow_run.id)).work_pool_name
+    if pool in ("cpu-pool", f"{accelerator}-pool"):
+        mend = "Use the deployment retrain/pools, which waits in a pool of its own"
+        raise UserError("execution", "pools", f"this flow runs on {pool} and would wait for itself", allowed=["local"], mend=mend)
+
+
+def _cancel(child: FlowRun) -> None:
+    """Ask the worker to end a flow run, and wait until it has. What ends this flow is not replaced by a server that does not answer."""
+    deadline = time.monotonic() + CANCELLED_WITHIN_S
+    with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
         client.set_flow_run_state(child.id, Cancelling())
         while time.monotonic() < deadline:
             state = client.read_flow_run(child.id).state

@@ -83,8 +83,10 @@ def retrain(
 
         challenger = models.get(recommended_cpu(decision) or "")
         champion = stages.to_beat(run, challenger)
-        compared = on(stages.compare, challenger, champion, dataset) if champion else None
+        compared = on(stages.compare, challenger, champion, dataset) if champion else stages.NOT_ASKED
         verdict = stages.judge(run, decision, compared)
         if config.registry.mode == "manual" and verdict["verdict"] == "promote":
-            verdict = approval.ask(verdict, run.run_id)
+            if approval.to_be_asked(verdict):  # registered and reported first: should nobody answer, nothing is lost
+                stages.release(run, decision, dataset, card, adapter, models, approval.waiting(verdict))
+            verdict = approval.ask(verdict) if deployment.id else approval.waiting(verdict)
         return stages.release(run, decision, dataset, card, adapter, models, verdict)

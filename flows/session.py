@@ -7,11 +7,12 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, cast
+from uuid import UUID
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
@@ -99,13 +100,48 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
             "cartwright.git_dirty": str(git["dirty"]).lower(),
             "cartwright.hardware": hardware.hardware_class(),
         }
-        tracker = open_parent(settings, experiment_name(config), config.key(), name, tags)
-        for name, value in _flow_run().items():  # the newest, if it is taken up again
-            tracker.client.set_tag(tracker.parent, f"cartwright.{name}", value)
+        tags |= {f"cartwright.{name}": value for name, value in _flow_run().items()}
+        tags["cartwright.opened_by"] = f"{socket.gethostname()}:{settings.home}"
+        tracker = open_parent(settings, experiment_name(config), config.key(), name, tags, mine=lambda left: _mine(left, tags, config))
         started = now.isoformat(timespec="seconds")
         run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run
+
+
+def _mine(left: Mapping[str, str], tags: Mapping[str, str], config: RunConfig) -> bool:
+    """Whether a run of the same configuration in MLflow may be taken up: one that this home was killed in, or this very flow run.
+
+    Args:
+        left: its tags; `tags`: those of this run.
+
+    Raises:
+        UserError: another home's flow run is working on it.
+    """
+    if left.get("cartwright.flow_run") and left.get("cartwright.flow_run") == tags.get("cartwright.flow_run"):
+        return True
+    if left.get("mlflow.source.git.commit") != tags["mlflow.source.git.commit"]:
+        return False  # other code made what is in it
+    if left.get("cartwright.opened_by") in (None, tags["cartwright.opened_by"]):
+        return True  # a lock of this home says that nobody works on it
+    return _has_ended(left.get("cartwright.flow_run"), config)
+
+
+def _has_ended(flow_run: str | None, config: RunConfig) -> bool:
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    if not flow_run:
+        return True
+    with get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(flow_run)).state
+        except ObjectNotFound:  # of another Prefect server
+            return False
+    if state and not state.is_final():
+        mend = f"Wait for the flow run {flow_run}, or cancel it first"
+        raise UserError("run", config.profile, "the same configuration is running already, from another home", mend=mend)
+    return True
 
 
 def _flow_run() -> dict[str, str]:
@@ -181,6 +217,7 @@ def ending(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except Pause:  # a person is asked; the run is taken up again with the answer
+        tracker.end("FINISHED")
         raise
     except (KeyboardInterrupt, TerminationSignal):
         tracker.end("KILLED")

@@ -40,6 +40,7 @@ from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
 from tasks.teach import NO_TEACHER, teach, teach_config
 
+NOT_ASKED = "its artefact is not in the store, or it reads another style of prompt"  # why a champion is not compared with
 Models = dict[str, Manifest]
 Failed = dict[str, str]
 
@@ -301,8 +302,15 @@ def to_beat(run: Run, challenger: Manifest | None) -> Manifest | None:
 
 
 @flow(name="compare")
-def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison:
-    """Challenger and champion on the same rows, more of them than every variant was asked."""
+def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison | str:
+    """Challenger and champion on the same rows, more of them than every variant was asked; or why that could not be done."""
+    try:
+        return _compared(run, challenger, champion, dataset)
+    except (StageError, UserError) as error:  # a champion that does not load any more must not end every retraining
+        return str(error)
+
+
+def _compared(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison:
     call, config = runner(run), run.config
     rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset)
     asked = config.evaluate.model_copy(update={"splits": tuple(rows.metrics["rows"])})
@@ -321,11 +329,15 @@ def release(
     call, config = runner(run), run.config
     with concurrency(PROMOTION):  # of all hosts, where the server knows the limit; MLflow's aliases have no compare-and-swap
         verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
-    tell(f"gate.{verdict['verdict']}", config.registry.name, {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict})
+    tell(
+        "gate.unchanged" if verdict["unchanged"] else f"gate.{verdict['verdict']}",
+        config.registry.name,
+        {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict},
+    )
     return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
 
 
-def judge(run: Run, decision: Manifest, compared: Comparison | None) -> dict[str, Any]:
+def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:
     """What the gate says of the recommended variant."""
     return judge_recommended(runner(run), run.config.registry, decision, compared)
 

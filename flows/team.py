@@ -120,10 +120,9 @@ class Team:
                 raise UserError(f"--{name.lower()}-port", port, "is in use by another program", mend=mend)
 
     def _mlflow_command(self) -> list[str]:
-        backend, artifacts = environment.mlflow_storage(self.settings)
-        # Files are written to where they lie and not through the server, so that a run without it finds them too.
-        storage = ["--backend-store-uri", backend, "--default-artifact-root", artifacts, "--no-serve-artifacts"]
-        return ["mlflow", "server", "--host", HOST, "--port", str(self._ports["MLflow"]), "--workers", "1", *storage]
+        # Files are written to where they lie and not through the server, so that a run without it finds them too. Where records and files
+        # lie is in the environment: a database's address may hold a password, and command lines can be read by everyone.
+        return ["mlflow", "server", "--host", HOST, "--port", str(self._ports["MLflow"]), "--workers", "1", "--no-serve-artifacts"]
 
     def _ensure(self, running: dict[str, Service], name: str, command: list[str]) -> None:
         if name in running:
@@ -148,8 +147,11 @@ class Team:
 
     def _environment(self) -> dict[str, str]:
         """What servers, workers and the runs they start are told: the same home and the same addresses."""
+        backend, artifacts = environment.mlflow_storage(self.settings)
         return {
             **environment.child_environment(),
+            "MLFLOW_BACKEND_STORE_URI": backend,
+            "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
             "CARTWRIGHT_HOME": str(self.settings.home),
             "CARTWRIGHT_SOURCE": str(SOURCE),
             "PREFECT_API_URL": f"{self.prefect}/api",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -161,6 +163,31 @@ def drift(
         raise SystemExit({FOUND: 3, INCONCLUSIVE: 4}.get(found["verdict"], 0))
 
 
+@contextmanager
+def _one_at_a_time(settings: environment.Settings) -> Iterator[None]:
+    """One promotion or rollback goes on at a time on all hosts, where a Prefect server knows the limit."""
+    if not settings.prefect_api_url:
+        yield
+        return
+    from prefect.concurrency.sync import concurrency
+
+    from tasks.gate import PROMOTION
+
+    with concurrency(PROMOTION):
+        yield
+
+
+def _tell(settings: environment.Settings, what: str, name: str, facts: dict[str, Any]) -> None:
+    """An event on the Prefect server, where there is a standing one."""
+    if settings.prefect_api_url:
+        from prefect.events.worker import EventsWorker
+
+        from flows.stages import tell
+
+        tell(what, name, facts)
+        EventsWorker.drain_all(timeout=5)
+
+
 @app.command()
 def promote(
     version: Annotated[str | None, typer.Argument(help="Version of the registered model. Default: the newest.")] = None,
@@ -173,24 +200,36 @@ def promote(
     from tasks.core.registry import Registry
     from tasks.register import promote_by_hand
 
-    registry = Registry(environment.load_settings())
+    settings = environment.load_settings()
+    registry = Registry(settings)
     chosen = registry.version(name, version)
-    verdict = promote_by_hand(registry, name, chosen, by=getuser(), why=why)
+    print(
+        f"The gate said of version {chosen['version']} ({chosen.get('cartwright.variant', 'unknown variant')}): {chosen.get('cartwright.verdict', 'nothing')}."
+    )
+    with _one_at_a_time(settings):
+        verdict = promote_by_hand(registry, name, chosen, by=getuser(), why=why)
     if verdict["verdict"] != "promote":
         fail(f"{name} version {chosen['version']} was not promoted: {verdict['checks'][-1]['name']}. All is as it was.")
+    _tell(settings, "gate.promote", name, {**verdict, "version": chosen["version"]})
     before = f"; {verdict['champion']} is kept as `previous`" if verdict["champion"] else ""
-    print(f"{name}: version {chosen['version']} ({chosen.get('cartwright.variant', 'unknown variant')}) is the champion{before}.")
+    print(f"{name}: version {chosen['version']} is the champion{before}.")
 
 
 @app.command()
 def rollback(
     name: Annotated[str, typer.Option(help="The registered model, `registry.name` of the configuration.")] = "shop-intent",
+    why: Annotated[str, typer.Option(help="Why, for the record.")] = "",
 ) -> None:
     """Make the champion before this one the champion again. Twice is as it was."""
+    from getpass import getuser
+
     from tasks.core.registry import Registry
 
-    now, before = Registry(environment.load_settings()).rollback(name)
+    settings = environment.load_settings()
+    with _one_at_a_time(settings):
+        now, before = Registry(settings).rollback(name, by=getuser(), why=why)
     was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}
+    _tell(settings, "gate.rollback", name, {"champion": now["version"], "previous": before["version"], "by": getuser(), "why": why})
     print(
         f"{name}: version {now['version']} ({was[now['version']]}) is the champion again; version {before['version']} ({was[before['version']]}) is kept as `previous`."
     )

@@ -193,7 +193,12 @@ def resolve(config: RunConfig) -> RunConfig:
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),
             "base_model": resolve_base_model(config.base_model),
-            "registry": config.registry.model_copy(update={"own_rows_sha256": tuple(map(_digest, config.registry.own_rows))}),
+            "registry": config.registry.model_copy(
+                update={
+                    "own_rows": tuple(str(Path(path).absolute()) for path in config.registry.own_rows),
+                    "own_rows_sha256": tuple(map(_digest, config.registry.own_rows)),
+                }
+            ),
         }
     )
 

@@ -145,7 +145,7 @@ def _compared(config: DriftConfig, dataset: Path, recent: RecentTexts, counts: J
     before = answers_of(model, spec, held_out(dataset, len(asked), config.seed), config.max_tokens)
     counts["asked"], counts["too_long"] = len(answers), len(asked) - len(answers)
     columns += answer_columns(config, before, answers)
-    alpha = config.alpha / sum(enough(column) for column in columns)  # Bonferroni: the whole check errs as seldom as was asked for
+    alpha = config.alpha / max(1, sum(enough(column) for column in columns))  # Bonferroni: the whole check errs as seldom as was asked for
     found = [compare(column, alpha, config.seed) for column in columns]
     drifted = [f"{column['title']}: {column['words']}" for column in found if column["drift"]]
     left_out = [f"{column['title']}: {column['words']}" for column in found if column["drift"] is None]
@@ -211,7 +211,7 @@ def text_columns(config: DriftConfig, spec: Spec, dataset: Path, recent: list[st
         Column("words", "Length in words", "number", [*map(len, split[0])], [*map(len, split[1])], allowed.words),
         Column("unknown_words", "Unknown words", "number", unknown[0], unknown[1], allowed.unknown_words, worse="higher", unit=".0%"),
     ]
-    new = Counter(word for words in split[1] for word in set(words) if not rows_with[word])
+    new = Counter(word for words in {tuple(words) for words in split[1]} for word in set(words) if not rows_with[word])  # pasted once
     return columns, [{"word": word, "texts": texts} for word, texts in new.most_common(NEW_WORDS) if texts >= NEW_WORD_TEXTS]
 
 

@@ -32,8 +32,8 @@ class RegisterConfig(StageConfig):
     group_margin: float = Field(
         0.05, gt=0, le=1, description="The same on `hard`, on each language and on rows of your own, of which there are fewer"
     )
-    test_rows: int = Field(1200, ge=12, le=100_000, description="Rows of the same kind as `test` that both models are asked")
-    hard_rows: int = Field(300, ge=12, le=100_000, description="Rows of the same kind as `hard` that both models are asked")
+    test_rows: int = Field(3000, ge=12, le=100_000, description="Rows of the same kind as `test` that both models are asked")
+    hard_rows: int = Field(900, ge=12, le=100_000, description="Rows of the same kind as `hard` that both models are asked")
     own_rows: tuple[str, ...] = Field((), description="Labelled JSONL files of your own that both models are asked too")
     own_rows_sha256: tuple[str, ...] = Field((), description="Digests of these files; filled in")
 
@@ -110,7 +110,8 @@ def judge(
     champion: Mapping[str, str] | None,
     challenger: Mapping[str, Any] | None,
     excluded: Mapping[str, str],
-    compared: Sequence[dict[str, Any]] | None,
+    compared: Sequence[dict[str, Any]] | str,
+    rolled_back: str | None = None,
 ) -> dict[str, Any]:
     """The gate's verdict on a recommended variant.
 
@@ -118,7 +119,8 @@ def judge(
         champion: version and tags of the champion, None if there is none.
         challenger: the recommended variant as `decision.json` describes it, None if none was recommended.
         excluded: variants that break a limit of `decide`, with the reason.
-        compared: checks of `compare`; None if the champion could not be asked.
+        compared: checks of `compare`, or why there are none.
+        rolled_back: when the challenger was taken out of service by a person; None if it was not.
 
     Returns:
         The `gate` of the report: `verdict`, `champion`, `challenger`, `delta`, `low`, `margin` and `checks`.
@@ -127,6 +129,8 @@ def judge(
         "verdict": "hold",
         "champion": f"version {champion['version']}" if champion else None,
         "challenger": challenger["name"] if challenger else None,
+        "challenger_sha256": challenger["sha256"] if challenger else None,
+        "unchanged": False,
         "delta": None,
         "low": None,
         "margin": config.margin,
@@ -136,17 +140,20 @@ def judge(
     if not challenger:
         return {**result, "checks": [_said("no variant was recommended", False)]}
     if champion and champion.get("cartwright.digest") == challenger["sha256"]:
-        return {**result, "checks": [_said("the challenger is the champion already", False)]}
+        return {**result, "unchanged": True, "checks": [_said("the challenger is the champion already", False)]}
     checks = [_fidelity(challenger), _limits(challenger, excluded)]
     if not champion:
         checks.append(_said("there was no champion yet", True))
-    elif compared is None:
-        why = "the champion could not be asked the same rows: its artefact is not in the store, or it reads another style of prompt"
-        checks.append(_said(why, None))
+    elif isinstance(compared, str):
+        checks.append(_said(f"not compared with the champion: {compared}", None))
     else:
         checks += compared
         of_all = next(check for check in compared if check["group"] == "test")
         result |= {"delta": of_all["delta"], "low": of_all["low"]}
+    if rolled_back:
+        checks.append(
+            _said(f"it was rolled back at {rolled_back}; only a person (`cartwright promote`) makes it the champion again", False)
+        )
     verdict = {**result, "verdict": verdict_of(checks), "checks": checks}
     if config.mode == "off" and verdict["verdict"] == "promote":
         return hold(verdict, "promotion is off (registry.mode); `cartwright promote` makes it the champion")

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from tasks.core.artifacts import sha256_file
 from tasks.core.stage import stage
+from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import Spec
 from tasks.domain.utterances import Split
@@ -51,7 +53,7 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
         rows[split] = list(distinct_rows(generator, split, config.rows(split), admission))
         admission.hold_out(rows[split])
     if config.own:
-        rows["own"], admission.rejected["own: cannot be used"] = _own_rows(config.own, generator.spec)
+        rows["own"], admission.rejected["own: cannot be used"] = _own_rows(config, generator.spec)
     learnt = _learnt(rows, inputs["dataset"] / "train.jsonl")
     for name, made in rows.items():
         kept = [row for number, row in enumerate(made) if number not in learnt[name]]
@@ -63,11 +65,17 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     return {"rows": {split: len(kept) for split, kept in rows.items()}, "rejected": dict(Counter(+admission.rejected))}
 
 
-def _own_rows(paths: tuple[str, ...], spec: Spec) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the team's files, and how many lines cannot be used."""
+def _own_rows(config: GateRowsConfig, spec: Spec) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the team's files, and how many lines cannot be used.
+
+    Raises:
+        UserError: a file cannot be read here, or has changed since the run began.
+    """
     found, bad = [], 0
-    for path in paths:
+    for path, digest in zip(config.own, config.own_sha256, strict=True):
         rows, problems = read_labelled(Path(path), spec)
+        if sha256_file(Path(path)) != digest:
+            raise UserError("registry.own_rows", path, "has changed since the run began", mend="Run again when it is complete")
         found += [{"language": "?", **row} for row in rows]
         bad += len(problems)
     return found, bad

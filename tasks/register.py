@@ -13,7 +13,7 @@ from tasks.core.tracking import Tracker, as_params, flatten
 from tasks.decide import recommended_cpu
 from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.registered import problem_of_champion
+from tasks.registered import problem_of
 
 # Rows, and the evaluations of challenger and champion on them.
 Comparison = tuple[Manifest, Manifest, Manifest]
@@ -24,7 +24,9 @@ def champion_artefact(registry: Registry, store: Store, config: RegisterConfig, 
     champion = registry.champion(config.name)
     if not champion or "cartwright.key" not in champion or champion.get("cartwright.prompt", prompt) != prompt:
         return None
-    return store.find(champion["cartwright.kind"], champion["cartwright.key"])[0]
+    kind, key = champion["cartwright.kind"], champion["cartwright.key"]
+    with store.lock(kind, key):
+        return store.find(kind, key)[0]
 
 
 def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:
@@ -85,15 +87,25 @@ def decided(store: Store, decision: Manifest) -> dict[str, Any]:
     return json.loads((store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
 
 
-def judge_recommended(run: Runner, config: RegisterConfig, decision: Manifest, compared: Comparison | None) -> dict[str, Any]:
-    """The gate's verdict on the recommended variant: the `gate` of the report."""
-    found, name = decided(run.store, decision), recommended_cpu(decision)
+def judge_recommended(run: Runner, config: RegisterConfig, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:
+    """The gate's verdict on the recommended variant: the `gate` of the report.
+
+    Args:
+        compared: rows and evaluations, or why there are none.
+    """
+    registry, found, name = Registry(run.settings), decided(run.store, decision), recommended_cpu(decision)
     challenger = next((variant for variant in found["variants"] if variant["name"] == name), None)
-    checks = None
-    if compared:
+    champion = registry.champion(config.name)
+    checks: list[dict[str, Any]] | str
+    if isinstance(compared, str):
+        checks = compared
+    elif champion and compared[2].inputs["model"] != champion.get("cartwright.digest"):
+        checks = "another model became champion meanwhile; the next retraining compares with that"
+    else:
         rows, mine, theirs = (run.store.fetch(manifest) for manifest in compared)
         checks = gate.compare(rows, mine, theirs, config)
-    return gate.judge(config, Registry(run.settings).champion(config.name), challenger, found["recommendation"].get("excluded", {}), checks)
+    back = registry.rolled_back(config.name, challenger["sha256"]) if challenger else None
+    return gate.judge(config, champion, challenger, found["recommendation"].get("excluded", {}), checks, back)
 
 
 def register_variants(
@@ -120,12 +132,11 @@ def register_variants(
     variant = next(variant for variant in found["variants"] if variant["name"] == name)
     about = describe(config.name, variant, run.run_id, tracker.parent)
     version, known = registry.register(config.name, logged[name], challenger.digest, {f"cartwright.{k}": v for k, v in tags.items()}, about)
-    if verdict["verdict"] == "promote" and (when := registry.rolled_back(config.name, version)):
-        verdict = gate.hold(verdict, f"it was rolled back at {when}; `cartwright rollback` once more makes it the champion again")
     if verdict["verdict"] == "promote":
         verdict = promote(registry, config.name, version, verdict)
     verdict = {**verdict, "version": version}
-    registry.write_decision(config.name, version, verdict)
+    if not verdict["unchanged"]:  # what was decided when it was promoted stays the last word
+        registry.write_decision(config.name, version, verdict)
     return verdict, known and verdict["verdict"] != "promote"
 
 
@@ -136,7 +147,7 @@ def promote(registry: Registry, name: str, version: str, verdict: dict[str, Any]
         now = f"version {champion['version']}" if champion else None
         if now != verdict["champion"]:
             return gate.hold(verdict, f"it was compared with {verdict['champion'] or 'no champion'}, and the champion is {now} by now")
-        problem = registry.promote(name, version, lambda: problem_of_champion(name))
+        problem = registry.promote(name, version, lambda: problem_of(name, version))
     if problem:
         return gate.hold(verdict, f"does not answer from the registry: {problem}")
     return {**verdict, "checks": [*verdict["checks"], {"name": "loads from the registry and answers", "passed": True}]}

@@ -1,4 +1,4 @@
-"""The registered champion in a process of its own: what is promoted must load from the registry and answer."""
+"""A registered version in a process of its own: what is promoted must load from the registry and answer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ANSWERS_WITHIN_S = 600
 QUESTION = "where is my order?"
 
 
-def problem_of_champion(name: str) -> str:
-    """Load the champion of a registered model from the registry and ask it something; what went wrong, empty if nothing did."""
+def problem_of(name: str, version: str) -> str:
+    """Load a version of a registered model from the registry and ask it something; what went wrong, empty if nothing did."""
     try:
         done = subprocess.run(
-            tied("python", "-m", "tasks.registered", name),
+            tied("python", "-m", "tasks.registered", name, version),
             capture_output=True,
             text=True,
             env=child_environment(),
@@ -38,9 +38,9 @@ def problem_of_champion(name: str) -> str:
     return lines[-1] if lines else f"exit code {done.returncode}"
 
 
-def _answer(name: str) -> None:
+def _answer(name: str, version: str) -> None:
     with TemporaryDirectory() as folder:
-        path, runtime, asked_by = champion_files(load_settings(), name, Path(folder))
+        path, runtime, asked_by = champion_files(load_settings(), name, Path(folder), version)
         model = runtimes.load(runtime, path, hardware.cores())
         (answer,) = model.generate([prompt.messages(load_spec(str(asked_by)), QUESTION)], 32, 1)
     if not answer.completion_tokens:
@@ -49,6 +49,6 @@ def _answer(name: str) -> None:
 
 if __name__ == "__main__":
     try:
-        _answer(sys.argv[1])
+        _answer(*sys.argv[1:])
     except (UserError, ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -231,8 +231,10 @@ def test_texts_are_read_from_several_files_packed_ones_and_other_storage(tmp_pat
         ("{tmp}/table.csv", "has no usable line among 2 (line 1 is not JSON"),
         ("{tmp}/broken.gz", "cannot be read (Not a gzipped file"),
         ("nonsense://x/y", "Protocol not known"),
-        ("ftp://me:hunter2@host/x.jsonl", "'ftp://***@host/x.jsonl': holds a password"),
-        ("https://host/x.jsonl?X-Signature=abc", "'https://host/x.jsonl': holds a password or a signature"),
+        ("ftp://me:hunter2@host/x.jsonl", "'ftp://***@host/x.jsonl': holds a user, a password or a query"),
+        ("simplecache::https://me:hunter2@host/x.jsonl", "'simplecache::https://***@host/x.jsonl': holds a user, a password or a query"),
+        ("https://TOKEN@host/x.jsonl", "'https://***@host/x.jsonl': holds a user"),
+        ("https://host/x.jsonl?X-Signature=abc", "'https://host/x.jsonl': holds a user, a password or a query"),
     ],
 )
 def test_texts_that_cannot_be_read_are_one_message(tmp_path: Path, uri: str, message: str) -> None:

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.fast
 CHAMPION = {"version": "3", "cartwright.digest": "old"}
 CONFIG = RegisterConfig()
 LANGUAGES = ("de", "en")
+WHY = "it does not load"
 
 
 def challenger(sha256: str = "new", **fidelity: Any) -> dict[str, Any]:
@@ -88,23 +89,30 @@ def test_test_each_language_hard_and_own_rows_are_compared_with_their_margins(tm
 
 
 def test_without_a_comparison_nothing_passes_but_the_first_model() -> None:
-    assert gate.judge(CONFIG, None, challenger(), {}, None)["verdict"] == "promote"
-    assert gate.judge(CONFIG, CHAMPION, challenger(), {}, None)["verdict"] == "inconclusive"
-    assert gate.judge(CONFIG, CHAMPION, challenger("old"), {}, None)["verdict"] == "hold"
-    assert gate.judge(CONFIG, CHAMPION, None, {}, None)["verdict"] == "hold"
+    assert gate.judge(CONFIG, None, challenger(), {}, WHY)["verdict"] == "promote"
+    judged = gate.judge(CONFIG, CHAMPION, challenger(), {}, WHY)
+    assert judged["verdict"] == "inconclusive" and WHY in judged["checks"][-1]["name"]
+    known = gate.judge(CONFIG, CHAMPION, challenger("old"), {}, WHY)
+    assert known["verdict"] == "hold" and known["unchanged"]
+    assert gate.judge(CONFIG, CHAMPION, None, {}, WHY)["verdict"] == "hold"
 
 
 def test_what_is_not_the_fine_tuned_model_or_breaks_a_limit_never_passes() -> None:
     for verdict in ("degraded", "erased", "runtime-broken", "file-broken"):
-        assert gate.judge(CONFIG, None, challenger(verdict=verdict), {}, None)["verdict"] == "hold"
+        assert gate.judge(CONFIG, None, challenger(verdict=verdict), {}, WHY)["verdict"] == "hold"
     unchecked = {**challenger(), "fidelity": None, "fidelity_reason": "no disk"}
-    judged = gate.judge(CONFIG, None, unchecked, {}, None)
+    judged = gate.judge(CONFIG, None, unchecked, {}, WHY)
     assert judged["verdict"] == "inconclusive" and "no disk" in judged["checks"][0]["name"]
-    assert gate.judge(CONFIG, None, challenger(), {"gguf-Q4_0": "its size is 99 MB"}, None)["verdict"] == "hold"
+    assert gate.judge(CONFIG, None, challenger(), {"gguf-Q4_0": "its size is 99 MB"}, WHY)["verdict"] == "hold"
 
 
 def test_with_promotion_off_what_would_pass_is_held() -> None:
     off = RegisterConfig(mode="off")
-    verdict = gate.judge(off, None, challenger(), {}, None)
+    verdict = gate.judge(off, None, challenger(), {}, WHY)
     assert verdict["verdict"] == "hold" and "promotion is off" in verdict["checks"][-1]["name"]
-    assert gate.judge(off, CHAMPION, challenger(), {}, None)["verdict"] == "inconclusive"
+    assert gate.judge(off, CHAMPION, challenger(), {}, WHY)["verdict"] == "inconclusive"
+
+
+def test_what_a_person_rolled_back_only_a_person_promotes_again() -> None:
+    verdict = gate.judge(CONFIG, None, challenger(), {}, WHY, rolled_back="2026-01-01")
+    assert verdict["verdict"] == "hold" and "rolled back at 2026-01-01" in verdict["checks"][-1]["name"]

@@ -55,3 +55,13 @@ def test_a_file_without_usable_rows_is_found_before_any_work(tmp_path: Path) -> 
     (tmp_path / "own.jsonl").write_text('{"text": "hello"}\n')
     with pytest.raises(UserError, match=r"registry\.own_rows = .*no usable row"):
         resolve(load_config("smoke", {"registry.own_rows": [str(tmp_path / "own.jsonl")]}))
+
+
+def test_own_rows_that_change_during_a_run_are_refused(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"text": "show me my basket", "gold": {"intent": "view_cart"}}) + "\n")
+    config = resolve(load_config("smoke", {**SMALL, "registry.own_rows": [str(own)]}))
+    own.write_text(own.read_text() * 2)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"registry\.own_rows = .* has changed since the run began"):
+        gate_rows.function(gate_rows_config(config.data, config.registry), {"dataset": tmp_path}, tmp_path / "out")

@@ -103,3 +103,25 @@ def test_energy_of_gpu_and_processors_is_added_over_counters_that_wrap(driver: D
 def test_where_nothing_counts_energy_there_is_no_figure(tmp_path: Path) -> None:
     energy = Energy(None, tmp_path)
     assert energy.source is None and energy.joules() is None
+
+
+@pytest.mark.parametrize(("files", "cores"), [
+    ({"cpu.max": "max 100000"}, None),
+    ({"cpu.max": "200000 100000"}, 2),
+    ({"cpu.max": "150000 100000"}, 2),
+    ({"cpu.max": "20000 100000"}, 1),
+    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_a_container_has_as_many_cores_as_its_quota_of_time(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert hardware.quota_of(tmp_path) == cores
+
+
+def test_cores_keep_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    assert hardware.cores() == 1

@@ -13,7 +13,7 @@ from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
 from tasks.register import promote_by_hand
-from tasks.registered import problem_of_champion
+from tasks.registered import problem_of
 
 NAME = "shop-intent"
 
@@ -25,7 +25,9 @@ def registry(home: Path) -> Registry:
     registry = Registry(load_settings())
     registry.client.create_registered_model(NAME)
     for variant in ("Q8_0", "Q4_0", "Q4_1"):
-        registry.client.create_model_version(NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant})
+        registry.client.create_model_version(
+            NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant, "cartwright.digest": variant}
+        )
     return registry
 
 
@@ -34,14 +36,21 @@ def aliases(registry: Registry) -> tuple[str | None, str | None]:
     return found[0] and found[0]["version"], found[1] and found[1]["version"]
 
 
-def test_a_promotion_keeps_the_champion_before_it_and_takes_itself_back_when_the_new_one_fails(registry: Registry) -> None:
+def decisions(registry: Registry, version: str) -> list[tuple[str, str]]:
+    """Verdict and author of every decision that is written on a version."""
+    tags = registry.client.get_model_version(NAME, version).tags
+    written = [json.loads(value) for name, value in sorted(tags.items()) if name.startswith("cartwright.decision.")]
+    return [(decision["verdict"], decision["by"]) for decision in written if decision["when"]]
+
+
+def test_a_promotion_keeps_the_champion_before_it_and_moves_nothing_when_the_new_one_fails(registry: Registry) -> None:
     assert registry.champion("unknown") is None and aliases(registry) == (None, None)
     assert registry.promote(NAME, "1", lambda: "it does not load") == "it does not load"
     assert aliases(registry) == (None, None)
     assert registry.promote(NAME, "1", lambda: "") == "" and aliases(registry) == ("1", None)
     seen: list[tuple[str | None, str | None]] = []
     registry.promote(NAME, "2", lambda: seen.append(aliases(registry)) or "")  # type: ignore[func-returns-value]
-    assert seen == [("2", "1")] == [aliases(registry)]
+    assert seen == [("1", None)] and aliases(registry) == ("2", "1")  # it proves itself before anybody is given it
     registry.promote(NAME, "3", lambda: "it answers nothing")
     assert aliases(registry) == ("2", "1")
     promoted = registry.champion(NAME)
@@ -62,26 +71,26 @@ def test_an_interrupted_promotion_leaves_everything_as_it_was(registry: Registry
 def test_rollback_swaps_and_says_what_it_did(registry: Registry) -> None:
     registry.promote(NAME, "1", lambda: "")
     with pytest.raises(UserError, match="no version with the alias previous"):
-        registry.rollback(NAME)
+        registry.rollback(NAME, by="ana")
     with pytest.raises(UserError, match="no version with the alias champion"):
-        registry.rollback("unknown")
+        registry.rollback("unknown", by="ana")
     registry.promote(NAME, "2", lambda: "")
-    now, before = registry.rollback(NAME)
+    now, before = registry.rollback(NAME, by="ana")
     assert (now["cartwright.variant"], before["cartwright.variant"]) == ("Q8_0", "Q4_0") and aliases(registry) == ("1", "2")
-    assert registry.rolled_back(NAME, "2") and not registry.rolled_back(NAME, "1")
-    registry.rollback(NAME)
-    assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "1") and not registry.rolled_back(NAME, "2")
+    assert registry.rolled_back(NAME, "Q4_0") and not registry.rolled_back(NAME, "Q8_0")
+    assert decisions(registry, "2") == [("rolled back", "ana")] and decisions(registry, "1") == [("rollback", "ana")]
+    registry.rollback(NAME, by="ana")
+    assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "Q8_0") and not registry.rolled_back(NAME, "Q4_0")
 
 
 def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry) -> None:
-    registry.promote(NAME, "1", lambda: "")
-    problem = problem_of_champion(NAME)
+    problem = problem_of(NAME, "1")
     assert problem and "Traceback" not in problem
 
 
 def test_a_person_promotes_by_hand_and_what_was_decided_is_written_down(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = {"1": "", "2": "", "3": "it answers nothing"}
-    monkeypatch.setattr(register, "problem_of_champion", lambda name: problems[registry.champion(name)["version"]])  # type: ignore[index]
+    monkeypatch.setattr(register, "problem_of", lambda name, version: problems[version])
 
     def promote(version: str) -> dict[str, Any]:
         return promote_by_hand(registry, NAME, registry.version(NAME, version), by="ana", why="trial")
@@ -90,8 +99,9 @@ def test_a_person_promotes_by_hand_and_what_was_decided_is_written_down(registry
     failed = promote("3")
     assert failed["verdict"] == "hold" and "it answers nothing" in failed["checks"][-1]["name"] and aliases(registry) == ("2", "1")
     assert promote("2")["checks"][-1]["name"] == "it is the champion already"
-    written = json.loads(registry.client.get_model_version(NAME, "3").tags["cartwright.decision"])
-    assert (written["verdict"], written["by"], written["why"]) == ("hold", "ana", "trial") and written["when"]
+    assert decisions(registry, "3") == [("hold", "ana")]
+    registry.rollback(NAME, by="ben")
+    assert registry.rolled_back(NAME, "Q4_0") and promote("2")["verdict"] == "promote" and not registry.rolled_back(NAME, "Q4_0")
     assert registry.version(NAME, None)["version"] == "3"
     with pytest.raises(UserError, match=r"version = '7': is no version of shop-intent .* Allowed: 1, 2, 3"):
         registry.version(NAME, "7")

@@ -45,9 +45,9 @@ def until(holds: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def wait_for(address: str, line: str) -> None:
-    """Until the metrics have a line."""
-    until(lambda: line in httpx.get(f"{address}/metrics").text)
+def wait_for(address: str, line: str, but: str = "\0") -> None:
+    """Until the metrics have a line, and not another one."""
+    until(lambda: line in (metrics := httpx.get(f"{address}/metrics").text) and but not in metrics)
 
 
 def nobody_there() -> str:
@@ -105,7 +105,7 @@ def test_a_champion_that_does_not_load_or_is_gone_leaves_the_one_before_it(
 ) -> None:
     _, address = served
     registry.move(BROKEN)
-    wait_for(address, 'cartwright_reloads_total{result="failed"} 1.0')
+    wait_for(address, 'cartwright_reloads_total{result="failed"} ', but='cartwright_reloads_total{result="failed"} 0.0')
     assert httpx.post(f"{address}/intent", json={"text": "bye"}).json()["version"] == OTHER
     registry.remove()
     assert httpx.post(f"{address}/intent", json={"text": "bye"}).json()["version"] == OTHER

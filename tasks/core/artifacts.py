@@ -84,7 +84,10 @@ class Store:
 
     def __init__(self, uri: str, local: Path) -> None:
         self.uri = uri
-        self.fs, root = fsspec.core.url_to_fs(uri)
+        try:
+            self.fs, root = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as error:  # a package for it is missing, or nobody knows it
+            raise UserError("CARTWRIGHT_STORE", uri, f"cannot be used ({error})", mend="For s3:// there is `pip install 's3fs'`") from None
         self.is_local = urlsplit(uri).scheme in ("", "file")
         self.root = unquote(urlsplit(uri).path) if self.is_local else root
         self._artefacts = Path(self.root) if self.is_local else local / "copies"
@@ -100,14 +103,18 @@ class Store:
         """The folder of an artefact's files on this machine; copied from where another machine put them if they are not here yet.
 
         Raises:
-            FileNotFoundError: neither here nor there.
+            FileNotFoundError: neither here nor there, or by now another one is.
         """
         folder = self.path(manifest.kind, manifest.key)
         if not self.is_local and not (folder / MANIFEST).exists():
             with self.lock(manifest.kind, manifest.key):
                 self.find(manifest.kind, manifest.key)
-        if not (folder / MANIFEST).exists():
-            raise FileNotFoundError(f"{manifest.kind} {manifest.key} is not in {self.uri}")
+        try:
+            found = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{manifest.kind} {manifest.key} is not in {self.uri}") from None
+        if found.digest != manifest.digest:
+            raise FileNotFoundError(f"{manifest.kind} {manifest.key} in {self.uri} was made anew and holds something else")
         return folder
 
     def partial(self, kind: str, key: str) -> Path:
@@ -154,12 +161,12 @@ class Store:
         written.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         _flush(written)
         written.rename(folder / MANIFEST)
+        if not self.is_local:  # first: what is whole here must be there, or other machines would never find it
+            self._upload(folder, manifest)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.remove(manifest.kind, manifest.key)
         folder.rename(target)
         _flush(target.parent)
-        if not self.is_local:
-            self._upload(target, manifest)
 
     def remove(self, kind: str, key: str) -> None:
         """Remove an artefact: it stops existing before its files go."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 
+CGROUP = Path("/sys/fs/cgroup")
 LIBRARIES = (
     "torch",
     "transformers",
@@ -49,8 +51,24 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: in a container often fewer than the machine has, by its affinity or by its quota of time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, quota_of(CGROUP) or allowed)
+
+
+def quota_of(cgroup: Path) -> int | None:
+    """Cores' worth of time that a control group may use, rounded up (`cpu.max` of version 2, `cpu.cfs_*` of version 1); None: no limit.
+
+    More threads than that wait for each other while the kernel keeps some of them from running.
+    """
+    try:
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return None if quota == "max" or int(quota) <= 0 else max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        return None
 
 
 def native_bf16() -> bool:

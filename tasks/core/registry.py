@@ -12,12 +12,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
 from tasks.domain.errors import UserError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
 TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
 
 
@@ -53,45 +54,37 @@ class Registry:
         try:
             version = self.client.get_model_version_by_alias(name, alias)
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code in MISSING:
                 return None
             raise
         return {**version.tags, "version": str(version.version)}
 
     def promote(self, name: str, version: str, works: Callable[[], str]) -> str:
-        """Make a version the champion, and the champion until now `previous`. If it then does not work, all is as it was.
+        """Make a version the champion if it works, and the champion until now `previous`. If it does not, nothing has moved.
 
         Args:
-            works: what is wrong with the new champion; empty if nothing is.
+            works: what is wrong with the version, loaded from the registry; empty if nothing is. Asked before the alias moves: who
+                serves the champion follows the alias, and must not get what has not proved itself.
 
         Returns:
             What was wrong.
         """
-        before = {alias: self.champion(name, alias) for alias in (CHAMPION, PREVIOUS)}
-        if until_now := before[CHAMPION]:
+        if problem := works():
+            return problem
+        until_now = self.champion(name)
+        if until_now and until_now["version"] != version:
             self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
         self.client.set_registered_model_alias(name, CHAMPION, version)
-        try:
-            problem = works()
-        except BaseException:  # interrupted: it has not proved itself
-            self._put_back(name, before)
-            raise
-        if problem:
-            self._put_back(name, before)
-        else:
-            self.client.set_model_version_tag(name, version, TAG + "promoted", datetime.now(UTC).isoformat(timespec="seconds"))
-        return problem
+        tags = self.client.get_model_version(name, version).tags
+        self.client.set_model_version_tag(name, version, TAG + "promoted", _now())
+        if ROLLED_BACK in tags:
+            self.client.delete_model_version_tag(name, version, ROLLED_BACK)
+        return ""
 
-    def _put_back(self, name: str, before: Mapping[str, dict[str, str] | None]) -> None:
-        for alias, was in before.items():
-            if was:
-                self.client.set_registered_model_alias(name, alias, was["version"])
-            else:
-                self.client.delete_registered_model_alias(name, alias)
-
-    def rolled_back(self, name: str, version: str) -> str | None:
-        """When a version was taken out of service by `rollback`; None if it was not."""
-        return self.client.get_model_version(name, version).tags.get(ROLLED_BACK) or None
+    def rolled_back(self, name: str, digest: str) -> str | None:
+        """When the version with this content was taken out of service by `rollback`; None if it was not, or is not registered."""
+        found = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.tags.get(TAG + "digest") == digest]
+        return next((v.tags[ROLLED_BACK] for v in found if v.tags.get(ROLLED_BACK)), None)
 
     def version(self, name: str, version: str | None) -> dict[str, str]:
         """Tags of a version of a registered model, the newest if None, with its `version`.
@@ -102,7 +95,7 @@ class Registry:
         found = {str(v.version): v for v in self.client.search_model_versions(f"name = '{name}'")}
         wanted = version or max(found, key=int, default="")
         if wanted not in found:
-            problem = f"is no version of {name} in {self._settings.mlflow_uri}"
+            problem = f"is no version of {name} in {shown_uri(self._settings.mlflow_uri)}"
             raise UserError(
                 "version", version, problem, allowed=sorted(found, key=int) or "none yet", mend="`cartwright run` registers one"
             )
@@ -117,15 +110,18 @@ class Registry:
             yield
 
     def write_decision(self, name: str, version: str, decision: Mapping[str, Any]) -> None:
-        """Note on a version what was decided about it, by whom or what, when and why."""
-        when = datetime.now(UTC).isoformat(timespec="seconds")
-        failed = [check["name"] for check in decision["checks"] if check["passed"] is not True]
-        short = {**decision, "checks": failed, "when": when}
-        for tag, value in (("decision", json.dumps(short)), ("verdict", decision["verdict"]), ("decided", when)):
-            self.client.set_model_version_tag(name, version, TAG + tag, value[:TAG_LENGTH])
+        """Note on a version what was decided about it: by whom or what, when, why, and the figures. Earlier decisions stay."""
+        when = _now()
+        checks = [{"name": check["name"], "passed": check["passed"]} for check in decision["checks"]]
+        written = json.dumps({**decision, "when": when, "checks": checks})
+        if len(written) > TAG_LENGTH:
+            written = json.dumps({**decision, "when": when, "checks": [check for check in checks if not check["passed"]][:10]})
+        moment = when.replace(":", "").replace("+0000", "")
+        for tag, value in ((f"decision.{moment}", written[:TAG_LENGTH]), ("verdict", decision["verdict"]), ("decided", when)):
+            self.client.set_model_version_tag(name, version, TAG + tag, value)
 
-    def rollback(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Let `champion` and `previous` of a registered model change places.
+    def rollback(self, name: str, by: str, why: str = "") -> tuple[dict[str, str], dict[str, str]]:
+        """Let `champion` and `previous` of a registered model change places, and write down who did it and why.
 
         Returns:
             Version and tags of the champion now, and of the one until now.
@@ -134,22 +130,30 @@ class Registry:
             UserError: one of the two is missing.
         """
         with self.promoting(name):
-            return self._swap(name)
+            now, before = self._swap(name)
+        said = {"by": by, "why": why, "checks": []}
+        self.write_decision(name, now["version"], {**said, "verdict": "rollback", "champion": f"version {before['version']}"})
+        self.write_decision(name, before["version"], {**said, "verdict": "rolled back", "champion": f"version {now['version']}"})
+        return now, before
 
     def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         if not champion or not previous:
             missing = CHAMPION if not champion else PREVIOUS
             mend = "There is nothing to go back to before a second model was promoted"
-            raise UserError("model", name, f"has no version with the alias {missing} in {self._settings.mlflow_uri}", mend=mend)
+            raise UserError("model", name, f"has no version with the alias {missing} in {shown_uri(self._settings.mlflow_uri)}", mend=mend)
         self.client.set_registered_model_alias(name, CHAMPION, previous["version"])
         self.client.set_registered_model_alias(name, PREVIOUS, champion["version"])
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = _now()
         self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)  # the next retraining must not promote it again
         self.client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
         if ROLLED_BACK in previous:
             self.client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
         return previous, champion
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def champion_version(settings: Settings, name: str) -> dict[str, str] | None:
@@ -170,7 +174,7 @@ def find_champion(settings: Settings, name: str) -> tuple[dict[str, str], str | 
 
     champion = champion_version(settings, name)
     if not champion:
-        problem = f"has no champion in {settings.mlflow_uri}"
+        problem = f"has no champion in {shown_uri(settings.mlflow_uri)}"
         raise UserError("model", name, problem, mend="Run `cartwright run` first, or name the model as registry.name did")
     client = client_of(settings)
     try:
@@ -198,8 +202,10 @@ def champion_files(settings: Settings, name: str, into: Path | None = None, vers
     try:
         folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
+        if error.error_code not in MISSING:  # the server is away for a moment: nothing is wrong with the model
+            raise UserError("MLFLOW_TRACKING_URI", shown_uri(settings.mlflow_uri), f"cannot be asked ({error.error_code})") from None
         missing = f"files of version {version}" if version else "champion"
-        problem = f"the registry {settings.mlflow_uri} has no {missing} of {name} ({error.error_code})"
+        problem = f"the registry {shown_uri(settings.mlflow_uri)} has no {missing} of {name} ({error.error_code})"
         mend = "`cartwright rollback`, or a new `cartwright run`" if version else "Run `cartwright run` first"
         raise UserError("model", CHAMPION, problem, mend=mend) from None
     flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]

@@ -119,6 +119,11 @@ def without_secrets(text: str) -> str:
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
+def shown_uri(uri: str) -> str:
+    """An address as it may be shown: without user and password."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
 def visible_gpus() -> str:
     """Which GPUs CUDA is allowed to see, in its order; empty for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")

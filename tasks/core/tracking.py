@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from tasks.core.artifacts import Manifest
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError
 
 Kind = Literal["pipeline", "stage", "variant", "arm"]
@@ -58,7 +58,14 @@ def client_of(settings: Settings) -> Any:
 
 
 def open_parent(
-    settings: Settings, experiment: str, pipeline_key: str, run_name: str, tags: Mapping[str, str], *, reopen: bool = False
+    settings: Settings,
+    experiment: str,
+    pipeline_key: str,
+    run_name: str,
+    tags: Mapping[str, str],
+    *,
+    reopen: bool = False,
+    mine: Callable[[Mapping[str, str]], bool] = lambda tags: True,
 ) -> Tracker:
     """A tracker of a parent run for a configuration: one that was left running, else a new one.
 
@@ -66,6 +73,7 @@ def open_parent(
         experiment: its name; made if there is none.
         pipeline_key: hash of the run's configuration. A parent run of the same key that was left running is taken up again.
         reopen: a parent run of the same key is taken up even if it has ended.
+        mine: whether one may be taken up, by its tags. One of the same Prefect flow run is asked about even if it has ended.
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.home / "mlflow.lock"):  # two first starts would race in the migration
@@ -74,10 +82,16 @@ def open_parent(
         location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
     same = f"tags.`{TAG}pipeline_key` = '{pipeline_key}'"
-    left = client.search_runs([experiment_id], same if reopen else f"{same} and attributes.status = 'RUNNING'", max_results=1)
-    if left:
-        client.update_run(left[0].info.run_id, status="RUNNING")
-        return Tracker(settings, str(left[0].info.run_id), resumed=True)
+    conditions = [same] if reopen else [f"{same} and attributes.status = 'RUNNING'"]
+    if flow_run := tags.get(TAG + "flow_run"):
+        conditions.insert(0, f"{same} and tags.`{TAG}flow_run` = '{flow_run}'")
+    left = [run for condition in conditions for run in client.search_runs([experiment_id], condition, max_results=1)]
+    taken = next((run.info.run_id for run in left if mine(run.data.tags)), None)
+    if taken:
+        client.update_run(taken, status="RUNNING")
+        for name, value in tags.items():
+            client.set_tag(taken, name, value)
+        return Tracker(settings, str(taken), resumed=True)
     all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
     return Tracker(settings, str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id))
 
@@ -107,7 +121,7 @@ class Tracker:
             self.experiment_id = str(self.client.get_run(parent).info.experiment_id)
         except MlflowException as error:
             mend = "Give the workers the MLFLOW_TRACKING_URI of the flow that calls them"
-            raise UserError("MLFLOW_TRACKING_URI", self.uri, f"has no run {parent} ({error.error_code})", mend=mend) from None
+            raise UserError("MLFLOW_TRACKING_URI", shown_uri(self.uri), f"has no run {parent} ({error.error_code})", mend=mend) from None
         self._without_params: set[str] = set()  # runs made here, of which nothing need be read before parameters are written
         earlier = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
         self._children = {(run.data.tags.get(TAG + "kind"), run.data.tags.get(TAG + "key")): str(run.info.run_id) for run in earlier}

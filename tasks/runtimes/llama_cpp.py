@@ -202,15 +202,23 @@ class LlamaCppRuntime:
         self._vocab_size = api.llama_vocab_n_tokens(self._vocab)
         self._context: Any = None
         self._shape = (0, 0)
+        self._grammar: Grammar | None = None
+        try:
+            self._formatter = self._template(path)
+            self._grammar = Grammar(self._vocab, grammar, self._vocab_size) if grammar else None
+        except BaseException:  # a server that goes on with another model must get the memory back
+            self.close()
+            raise
+
+    def _template(self, path: Path) -> Jinja2ChatFormatter:
         template = api.llama_model_chat_template(self._model, None)
         if not template:
             raise ValueError(f"{path} has no chat template")
-        self._formatter = Jinja2ChatFormatter(
+        return Jinja2ChatFormatter(
             template.decode(),
             eos_token=self._piece(api.llama_vocab_eos(self._vocab)),
             bos_token=self._piece(api.llama_vocab_bos(self._vocab)),
         )
-        self._grammar = Grammar(self._vocab, grammar, self._vocab_size) if grammar else None
 
     def close(self) -> None:
         """Give the memory back."""

@@ -67,8 +67,9 @@ class Service:
         return champion, completions
 
     def _check(self, texts: list[str], field: str) -> None:
-        if len(texts) > self.config.max_texts:
-            raise Refused(422, "too_many_texts", f"{field} has {len(texts)} texts; allowed: {self.config.max_texts}", field)
+        most = min(self.config.max_texts, self.config.parallel + self.config.max_waiting)  # more could never be taken at once
+        if len(texts) > most:
+            raise Refused(422, "too_many_texts", f"{field} has {len(texts)} texts; allowed: {most}", field)
         longest = max(map(len, texts))
         if longest > self.config.max_chars:
             raise Refused(422, "text_too_long", f"{field} has {longest} characters; allowed: {self.config.max_chars}", field)

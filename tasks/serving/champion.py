@@ -83,9 +83,13 @@ def _load(config: ServeConfig, path: Path, spec: Spec, version: str, variant: st
     grammar = answer_grammar(spec) if config.constrained else None
     try:
         model = LlamaCppRuntime(path, config.threads or hardware.cores(), grammar=grammar)
-        prefix = common_prefix([model.encode(prompt.messages(spec, text)) for text in ("a", "7", "é")])
-    except Exception as error:  # llama.cpp, or the template of the chat
+    except Exception as error:  # of llama.cpp
         raise _unusable(config, version, variant, f"does not load: {error}") from None
+    try:
+        prefix = common_prefix([model.encode(prompt.messages(spec, text)) for text in ("a", "7", "é")])
+    except Exception as error:  # of the template of the chat
+        model.close()
+        raise _unusable(config, version, variant, f"cannot be asked: {error}") from None
     engine = Engine(model, prefix, config.parallel, config.max_waiting, config.max_tokens)
     champion = Champion(version, variant, spec, engine)
     try:
