@@ -75,17 +75,17 @@ class Server:
             self._make_pool(name, kind, job_variables)
         if self.ask(f"v2/concurrency_limits/{PROMOTION}", missing_is_none=True) is None:
             self.ask("v2/concurrency_limits/", {"name": PROMOTION, "limit": 1})
-        switched_on = {name for name, schedule in self._schedules() if schedule["active"]}
+        switched_on = {slot for slot, schedule in self._schedules() if schedule["active"]}
         command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS)]
         done = subprocess.run(command, capture_output=True, text=True, env=self._variables, cwd=SOURCE)
         # Deploying switches schedules as the file has them, also where it fails half-way, and leaves those that are not there any more.
         in_file = yaml.safe_load(DEPLOYMENTS.read_text(encoding="utf-8"))["deployments"]
         known = {(d["entrypoint"], d["name"], schedule["slug"]) for d in in_file for schedule in d.get("schedules", [])}
-        for name, schedule in self._schedules():
+        for slot, schedule in self._schedules():
             path = f"deployments/{schedule['deployment_id']}/schedules/{schedule['id']}"
-            if name in switched_on and not schedule["active"]:
+            if slot in switched_on and not schedule["active"]:
                 self.ask(path, {"active": True}, method="PATCH")
-            if schedule["slug"] and name not in known and not done.returncode:  # those made in the UI have no slug, and are people's
+            if schedule["slug"] and slot not in known and not done.returncode:  # those made in the UI have no slug, and are people's
                 self.ask(path, method="DELETE")
         if done.returncode:
             raise UserError("deployments/prefect.yaml", DEPLOYMENTS, f"was not deployed: {(done.stdout + done.stderr).strip()[-800:]}")
