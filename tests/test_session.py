@@ -1,0 +1,39 @@
+"""Which interrupted run in MLflow a run may take up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.session import _mine
+from tasks.config import load_config
+from tasks.core.settings import load_settings
+from tasks.core.tracking import open_parent
+
+pytestmark = pytest.mark.fast
+HERE = {"mlflow.source.git.commit": "c1", "cartwright.opened_by": "host:/home", "cartwright.flow_run": "f2"}
+CONFIG = load_config("smoke")
+
+
+def test_a_run_takes_up_what_was_left_in_its_own_home_by_the_same_code() -> None:
+    assert _mine({**HERE, "cartwright.flow_run": "f1"}, HERE, CONFIG)
+    assert not _mine({**HERE, "cartwright.flow_run": "f1", "mlflow.source.git.commit": "c0"}, HERE, CONFIG)
+    assert _mine({**HERE, "cartwright.opened_by": "other:/home", "mlflow.source.git.commit": "c0"}, HERE, CONFIG)  # the very flow run
+    assert _mine({"mlflow.source.git.commit": "c1", "cartwright.opened_by": "other:/home"}, HERE, CONFIG)  # no flow run works on it
+
+
+def test_a_flow_run_that_begins_anew_finds_its_run_although_that_has_ended(home: Path) -> None:
+    def opened(**tags: str) -> tuple[str, bool]:
+        tracker = open_parent(load_settings(), "domain/base", "key", "run", {f"cartwright.{name}": tag for name, tag in tags.items()})
+        tracker.end("FINISHED")
+        return tracker.parent, tracker.resumed
+
+    first, resumed = opened(flow_run="f1")
+    assert not resumed and opened(flow_run="f1") == (first, True)
+    other, resumed = opened(flow_run="f2")
+    assert other != first and not resumed
+    left = open_parent(load_settings(), "domain/base", "key", "run", {"cartwright.flow_run": "f3"})
+    assert opened(flow_run="f4", opened_by="me") == (left.parent, True) and left.tag("flow_run") == "f4"
+    taken = open_parent(load_settings(), "domain/base", "key", "run", {"cartwright.flow_run": "f4"}, mine=lambda tags: False)
+    assert not taken.resumed
