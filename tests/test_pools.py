@@ -43,9 +43,18 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     started = home.up()
     assert started.returncode == 0, started.stdout + started.stderr
     (worker,) = [service for service in home.services() if service["name"] == "worker of cpu-pool"]
-    psutil.Process(worker["pid"]).terminate()
+    end([psutil.Process(worker["pid"])])
     yield home
     home.command("down")
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """End processes for good: a worker that was started in the background of a script ignores the first signal."""
+    for process in processes:
+        process.terminate()
+    for process in psutil.wait_procs(processes, 10)[1]:
+        process.kill()
+    psutil.wait_procs(processes, 10)
 
 
 @contextmanager
@@ -64,11 +73,7 @@ def worker(team: Home, folder: Path, store: Path) -> Iterator[subprocess.Popen[b
     try:
         yield process
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            member.terminate()
-        for member in psutil.wait_procs(family, 15)[1]:
-            member.kill()
+        end([psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])
 
 
 def addresses(team: Home) -> dict[str, str]:
