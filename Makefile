@@ -39,7 +39,7 @@ run: install
 	$(BIN)/cartwright run --profile $(PROFILE) $(ARGS)
 
 # Two files of tests at a time, each with half of the cores.
-TWO := -n 2 --dist loadfile
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TWO) $(ARGS)
 
