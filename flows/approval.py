@@ -47,4 +47,4 @@ def ask(verdict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(verdict: dict[str, Any]) -> str:
-    return f"promote-{verdict['challenger_sha256'][:12]}-{verdict['champion']}".replace(" ", "-")
+    return f"promote-{verdict['challenger_sha256'][:12]}-{verdict['champion']}".replace(" ", "-").lower()  # all that Prefect allows in it
