@@ -103,10 +103,21 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
         tags |= {f"cartwright.{name}": value for name, value in _flow_run().items()}
         tags["cartwright.opened_by"] = f"{socket.gethostname()}:{settings.home}"
         tracker = open_parent(settings, experiment_name(config), config.key(), name, tags, mine=lambda left: _mine(left, tags, config))
+        _name_flow_run(tracker.run_name)
         started = now.isoformat(timespec="seconds")
         run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run
+
+
+def _name_flow_run(name: str) -> None:
+    """Let the flow run have the name of the run, which it has in MLflow and in the reports."""
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+
+    if flow_run.id:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(flow_run.id), name=name)
 
 
 def _mine(left: Mapping[str, str], tags: Mapping[str, str], config: RunConfig) -> bool:
