@@ -153,8 +153,8 @@ def test_a_parent_that_was_killed_goes_on_with_the_children_it_had(team: Home, t
     logs = {path.name.split("-")[0] for path in (tmp_path / "host" / "home" / "logs").rglob("*.log")}
     assert {"synthesize", "finetune", "convert_gguf", "evaluate", "benchmark"} <= logs
     assert not (tmp_path / "host" / "home" / "store").exists() and not list((team.folder / "logs").rglob("finetune-*.log"))
-    parents = {run["id"] for run in runs_of(team, "retrain")}
-    assert len(parents) == 4  # one without a worker, one with another store, the killed one, the last
+    of_it = [run for run in runs_of(team, "retrain") if run["name"] == report["run_id"]]
+    assert len(of_it) == 2  # the killed one, and the one that went on
 
 
 def test_in_manual_mode_a_person_is_asked_and_the_answer_is_kept(team: Home, tmp_path: Path) -> None:
@@ -173,7 +173,8 @@ def test_in_manual_mode_a_person_is_asked_and_the_answer_is_kept(team: Home, tmp
     assert state["type"] == "COMPLETED", state
     report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
     assert report["gate"] | {"verdict": "promote", "by": "Ana", "why": "looks right"} == report["gate"] and report["flow_run"] == run
-    assert len(runs_of(team, "data")) == 3  # one failed, one of each run: an answer starts no stage again
+    of_it = [run for run in runs_of(team, "data") if run["name"].startswith(report["run_id"])]
+    assert len(of_it) == 1  # an answer starts no stage again
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (Debian's package of that name)")
@@ -183,7 +184,7 @@ def test_a_browser_finds_in_both_dashboards_what_a_person_would_look_for(team: H
     assert {"retrain", "pools"} <= set(page(f"{prefect}/deployments").split())
     shown = page(f"{prefect}/runs/flow-run/{report['flow_run']}")
     assert report["run_id"] in shown and "Completed" in shown
-    assert "gguf-F16 answers" in page(f"{prefect}/artifacts/key/recommendation")
+    assert report["run_id"] in page(f"{prefect}/artifacts/key/recommendation")
     experiment = "ecommerce/tiny-random"
     assert experiment in page(f"{mlflow}/#/experiments")
     version = page(f"{mlflow}/#/models/asked/versions/1")

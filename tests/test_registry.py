@@ -11,6 +11,7 @@ import pytest
 from tasks import register
 from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
+from tasks.core.tracking import open_parent
 from tasks.domain.errors import UserError
 from tasks.register import promote_by_hand
 from tasks.registered import problem_of
@@ -113,3 +114,13 @@ def test_what_was_compared_with_another_champion_is_held(registry: Registry) -> 
     held = register.promote(registry, NAME, "2", verdict)
     assert held["verdict"] == "hold" and "the champion is version 1 by now" in held["checks"][-1]["name"]
     assert aliases(registry) == ("1", None)
+
+
+def test_a_model_that_is_logged_again_after_an_interruption_is_shown_once(home: Path, tmp_path: Path) -> None:
+    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
+    file, spec = tmp_path / "model.gguf", tmp_path / "spec.yaml"
+    for written in (file, spec):
+        written.write_text("x")
+    run = tracker.child("gguf-F16", "key", "variant")
+    logged = {tracker.log_model(run, "gguf-F16", "digest", {"model": file, "spec": spec}, "llama_cpp") for _ in range(2)}
+    assert len(logged) == 1 == len(tracker.client.get_run(run).outputs.model_outputs)

@@ -247,7 +247,9 @@ class Tracker:
                 code_paths=[str(package)],
                 pip_requirements=_serving_requirements(runtime),
             )
-        self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
+        shown = self.client.get_run(run_id).outputs
+        if model_id not in {output.model_id for output in (shown.model_outputs if shown else [])}:  # twice is an error
+            self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
 
 
