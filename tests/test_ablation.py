@@ -155,7 +155,7 @@ def test_arms_are_trained_once_and_a_new_or_failing_one_joins_them(cartwright: C
     assert losses[0] != losses[1]
     text = (home / "reports" / "ablation-tiny.md").read_text()
     assert text in first.stdout and f"{sum(losses) / 2:.4f} ({min(losses):.4f} to {max(losses):.4f})" in text
-    assert {path.name for path in (home / "store").iterdir()} - {".partial"} == {"synthesize", "base_model", "finetune"}
+    assert {path.name for path in (home / "store").iterdir()} - {".partial", ".locks"} == {"synthesize", "base_model", "finetune"}
     with sqlite3.connect(home / "prefect" / "prefect.db") as database:
         shown = database.execute("select data from artifact where key = 'ablation-tiny'").fetchall()
     assert len(shown) == 1 and json.loads(shown[0][0]) == text
