@@ -12,10 +12,9 @@ from tempfile import TemporaryDirectory
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.events import emit_event
 from prefect.runtime import deployment
 
-from flows.session import alone, ending, run_log
+from flows.session import alone, ending, run_log, tell
 from tasks.champion import Champion, champion_with_dataset
 from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.display import Display
@@ -89,8 +88,7 @@ def publish(call: Runner, champion: Champion, config: DriftConfig, manifest: Man
     page = f"{(folder / TEXT).read_text(encoding='utf-8')}\nReport: `{folder / 'drift.html'}`\n\nMLflow run: `{tracker.parent}`"
     create_markdown_artifact(key="drift", markdown=page, description=call.run_id)
     create_table_artifact(key="drift-columns", table=rows_of(found), description=call.run_id)
-    about = {"prefect.resource.id": f"cartwright.model.{champion.name}", "prefect.resource.name": champion.name}
     distances = {column["name"]: column["distance"] for column in found["columns"]}
     payload = {"run": call.run_id, "version": champion.tags["version"], "reasons": found["reasons"], "distances": distances}
-    emit_event(f"cartwright.drift.{verdict}", about, payload={**payload, "texts": found["texts"], "report": str(folder / "drift.html")})
+    tell(f"drift.{verdict}", champion.name, {**payload, "texts": found["texts"], "report": str(folder / "drift.html")})
     return folder

@@ -69,6 +69,14 @@ def teacher_secret(block: str) -> dict[str, str]:
     return {environment.TEACHER_KEY: key}
 
 
+def tell(what: str, name: str, facts: Mapping[str, Any], kind: str = "model") -> None:
+    """A Prefect event about a registered model, or another kind of thing of ours, for automations."""
+    from prefect.events import emit_event
+
+    about = {"prefect.resource.id": f"cartwright.{kind}.{name}", "prefect.resource.name": name}
+    emit_event(f"cartwright.{what}", about, payload=dict(facts))
+
+
 def runner(run: Run) -> Runner:
     """The runner of an open run."""
     return _runners[run.run_id]

@@ -9,9 +9,8 @@ from typing import Any
 
 from prefect import flow
 from prefect.concurrency.sync import concurrency
-from prefect.events import emit_event
 
-from flows.session import Run, runner, teacher_secret
+from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.config import RunConfig
@@ -64,8 +63,8 @@ def ask_teacher(run: Run) -> Manifest:
     lessons = asking(teach, teach_config(run.config.data, config))
     if lessons.metrics["stopped"]:
         call.display.say(f"The teacher was asked less than planned: {lessons.metrics['stopped']}")
-        about = {"prefect.resource.id": f"cartwright.teacher.{run.config.data.teacher}", "prefect.resource.name": run.config.data.teacher}
-        emit_event("cartwright.teacher.budget", about, payload={"run": run.run_id, "stopped": lessons.metrics["stopped"]})
+        facts = {"run": run.run_id, "stopped": lessons.metrics["stopped"]}
+        tell("teacher.budget", run.config.data.teacher, facts, kind="teacher")
     return lessons
 
 
@@ -75,7 +74,7 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
     call = runner(run)
     base = call(base_model, run.config.base_model)
     if run.config.train.compile and not has_compiler():
-        call.display.say("There is no C++ compiler here: the layers are trained as they are, on a CPU at two thirds of the speed")
+        call.display.say("There is no C++ compiler here: the layers are trained as they are, which is slower")
     adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
     return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
 
@@ -340,12 +339,6 @@ def release(
 def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:
     """What the gate says of the recommended variant."""
     return judge_recommended(runner(run), run.config.registry, decision, compared)
-
-
-def tell(what: str, model: str, facts: dict[str, Any]) -> None:
-    """A Prefect event about a registered model, for automations."""
-    about = {"prefect.resource.id": f"cartwright.model.{model}", "prefect.resource.name": model}
-    emit_event(f"cartwright.{what}", about, payload=facts)
 
 
 def all_variants(config: RunConfig, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:

@@ -38,7 +38,7 @@ def up(
 
     settings = environment.load_settings()
     team = Team(settings, prefect_port, mlflow_port)
-    print("Starting the Prefect server, the MLflow server and the workers: about half a minute")
+    print("Starting the Prefect server, the MLflow server and the workers: about a minute")
     automated = team.up(gpu)
     for service in team.services():
         print(f"  {service.name:<20} process {service.pid}, log {service.log}")
@@ -182,7 +182,7 @@ def _tell(settings: environment.Settings, what: str, name: str, facts: dict[str,
     if settings.prefect_api_url:
         from prefect.events.worker import EventsWorker
 
-        from flows.stages import tell
+        from flows.session import tell
 
         tell(what, name, facts)
         EventsWorker.drain_all(timeout=5)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows import deploying
 from flows.automations import AUTOMATIONS, OURS, PAYLOAD, WEBHOOK, install, read
 from tasks.domain.errors import UserError
 
@@ -40,24 +41,8 @@ def until(found: Callable[[], Any], what: str) -> Any:
     return value
 
 
-class Server:
+class Server(deploying.Server):
     """A Prefect server's API."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}/api"
-
-    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"}, method=method)
-        for _ in range(120):
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.loads(answer.read() or b"null")
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # its SQLite is locked by another request for a moment
-                    raise
-                time.sleep(0.5)
-        raise TimeoutError(path)
 
     def automations(self) -> dict[str, dict[str, Any]]:
         return {automation["name"]: automation for automation in self.ask("automations/filter", {})}
@@ -81,8 +66,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*command, "--log-level", "error"], env=env, stdout=log, stderr=log)
     try:
-        api = Server(port)
-        until(lambda: process.poll() is not None or answers(f"{api.url}/health"), "the server does not answer")
+        api = Server(f"http://127.0.0.1:{port}/api", {})
+        until(lambda: process.poll() is not None or answers(f"{api.api}/health"), "the server does not answer")
         assert process.poll() is None, (folder / "log").read_text()[-2000:]
         flow = api.ask("flows/", {"name": "retrain"})["id"]
         api.ask("deployments/", {"name": "cpu", "flow_id": flow, "entrypoint": "flows.retrain:retrain"})
@@ -139,22 +124,22 @@ def changed_file(folder: Path, change: Callable[[dict[str, dict[str, Any]]], Any
 def test_without_a_webhook_all_is_installed_and_nobody_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first test of the module: the server has no block yet."""
     monkeypatch.delenv("CARTWRIGHT_ALERT_WEBHOOK", raising=False)
-    done = install(server.url)
+    done = install(server.api)
     assert set(done.added) == NAMES and not done.alerts and "set CARTWRIGHT_ALERT_WEBHOOK" in str(done)
     found = server.automations()
     assert set(found) == NAMES | {"by hand"}
     assert {name for name in NAMES if found[name]["enabled"]} == NAMES - {"drift-retrain"}
     assert [action["type"] for action in found["gate-hold"]["actions"]] == ["do-nothing"]
     assert found["zombie-run"]["actions"][0]["state"] == "CRASHED"
-    again = install(server.url)
+    again = install(server.api)
     assert set(again.kept) == NAMES and not (again.added or again.changed or again.removed)
     assert server.automations() == found
 
 
 def test_a_gate_that_holds_calls_the_webhook_with_the_model_and_the_reason(server: Server, webhook: list[dict[str, Any]]) -> None:
-    assert install(server.url).alerts
+    assert install(server.api).alerts
     before = server.automations()
-    assert set(install(server.url).kept) == NAMES and server.automations() == before
+    assert set(install(server.api).kept) == NAMES and server.automations() == before
     checks = [{"name": "loads", "passed": True}, {"name": 'exact match "at most" 1 point lower', "passed": False}]
     server.emit("cartwright.gate.hold", "cartwright.model.shop-intent", verdict="hold", checks=checks, run="r1")
     (posted,) = until(lambda: webhook, "the webhook was not called")
@@ -165,9 +150,9 @@ def test_a_gate_that_holds_calls_the_webhook_with_the_model_and_the_reason(serve
 
 def test_the_webhook_stays_without_the_variable_and_follows_it_when_it_changes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARTWRIGHT_ALERT_WEBHOOK", "http://127.0.0.1:9/other")
-    install(server.url)
+    install(server.api)
     monkeypatch.delenv("CARTWRIGHT_ALERT_WEBHOOK")
-    assert install(server.url).alerts and set(install(server.url).kept) == NAMES
+    assert install(server.api).alerts and set(install(server.api).kept) == NAMES
     block = server.ask(f"block_types/slug/webhook/block_documents/name/{WEBHOOK}?include_secrets=true")
     assert block["data"]["url"] == "http://127.0.0.1:9/other"
 
@@ -175,28 +160,28 @@ def test_the_webhook_stays_without_the_variable_and_follows_it_when_it_changes(s
 def test_what_is_not_in_the_file_is_removed_what_was_switched_off_stays_off_and_others_are_left_alone(
     server: Server, tmp_path: Path
 ) -> None:
-    install(server.url)
+    install(server.api)
     before = server.automations()
-    server.ask(f"automations/{before['gate-hold']['id']}", {"enabled": False}, "PATCH")
+    server.ask(f"automations/{before['gate-hold']['id']}", {"enabled": False}, method="PATCH")
 
     def change(entries: dict[str, dict[str, Any]]) -> None:
         del entries["gate-inconclusive"]
         entries["gate-hold"]["description"] = "Another one."
 
-    done = install(server.url, changed_file(tmp_path, change))
+    done = install(server.api, changed_file(tmp_path, change))
     found = server.automations()
     assert done.removed == ("gate-inconclusive",) and done.changed == ("gate-hold",) and "gate-inconclusive" not in found
     assert found["gate-hold"]["description"] == "Another one." and found["gate-hold"]["enabled"] is False
     assert found["by hand"] == before["by hand"]
     assert {found[name]["id"] for name in found} <= {known["id"] for known in before.values()}
-    back = install(server.url)
+    back = install(server.api)
     assert back.added == ("gate-inconclusive",) and server.automations()["gate-hold"]["enabled"] is False
-    server.ask(f"automations/{before['gate-hold']['id']}", {"enabled": True}, "PATCH")
+    server.ask(f"automations/{before['gate-hold']['id']}", {"enabled": True}, method="PATCH")
 
 
 def test_drift_starts_one_retraining_and_no_second_within_the_cooldown(server: Server, webhook: list[dict[str, Any]]) -> None:
-    install(server.url)
-    server.ask(f"automations/{server.automations()['drift-retrain']['id']}", {"enabled": True}, "PATCH")
+    install(server.api)
+    server.ask(f"automations/{server.automations()['drift-retrain']['id']}", {"enabled": True}, method="PATCH")
     for _ in range(3):
         server.emit("cartwright.drift.found", "cartwright.model.shop-intent")
     server.emit("cartwright.teacher.budget", "cartwright.teacher.gpt", stopped="its budget")  # events are judged in their order
@@ -207,7 +192,7 @@ def test_drift_starts_one_retraining_and_no_second_within_the_cooldown(server: S
 
 
 def test_a_running_run_whose_heartbeats_stop_becomes_crashed(server: Server, tmp_path: Path) -> None:
-    install(server.url, changed_file(tmp_path, lambda entries: entries["zombie-run"]["trigger"].update(within=10)))
+    install(server.api, changed_file(tmp_path, lambda entries: entries["zombie-run"]["trigger"].update(within=10)))
     flow = server.ask("flows/", {"name": "zombie"})["id"]
     run = server.ask("flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})["id"]
     server.emit("prefect.flow-run.heartbeat", f"prefect.flow-run.{run}")
@@ -219,7 +204,7 @@ def test_a_deployment_that_is_not_there_is_an_error(server: Server, tmp_path: Pa
     file = changed_file(tmp_path, lambda entries: entries["drift-retrain"]["actions"][0].update(deployment="retrain/moon"))
     before = server.automations()
     with pytest.raises(UserError, match="drift-retrain: deployment = 'retrain/moon'"):
-        install(server.url, file)
+        install(server.api, file)
     assert server.automations() == before
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from flows.deploying import DEPLOYMENTS, POOLS, job_template, pools
+from flows.deploying import DEPLOYMENTS, POOLS, Server, job_template, pools
 from flows.placement import stage_flows_on
 from flows.team import Service
 from tasks.config import load_config, profiles
@@ -56,18 +56,7 @@ class Home:
         return json.loads((self.folder / "team.json").read_text())["services"]
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        address = f"http://127.0.0.1:{self.prefect}/api/{path}"
-        request = urllib.request.Request(address, data, {"Content-Type": "application/json"}, method=method)
-        for _ in range(40):
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    return json.loads(answer.read() or b"null")
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # its SQLite is locked by another request for a moment
-                    raise
-                time.sleep(0.5)
-        raise TimeoutError(address)
+        return Server(f"http://127.0.0.1:{self.prefect}/api", {}).ask(path, body, method=method)
 
 
 def name_of(deployment: dict[str, Any]) -> str:
