@@ -24,6 +24,7 @@ DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 POOLS = SOURCE / "deployments" / "pools.yaml"
 PoolKind = Literal["process", "docker", "kubernetes"]
 BUSY_TRIES = 40  # half a second apart
+ANSWER_S = 120  # a server that nobody runs refuses at once; one on a busy machine takes its time
 
 
 class Server:
@@ -49,7 +50,7 @@ class Server:
         request = urllib.request.Request(f"{self.api}/{path}", data, headers, method=method)
         for left in range(BUSY_TRIES, -1, -1):
             try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
+                with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
                     return json.loads(answer.read() or "null")
             except urllib.error.HTTPError as error:
                 if error.code == 404 and missing_is_none:
@@ -60,9 +61,10 @@ class Server:
                 if error.code != 503 or not left:  # 503: its SQLite is locked by another request for a moment
                     raise
                 time.sleep(0.5)
-            except urllib.error.URLError as error:
+            except (urllib.error.URLError, TimeoutError) as error:  # the latter: it took the request and fell silent
                 mend = "Start it with `cartwright up`, or set the address of a server that runs"
-                raise UserError("PREFECT_API_URL", self.api, f"does not answer ({error.reason})", mend=mend) from None
+                reason = getattr(error, "reason", error)
+                raise UserError("PREFECT_API_URL", self.api, f"does not answer ({reason})", mend=mend) from None
         return None
 
     def deploy(self, kind: PoolKind) -> None:

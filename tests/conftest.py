@@ -17,8 +17,18 @@ from tests.lessons import ask  # noqa: F401 - a fixture
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+# What says where things are. Nothing of the user's is taken over, and what a test or MLflow itself sets must not reach the next one.
+PLACES = ("CARTWRIGHT_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
+
+
+def forget_places() -> None:
+    for name in PLACES:
+        os.environ.pop(name, None)
+
+
 def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring."""
+    forget_places()
     worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{part}", "") for part in ("", "_COUNT"))
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -48,9 +58,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary Cartwright home."""
     folder = tmp_path / "home"
     monkeypatch.setenv("CARTWRIGHT_HOME", str(folder))
-    for name in ("CARTWRIGHT_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME"):
-        monkeypatch.delenv(name, raising=False)
     yield folder
+    monkeypatch.undo()  # before the places are forgotten, or it would bring some of them back
+    forget_places()
 
 
 @pytest.fixture(scope="session")
