@@ -22,8 +22,8 @@ from tasks.config import RunConfig
 from tasks.core import hardware
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
-from tasks.core.child import tied
 from tasks.core.display import Display
+from tasks.core.lifetime import tied
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state

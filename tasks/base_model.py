@@ -157,7 +157,7 @@ def folder_of(config: BaseModelConfig) -> Path:
     return Path(snapshot_download(config.source, revision=config.revision, local_files_only=True))
 
 
-@stage("base_model", version=1, libraries=("transformers", "torch"), reuse_memory=True)
+@stage("base_model", version=1, libraries=("transformers", "torch"), preloaded=True)
 def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write a Hugging Face folder: safetensors in float16, tokenizer, chat template.
 

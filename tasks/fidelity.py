@@ -76,7 +76,7 @@ class Divergence:
     reference_perplexity: float
 
 
-@stage("reference_logits", version=1, libraries=("torch", "transformers"), reuse_memory=True)
+@stage("reference_logits", version=1, libraries=("torch", "transformers"), preloaded=True)
 def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """What `inputs["model"]`, computed in float32, foretells for the right completions of rows of `inputs["dataset"]`."""
     from transformers import AutoTokenizer
@@ -94,7 +94,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
 
 
-@stage("fidelity", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), reuse_memory=True)
+@stage("fidelity", version=2, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
 def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
 

@@ -126,7 +126,7 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
     return model
 
 
-@stage("finetune", version=6, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, reuse_memory=True)
+@stage("finetune", version=6, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import numpy as np

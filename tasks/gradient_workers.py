@@ -7,6 +7,7 @@ one: a single other busy program then slows training many times over. Processes 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import torch
 from torch import multiprocessing
 
 from tasks.completions import completion_loss, parts
-from tasks.core import child, hardware
+from tasks.core import hardware
+from tasks.core.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from tasks.finetune import FinetuneConfig
@@ -31,12 +33,13 @@ class WorkerError(RuntimeError):
 class GradientWorkers:
     """Processes with a copy of the model each, which follow its trainable parameters and add to their gradients.
 
-    They build their copies while the caller builds the model. `follow` that, and for each batch `start`, the caller's own forward
+    They build their copies while the caller builds the model. They are forked, so the caller must not have computed in several
+    threads before. `follow` that, and for each batch `start`, the caller's own forward
     and backward pass, then `finish`: the parameters' gradients are those of the whole batch.
     """
 
     def __init__(self, count: int, config: FinetuneConfig, base_model: Path, autocast: bool) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._pipes, self._processes = [], []
         for _ in range(count):
             mine, theirs = context.Pipe()
@@ -117,7 +120,7 @@ def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool,
     """A worker: its parameters and their gradients are the shared memory itself."""
     from tasks.finetune import build_model, tokens_at_a_time
 
-    child.die_with_parent(parent)
+    die_with_parent(parent)
     torch.set_num_threads(1)
     model = build_model(config, base_model)
     model.train()

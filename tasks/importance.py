@@ -30,7 +30,7 @@ class ImportanceConfig(StageConfig):
     seed: int = Field(7, ge=0)
 
 
-@stage("importance", version=1, libraries=("torch", "transformers", "gguf"), reuse_memory=True)
+@stage("importance", version=1, libraries=("torch", "transformers", "gguf"), preloaded=True)
 def importance(config: ImportanceConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Mean square of every input of every linear layer of `inputs["model"]`, on training rows of `inputs["dataset"]`.
 

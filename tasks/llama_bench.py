@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from tasks.core import hardware, settings
-from tasks.core.child import tied
+from tasks.core.lifetime import tied
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.quantize_gguf import MODEL_FILE

@@ -26,7 +26,7 @@ class MergeConfig(StageConfig):
     tolerance: float = Field(0.01, gt=0, description="Largest logit difference in float32, as a share of the logits' range")
 
 
-@stage("merge", version=2, libraries=("torch", "transformers", "peft"), reuse_memory=True)
+@stage("merge", version=2, libraries=("torch", "transformers", "peft"), preloaded=True)
 def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Merge `inputs["adapter"]` into `inputs["base_model"]` in float32 and save float16.
 

@@ -52,7 +52,7 @@ def check_outputs(folder: Path) -> None:
                 )
 
 
-@stage("quantize_awq", version=1, libraries=("torch", "transformers", "gptqmodel"), reuse_memory=True)
+@stage("quantize_awq", version=1, libraries=("torch", "transformers", "gptqmodel"), preloaded=True)
 def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
     model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))

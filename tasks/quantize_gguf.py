@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import runpy
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tasks.core import hardware, settings
-from tasks.core.child import tied
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.importance import as_parameter
@@ -43,16 +43,40 @@ def converter() -> Path:
     return script
 
 
-@stage("convert_gguf", version=1, libraries=("llama-cpp-python", "transformers", "torch"))
+@stage("convert_gguf", version=1, libraries=("llama-cpp-python", "transformers", "torch"), preloaded=True)
 def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Convert `inputs["model"]` into `model.gguf` with 16-bit weights."""
-    script = converter()
-    environment = {**settings.child_environment(), "PYTHONPATH": str(script.parent / "gguf-py")}
+    """Convert `inputs["model"]` into `model.gguf` with 16-bit weights.
+
+    Raises:
+        RuntimeError: the converter does not know the model; the log says what it lacks.
+    """
     output = out_dir / MODEL_FILE
-    subprocess.run(
-        tied("python", str(script), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output)), check=True, env=environment
-    )
+    run_program(converter(), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output))
     return {"format": "F16", **describe(output)}
+
+
+def run_program(script: Path, *arguments: str) -> None:
+    """Run a Python program of llama.cpp in this process, which need not import torch and transformers anew for it.
+
+    It brings its own gguf-py, of its commit, which must not be mixed with the installed one.
+    """
+    brought = {"gguf", "conversion"}
+
+    def take_out() -> dict[str, Any]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in brought}
+
+    argv, path, installed = sys.argv, sys.path[:], take_out()
+    try:
+        sys.argv = [str(script), *arguments]
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{script.name} gave up ({end.code})") from None
+    finally:
+        take_out()
+        sys.argv, sys.path[:] = argv, path
+        sys.modules.update(installed)
 
 
 @stage("quantize_gguf", version=1, libraries=("llama-cpp-python",))

@@ -52,7 +52,7 @@ def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.gro
     return wanted
 
 
-@stage("quantize_gptq", version=4, libraries=("torch", "transformers", "optimum", "gptqmodel"), reuse_memory=True)
+@stage("quantize_gptq", version=4, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
 def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
     import torch

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from tasks import runtimes
 from tasks.core import hardware
-from tasks.core.child import tied
+from tasks.core.lifetime import tied
 from tasks.core.registry import champion_files
 from tasks.core.settings import child_environment, load_settings
 from tasks.domain import prompt

@@ -15,13 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.core import settings
 from tasks.core import stage as seam
 from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.child import StageError
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
-from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, kept, resumed
+from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed
 
 pytestmark = pytest.mark.fast
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,12 +49,6 @@ def test_second_call_is_cached_and_equal(run: Run) -> None:
     assert first == again
     assert first.metrics["pid"] != os.getpid()
     assert first.peak_rss_mb and first.peak_rss_mb > 1
-
-
-def test_only_a_stage_that_asks_for_it_keeps_freed_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    assert int(run(kept, CountConfig())[0].metrics["trim"]) > 1e9
-    assert "MALLOC_TRIM_THRESHOLD_" not in settings.child_environment()  # else a benchmark would count freed memory as used
 
 
 def test_a_changed_field_recomputes_what_depends_on_it(run: Run) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tasks.core import progress
-from tasks.core.child import tied
+from tasks.core.lifetime import tied
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 
@@ -37,11 +39,17 @@ def count(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
     return {"numbers": config.numbers, "pid": os.getpid()}
 
 
-@stage("kept", version=1, reuse_memory=True)
-def kept(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Say what the allocator was told."""
+@stage("forked", version=1, preloaded=True)
+def forked(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
+    """Say what the process began with."""
+    print("said by", os.getpid())
     (out_dir / "0.txt").write_text("0")
-    return {"trim": os.environ.get("MALLOC_TRIM_THRESHOLD_")}
+    return {
+        "trim": os.environ.get("MALLOC_TRIM_THRESHOLD_"),
+        "secret": os.environ.get("SECRET"),
+        "torch": "torch" in sys.modules,
+        "supervisor": os.getppid(),
+    }
 
 
 class AddConfig(StageConfig):
@@ -77,6 +85,10 @@ def parent(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> di
     progress.metrics({"grandchild": float(grandchild.pid), "pid": float(os.getpid())}, 0)
     grandchild.wait()
     return {}
+
+
+forked_parent = replace(parent, preloaded=True)
+forked_count = replace(count, preloaded=True)
 
 
 class FillConfig(StageConfig):

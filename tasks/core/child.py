@@ -1,18 +1,18 @@
 """A stage in a process of its own: memory is given back, a measurement is not disturbed, and no child outlives its parent.
 
-The parent writes a request, starts `python -m tasks.core.child`, and reads one JSON event a line from a pipe.
-The child's output goes to a log file. `python -m tasks.core.child --exec PID PROGRAM ...` ties another program to its parent.
+The parent has a process forked that has torch imported already, or starts `python -m tasks.core.child`, writes a request to its
+standard input and reads one JSON event a line from a pipe. The child's output goes to a log file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.core import hardware, progress, settings
+from tasks.core.fork_server import Forked, ForkServer, serve
+from tasks.core.lifetime import die_with_parent
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
 
 if TYPE_CHECKING:
     from tasks.core.stage import Stage, StageConfig
 
-PR_SET_PDEATHSIG = 1
+FORKS = ForkServer()
 
 
 class StageError(RuntimeError):
@@ -39,14 +41,6 @@ class StageError(RuntimeError):
 class Outcome:
     metrics: dict[str, Any]
     peak_rss_mb: float | None
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; survives exec. Linux only, elsewhere a no-op."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
 
 
 def run_isolated(
@@ -69,39 +63,37 @@ def run_isolated(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     function = stage.function
+    environment = {**settings.child_environment(stage.preloaded), **secrets}
     request = {
         "module": function.__module__,
         "stage": stage.name,
         "config": config.model_dump(mode="json"),
         "inputs": {name: str(path) for name, path in inputs.items()},
         "out_dir": str(out_dir),
-        "parent": os.getpid(),
+        "environment": environment,
     }
+    asked, asking = os.pipe()
     reading, writing = os.pipe()
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.core.child", str(writing)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writing,),
-            env={**settings.child_environment(stage.reuse_memory), **secrets},
-            start_new_session=True,  # a signal to its group reaches its own children too
-        )
-    os.close(writing)
     last: Event = {}
-    try:
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(request).encode())
-        process.stdin.close()
-        with os.fdopen(reading, encoding="utf-8") as events:
+    with log.open("ab") as output, os.fdopen(asking, "w") as question, os.fdopen(reading) as events:
+        descriptors = (asked, output.fileno(), writing)
+        try:
+            process = FORKS.fork(*descriptors) if stage.preloaded and FORKS.usable() else _start(environment, *descriptors)
+        except ChildProcessError as error:
+            raise StageError(f"Stage {stage.name} failed: {error}") from None
+        finally:
+            os.close(asked)
+            os.close(writing)
+        try:
+            with contextlib.suppress(BrokenPipeError), question:  # it has ended already: its exit code says why
+                json.dump(request, question)
             for line in events:
                 last = json.loads(line)
                 if "done" in last or ("metrics" in last and "step" in last):
                     on_event(last)
-        code = process.wait()
-    finally:
-        _kill_group(process)
+            code = process.wait()
+        finally:
+            _kill_group(process)
     if code == 0 and "outcome" in last:
         return Outcome(last["outcome"], last["peak_rss_mb"])
     if "user_error" in last:
@@ -116,16 +108,31 @@ def _rebuilt_user_error(event: Event) -> UserError:
     return error
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes] | Forked) -> None:
     with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _main(descriptor: int) -> int:
+def _start(environment: Mapping[str, str], stdin: int, output: int, events: int) -> subprocess.Popen[bytes]:
+    """A new interpreter for a stage."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tasks.core.child", str(events), str(os.getpid())],
+        stdin=stdin,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=(events,),
+        env=environment,
+        start_new_session=True,  # a signal to its group reaches its own children too
+    )
+
+
+def _work(descriptor: int, parent: int) -> int:
+    """What the child does; its exit code."""
+    die_with_parent(parent)
     request = json.loads(sys.stdin.read())
-    die_with_parent(request["parent"])
-    events = os.fdopen(descriptor, "w", encoding="utf-8")
+    settings.replace_environment(request["environment"])
+    events = os.fdopen(descriptor, "w")
 
     def send(event: Event) -> None:
         events.write(json.dumps(event) + "\n")
@@ -161,21 +168,9 @@ def _main(descriptor: int) -> int:
     return 0
 
 
-def tied(program: str, *arguments: str) -> list[str]:
-    """The command line that runs a program of this environment so that it dies with the process that starts it."""
-    return [sys.executable, "-m", "tasks.core.child", "--exec", str(os.getpid()), program, *arguments]
-
-
-def _exec(parent: int, command: list[str]) -> None:
-    die_with_parent(parent)
-    program = Path(sys.executable).parent / command[0]
-    os.execv(program, [str(program), *command[1:]])
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--exec":
-        _exec(int(sys.argv[2]), sys.argv[3:])
-    code = _main(int(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads that libraries left running must not hold the process
+    if sys.argv[1] == "--fork-server":
+        serve(socket.socket(fileno=int(sys.argv[2])), _work)
+    else:
+        code = _work(int(sys.argv[1]), int(sys.argv[2]))
+        os._exit(code)  # threads that libraries left running must not hold the process

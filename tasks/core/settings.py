@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,3 +157,9 @@ def alert_webhook() -> str | None:
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
     """The environment of a stage's child process: ours, with defaults for third parties."""
     return {**_QUIET, **(_REUSE_MEMORY if reuse_memory else {}), **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+def replace_environment(environment: Mapping[str, str]) -> None:
+    """Give this process the environment it would have been started with."""
+    os.environ.clear()
+    os.environ.update(environment)

@@ -51,7 +51,8 @@ class Stage:
         measures: the result depends on the machine, so its class is part of the key.
         resumable: an interrupted attempt's files are kept in `out_dir` for the next one.
         isolated: runs in a child process of its own.
-        reuse_memory: the child keeps the memory it frees, since it will want as much again a moment later.
+        preloaded: the child begins with torch and transformers imported, see `fork_server`, and keeps the memory it frees, since it
+            will want as much again a moment later. Not for what measures memory or the time to load.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Stage:
     measures: bool = False
     resumable: bool = False
     isolated: bool = True
-    reuse_memory: bool = False
+    preloaded: bool = False
 
     @property
     def config_type(self) -> type[StageConfig]:
@@ -88,12 +89,12 @@ def stage(
     measures: bool = False,
     resumable: bool = False,
     isolated: bool = True,
-    reuse_memory: bool = False,
+    preloaded: bool = False,
 ) -> Callable[[StageFunction], Stage]:
     """Turn a plain stage function into a `Stage`; the function stays reachable as `.function`."""
 
     def wrap(function: StageFunction) -> Stage:
-        return Stage(name, version, function, libraries, measures, resumable, isolated, reuse_memory)
+        return Stage(name, version, function, libraries, measures, resumable, isolated, preloaded)
 
     return wrap
 

@@ -1,0 +1,161 @@
+"""One process that has imported torch and transformers, from which the processes of stages are forked.
+
+The import takes 4 to 12 seconds, and a run has twenty stages that need it. A fork takes none, and shares the memory of what was
+imported. The server dies with its owner, and what was forked from it dies with the server.
+
+Linux only, and only without a GPU: CUDA does not survive a fork. Elsewhere each stage starts an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from tasks.core import hardware, settings
+from tasks.core.lifetime import die_with_parent
+
+# What stages that train, quantize or score with torch have in common. Not gptqmodel: it starts threads when it is imported.
+MODULES = (
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.trainer",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "safetensors.torch",
+)
+
+Work = Callable[[int, int], int]
+
+
+class Forked:
+    """A process that was forked for us. Its exit code comes through a pipe, as it is not our child.
+
+    Attributes:
+        pid: of its supervisor, which leads the group of both and ends right after it.
+
+    Raises:
+        ChildProcessError: the server was killed, perhaps for want of memory.
+    """
+
+    def __init__(self, status: int) -> None:
+        self._status = os.fdopen(status)
+        if not (pid := self._status.readline()):
+            self._status.close()
+            raise ChildProcessError("the process from which stages are forked was killed")
+        self.pid = int(pid)
+        self._code: int | None = None
+
+    def wait(self) -> int:
+        """Exit code, negative for a signal. Where its supervisor was killed, it was too."""
+        if self._code is None:
+            with self._status:
+                self._code = int(self._status.readline() or -signal.SIGKILL)
+        return self._code
+
+
+class ForkServer:
+    """Begins with the first process that is asked for, and anew after it was killed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+
+    @staticmethod
+    def usable() -> bool:
+        return sys.platform == "linux" and hardware.gpu() is None
+
+    def fork(self, stdin: int, output: int, events: int) -> Forked:
+        """A process that does the server's work with these descriptors.
+
+        Raises:
+            OSError: the server cannot be started, or was killed twice.
+        """
+        with self._lock:
+            try:
+                return self._ask(stdin, output, events)
+            except (BrokenPipeError, ConnectionResetError, ChildProcessError):
+                self._process = None
+                return self._ask(stdin, output, events)
+
+    def _ask(self, *descriptors: int) -> Forked:
+        reading, writing = os.pipe()
+        try:
+            socket.send_fds(self._running(), [b"\0"], [*descriptors, writing])
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            os.close(writing)
+        return Forked(reading)
+
+    def _running(self) -> socket.socket:
+        if self._requests and self._process and self._process.poll() is None:
+            return self._requests
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.core.child", "--fork-server", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=settings.child_environment(reuse_memory=True),
+                start_new_session=True,  # Ctrl-C is for the owner to handle
+            )
+        return self._requests
+
+
+def serve(requests: socket.socket, work: Work) -> None:
+    """Fork a process for every request, until the owner has closed the other end.
+
+    Args:
+        work: given a descriptor for events and the pid of the parent, does a stage's work and gives the exit code.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
+    for name in MODULES:
+        with contextlib.suppress(ImportError):  # the stage that needs it will say so
+            importlib.import_module(name)
+    server = os.getpid()
+    while descriptors := socket.recv_fds(requests, 1, 4)[1]:
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            try:
+                _supervise(server, descriptors, work)
+            finally:
+                os._exit(0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _supervise(server: int, descriptors: list[int], work: Work) -> None:
+    """Fork the stage's process, wait for it and say its exit code."""
+    stdin, output, events, status = descriptors
+    die_with_parent(server)
+    os.setsid()  # a signal to its group reaches the stage's own children too
+    supervisor = os.getpid()
+    os.write(status, f"{supervisor}\n".encode())
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            for descriptor, place in ((stdin, 0), (output, 1), (output, 2)):
+                os.dup2(descriptor, place)
+            os.close(stdin)
+            os.close(output)
+            os.set_inheritable(status, False)  # kept open: that it is closed says that this process has ended, however it did
+            code = work(events, supervisor)
+        finally:
+            os._exit(code)
+    for descriptor in (stdin, output, events):  # the owner waits for their end
+        os.close(descriptor)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.write(status, f"{code}\n".encode())
