@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefect import Flow, flow
 from prefect.runtime import deployment
 
-from flows import stages
+from flows import releasing, stages
 from flows.errands import StageFlow, read_errand
 from flows.session import join_run, run_log
 from tasks.core.artifacts import Store
@@ -43,4 +43,4 @@ quantize_gguf = _on_worker(stages.make_gguf)
 measure = _on_worker(stages.measure)
 check = _on_worker(stages.check)
 ask_apis = _on_worker(stages.ask_apis)
-compare = _on_worker(stages.compare)
+compare = _on_worker(releasing.compare)

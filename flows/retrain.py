@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.runtime import deployment
 from pydantic import Field
 
-from flows import approval, stages
+from flows import approval, releasing, stages
 from flows.placement import Here, Machine, Pools
 from flows.session import open_run, run_log
 from tasks.config import load_config, profiles, resolve
@@ -82,11 +82,11 @@ def retrain(
         decision = stages.choose(run, [*variants, *apis], models, found | answered, checked, failed | unanswered, unchecked, unmeasured)
 
         challenger = models.get(recommended_cpu(decision) or "")
-        champion = stages.to_beat(run, challenger)
-        compared = on(stages.compare, challenger, champion, dataset) if champion else stages.NOT_ASKED
-        verdict = stages.judge(run, decision, compared)
+        champion = releasing.to_beat(run, challenger)
+        compared = on(releasing.compare, challenger, champion, dataset) if champion else releasing.NOT_ASKED
+        verdict = releasing.judge(run, decision, compared)
         if config.registry.mode == "manual" and verdict["verdict"] == "promote":
             if approval.to_be_asked(verdict):  # registered and reported first: should nobody answer, nothing is lost
-                stages.release(run, decision, dataset, card, adapter, models, approval.waiting(verdict))
+                releasing.release(run, decision, dataset, card, adapter, models, approval.waiting(verdict))
             verdict = approval.ask(verdict) if deployment.id else approval.waiting(verdict)
-        return stages.release(run, decision, dataset, card, adapter, models, verdict)
+        return releasing.release(run, decision, dataset, card, adapter, models, verdict)

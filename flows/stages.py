@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.concurrency.sync import concurrency
 
 from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import base_model
@@ -16,7 +15,6 @@ from tasks.benchmark import benchmark
 from tasks.config import RunConfig
 from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
-from tasks.core.registry import Registry
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide
@@ -25,21 +23,16 @@ from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune, has_compiler
-from tasks.gate import PROMOTION
-from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
 from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
-from tasks.register import Comparison, champion_artefact, judge_recommended, register_variants, runtime_of
-from tasks.report import write_report
 from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
 from tasks.teach import NO_TEACHER, teach, teach_config
 
-NOT_ASKED = "its artefact is not in the store, or it reads another style of prompt"  # why a champion is not compared with
 Models = dict[str, Manifest]
 Failed = dict[str, str]
 
@@ -291,54 +284,6 @@ def choose(
         update={"variants": tuple(variants), "failed": failed, "unchecked": unchecked, "unmeasured": unmeasured}
     )
     return runner(run).run(decide, config, "decide", inputs)
-
-
-def to_beat(run: Run, challenger: Manifest | None) -> Manifest | None:
-    """The champion, if it is another model than the challenger and can be asked the same rows."""
-    call, config = runner(run), run.config
-    champion = champion_artefact(Registry(call.settings), call.store, config.registry, config.data.prompt)
-    return champion if champion and challenger and champion.digest != challenger.digest else None
-
-
-@flow(name="compare")
-def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison | str:
-    """Challenger and champion on the same rows, more of them than every variant was asked; or why that could not be done."""
-    try:
-        return _compared(run, challenger, champion, dataset)
-    except (StageError, UserError) as error:  # a champion that does not load any more must not end every retraining
-        return str(error)
-
-
-def _compared(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison:
-    call, config = runner(run), run.config
-    rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset)
-    asked = config.evaluate.model_copy(update={"splits": tuple(rows.metrics["rows"])})
-    mine, theirs = (
-        call(evaluate, asked.model_copy(update={"runtime": runtime_of(model)}), f"evaluate {who}, for the gate", model=model, dataset=rows)
-        for who, model in (("challenger", challenger), ("champion", champion))
-    )
-    return rows, mine, theirs
-
-
-@flow(name="release")
-def release(
-    run: Run, decision: Manifest, dataset: Manifest, card: Manifest, adapter: Manifest, models: Models, verdict: dict[str, Any]
-) -> Path:
-    """Registry and report; the folder of the report."""
-    call, config = runner(run), run.config
-    with concurrency(PROMOTION):  # of all hosts, where the server knows the limit; MLflow's aliases have no compare-and-swap
-        verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
-    tell(
-        "gate.unchanged" if verdict["unchanged"] else f"gate.{verdict['verdict']}",
-        config.registry.name,
-        {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict},
-    )
-    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
-
-
-def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:
-    """What the gate says of the recommended variant."""
-    return judge_recommended(runner(run), run.config.registry, decision, compared)
 
 
 def all_variants(config: RunConfig, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:

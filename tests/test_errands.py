@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import stages
+from flows import releasing, stages
 from flows.errands import errand_for, read_errand
 from flows.session import Run
 from tasks.config import load_config
@@ -52,7 +52,7 @@ def test_arguments_and_results_come_out_as_they_went_in(store: Store) -> None:
 def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None:
     for stage_flow, given, results in (
         (stages.refer, (manifest("a"), manifest("b")), (manifest("c"), "out of memory")),
-        (stages.compare, (manifest("a"), manifest("c"), manifest("b")), ((manifest("r"), manifest("m"), manifest("t")),)),
+        (releasing.compare, (manifest("a"), manifest("c"), manifest("b")), ((manifest("r"), manifest("m"), manifest("t")),)),
     ):
         errand = errand_for(RUN, stage_flow, given)
         for result in results:

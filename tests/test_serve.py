@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,45 @@ def test_what_comes_later_joins_the_running_batch_and_is_answered_as_it_would_be
     model.close()
     assert found == {0: alone[0], 1: alone[1], 3: alone[0]} and source.refused == [2]
     assert 2 in passes and len(passes) < 1.5 * one_by_one
+
+
+def test_what_a_client_that_left_has_asked_is_not_computed_any_more(champions: Champions) -> None:
+    config = ServeConfig(**FEW)
+    metrics = Metrics()
+    asked = Limits(application(Service(config, champions, metrics)), config, metrics, None)  # type: ignore[arg-type]
+    engine, model = champions.current.engine, champions.current.engine._model
+    passes, whole = [], model._logits
+    sent: list[Any] = []
+
+    async def leave() -> None:
+        body = json.dumps({"texts": ["two olive oils please"] * 4}).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            while not passes:  # the answer has begun
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        await asked({"type": "http", "method": "POST", "path": "/intent", "query_string": b"", "headers": headers}, receive, send)
+        while engine.running or engine.waiting:
+            await asyncio.sleep(0.01)
+
+    def slow(entries: Any) -> Any:
+        passes.append(len(entries))
+        time.sleep(0.05)
+        return whole(entries)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_logits", slow)
+        asyncio.run(asyncio.wait_for(leave(), 60))
+    assert not sent and b'status="499"' in metrics.text()
+    assert len(passes) < 12  # two answers of up to 24 tokens were cut, and the other two never begun
 
 
 @pytest.mark.fast

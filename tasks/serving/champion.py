@@ -153,6 +153,8 @@ class Champions:
     def close(self) -> None:
         """Follow the alias no more, and end when everything was answered."""
         self._stop.set()
+        if self._thread.is_alive():  # llama.cpp may be loading a new champion, which must not be torn down under it
+            self._thread.join(self._config.end_s)
         self.current.engine.close()
         self.current.engine.thread.join(self._config.end_s)
 
@@ -189,6 +191,9 @@ class Champions:
             log.error("Version %s was not taken up; version %s goes on serving: %s", number, before.version, error)
             return
         self._failed.pop(number, None)
+        if self._stop.is_set():
+            made.engine.close()
+            return
         self.current = made
         self.metrics_follow()
         before.engine.close()

@@ -84,19 +84,28 @@ class Limits:
             await self._application(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in ENDPOINTS else "other"
-        started, status = time.perf_counter(), 500
+        started, status, begun = time.perf_counter(), 500, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
             await send(message)
 
         try:
             if path not in OPEN:
                 self._check(scope)
             body = await self._body(scope, receive)
-            await self._application(scope, _replayed(body, receive), counted)
+            leaving = asyncio.ensure_future(_left(receive))
+            answer = asyncio.ensure_future(self._application(scope, _replayed(body, leaving), counted))
+            try:
+                await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not answer.done() and not begun:  # what nobody waits for any more is not computed
+                    raise _Gone
+                await answer
+            finally:
+                answer.cancel()
+                leaving.cancel()
         except Refused as refused:
             await _answer(refused, counted)
         except _Gone:
@@ -147,14 +156,21 @@ class _Gone(Exception):
     """The client has left."""
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+async def _left(receive: Receive) -> None:
+    """Wait until the client has left, or has got its answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _replayed(body: bytes, leaving: asyncio.Future[None]) -> Receive:
     """A body that was read already, and then what comes after it: the client's leaving."""
     given = False
 
     async def replay() -> Message:
         nonlocal given
         if given:
-            return await receive()
+            await asyncio.shield(leaving)
+            return {"type": "http.disconnect"}
         given = True
         return {"type": "http.request", "body": body, "more_body": False}
 
