@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> list[Round]:
     """Start both sides and let them take turns."""
     import psutil
 
-    from tasks.core.child import tied
+    from tasks.core.lifetime import tied
 
     gguf = ["--gguf", str(options.gguf.absolute()), *(["--constrained"] if options.constrained else [])]
     me = [__file__, *gguf, *flags(options, "requests", "parallel", "threads", "max_tokens", "clients")]

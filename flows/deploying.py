@@ -22,6 +22,7 @@ from tasks.gate import PROMOTION
 SOURCE = Path(__file__).resolve().parents[1]
 DEPLOYMENTS = SOURCE / "deployments" / "prefect.yaml"
 POOLS = SOURCE / "deployments" / "pools.yaml"
+ORCHESTRATOR = "orchestrator"  # the pool of retrainings that send their stages to other pools
 PoolKind = Literal["process", "docker", "kubernetes"]
 BUSY_TRIES = 40  # half a second apart
 ANSWER_S = 120  # a server that nobody runs refuses at once; one on a busy machine takes its time
@@ -111,6 +112,13 @@ class Server:
         ours = {"deployments": {"tags": {"all_": ["cartwright"]}}}
         found = self.ask("deployments/filter", ours)
         return [((d["entrypoint"], d["name"], schedule["slug"]), schedule) for d in found for schedule in d["schedules"]]
+
+
+def worker_command(pool: str, name: str) -> list[str]:
+    """The program that runs a pool's flows as processes of its host."""
+    # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
+    alone = [] if pool == ORCHESTRATOR else ["--limit", "1"]
+    return ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name, *alone]
 
 
 def pools(kind: PoolKind, variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:

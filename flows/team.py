@@ -18,14 +18,13 @@ from filelock import FileLock
 
 from flows import automations
 from flows.automations import Installed
-from flows.deploying import SOURCE, Server
+from flows.deploying import ORCHESTRATOR, SOURCE, Server, worker_command
 from tasks.core import hardware
 from tasks.core import settings as environment
 from tasks.core.settings import Settings
 from tasks.domain.errors import UserError
 
 HOST = "127.0.0.1"
-ORCHESTRATOR = "orchestrator"  # the pool of retrainings that send their stages to other pools
 HEALTHY_WITHIN_S = 120
 ENDED_WITHIN_S = 15
 CLOCK_S = 3  # the time of a process's start follows the system clock, which may be set
@@ -82,10 +81,7 @@ class Team:
             self._server.deploy("process")
             automated = automations.install(self._server.api)
             for pool in pools:
-                command = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", f"{pool}-{socket.gethostname()}"]
-                # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
-                alone = [] if pool == ORCHESTRATOR else ["--limit", "1"]
-                self._ensure(running, f"worker of {pool}", [*command, *alone])
+                self._ensure(running, f"worker of {pool}", worker_command(pool, f"{pool}-{socket.gethostname()}"))
             self._wait(running["MLflow"], f"{self.mlflow}/health")
             for pool in pools:
                 self._wait_for_worker(running[f"worker of {pool}"], pool)
@@ -149,18 +145,13 @@ class Team:
         """What servers, workers and the runs they start are told: the same home and the same addresses."""
         backend, artifacts = environment.mlflow_storage(self.settings)
         return {
-            **environment.child_environment(),
+            **environment.team_environment(),
             "MLFLOW_BACKEND_STORE_URI": backend,
             "MLFLOW_DEFAULT_ARTIFACT_ROOT": artifacts,
             "CARTWRIGHT_HOME": str(self.settings.home),
             "CARTWRIGHT_SOURCE": str(SOURCE),
             "PREFECT_API_URL": f"{self.prefect}/api",
             "MLFLOW_TRACKING_URI": self.mlflow,
-            "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI, what went wrong in the logs
-            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
-            "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-            "PREFECT_WORKER_QUERY_SECONDS": "2",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # six more processes, for evaluations that are not ours
         }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -67,17 +70,43 @@ def deploy(
     from flows.automations import install
     from flows.deploying import SOURCE, Server
 
-    settings = environment.load_settings()
-    if not settings.prefect_api_url:
-        raise UserError(
-            "PREFECT_API_URL", None, "is not set", mend="Set the address of a Prefect server, such as http://127.0.0.1:4200/api"
-        )
+    api = prefect_api()
     variables = {**environment.child_environment(), "CARTWRIGHT_SOURCE": environment.source_on_workers(SOURCE)}
-    Server(settings.prefect_api_url, variables).deploy(kind.value)
-    print(install(settings.prefect_api_url))
-    print(
-        f"Deployed to {settings.prefect_api_url}. Workers: prefect worker start --pool cpu-pool --type {kind.value} --limit 1, and so for orchestrator and gpu-pool."
+    Server(api, variables).deploy(kind.value)
+    print(install(api))
+    start = (
+        "cartwright worker cpu-pool" if kind is PoolKind.process else f"prefect worker start --pool cpu-pool --type {kind.value} --limit 1"
     )
+    print(f"Deployed to {api}. Workers: {start}, and so for orchestrator and gpu-pool.")
+
+
+@app.command()
+def worker(
+    pool: Annotated[str, typer.Argument(help="cpu-pool, gpu-pool or orchestrator.")],
+    name: Annotated[str | None, typer.Option(help="How the worker is called in the UI; by default after the pool and this host.")] = None,
+) -> None:
+    """Run what is sent to a pool of the Prefect server of PREFECT_API_URL, as processes of this host and with its CARTWRIGHT_HOME, until Ctrl-C."""
+    from flows.deploying import Server, worker_command
+
+    api = prefect_api()
+    known = [found["name"] for found in Server(api, {}).ask("work_pools/filter", {})]
+    if pool not in known:
+        raise UserError("pool", pool, "is not on the Prefect server", allowed=known, mend="`cartwright deploy` makes the pools")
+    program, *arguments = worker_command(pool, name or f"{pool}-{socket.gethostname()}")
+    os.execve(Path(sys.executable).parent / program, [program, *arguments], environment.team_environment())
+
+
+def prefect_api() -> str:
+    """The address of the server that a command is for.
+
+    Raises:
+        UserError: none is set.
+    """
+    api = environment.load_settings().prefect_api_url
+    if not api:
+        mend = "Set the address of a Prefect server, such as http://127.0.0.1:4200/api"
+        raise UserError("PREFECT_API_URL", None, "is not set", mend=mend)
+    return api
 
 
 @app.command()

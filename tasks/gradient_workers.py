@@ -122,12 +122,14 @@ def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool,
 
     die_with_parent(parent)
     torch.set_num_threads(1)
+    memory = hardware.memory_mb()
+    shared_mb = memory["rss_mb"] - memory["private_mb"]  # with the process it was forked from, and counted there
     model = build_model(config, base_model)
     model.train()
     most_tokens = tokens_at_a_time(config, "cpu")
     parameters = _trainable(model)
     if (shared := pipe.recv()) is None:
-        pipe.send(hardware.peak_rss_mb())
+        pipe.send(hardware.peak_rss_mb() - shared_mb)
         return
     values, gradients = shared
     for parameter, value, gradient in zip(parameters, _views(values, parameters), _views(gradients, parameters), strict=True):
@@ -142,4 +144,4 @@ def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool,
             loss.backward()
             total += loss.item()
         pipe.send(total)
-    pipe.send(hardware.peak_rss_mb())
+    pipe.send(hardware.peak_rss_mb() - shared_mb)

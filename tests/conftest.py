@@ -58,6 +58,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary Cartwright home."""
     folder = tmp_path / "home"
     monkeypatch.setenv("CARTWRIGHT_HOME", str(folder))
+    forget_places()  # of a fixture that is older than this test
     yield folder
     monkeypatch.undo()  # before the places are forgotten, or it would bring some of them back
     forget_places()

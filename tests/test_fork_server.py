@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tasks.core.artifacts import Manifest, Store
 from tasks.core.child import StageError
 from tasks.domain.errors import UserError
 from tests.test_stage import read_until, start
-from tests.tiny_stages import CountConfig, forked, forked_count
+from tests.tiny_stages import CountConfig, count, forked, forked_count
 
 Run = Callable[..., Manifest]
 
@@ -66,6 +67,9 @@ def test_events_and_failures_arrive(run: Run) -> None:
         run(forked_count, CountConfig(fail="killed"))
     with pytest.raises(UserError, match=r"count.numbers = 3: is unlucky"):
         run(forked_count, CountConfig(fail="user"))
+    with pytest.raises(StageError, match="exit code 1") as error:
+        run(forked_count, CountConfig(fail="outcome"))
+    assert "not JSON serializable" in Path(str(error.value).rsplit("Its log: ", 1)[1]).read_text()
 
 
 def test_killing_the_owner_kills_server_stage_and_what_it_started(home: Path) -> None:
@@ -104,8 +108,16 @@ def test_a_server_killed_between_two_stages_is_replaced(run: Run) -> None:
     assert run(forked, CountConfig(numbers=5)).metrics["torch"] and server_of(os.getpid()).pid != server.pid
 
 
+def test_a_measurement_has_the_machine_without_the_server(run: Run) -> None:
+    run(forked, CountConfig())
+    server = server_of(os.getpid())
+    run(replace(count, measures=True), CountConfig())
+    assert not server.is_running()
+    assert run(forked, CountConfig(numbers=6)).metrics["torch"]
+
+
 def test_a_server_that_cannot_live_is_one_clear_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "FORKS", child.ForkServer())
     monkeypatch.setattr(settings, "child_environment", lambda reuse_memory=False: {"PYTHONHOME": "/nowhere"})
-    with pytest.raises(StageError, match="the process from which stages are forked was killed"):
+    with pytest.raises(StageError, match="the process from which stages are forked has ended"):
         run(forked, CountConfig())

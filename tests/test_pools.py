@@ -62,7 +62,7 @@ def worker(team: Home, folder: Path, store: Path) -> Iterator[subprocess.Popen[b
     """A worker of cpu-pool as on another host: its own home and working directory, the team's servers."""
     folder.mkdir(parents=True)
     variables = {**addresses(team), "CARTWRIGHT_HOME": str(folder / "home"), "CARTWRIGHT_STORE": store.as_uri()}
-    command = [str(Path(sys.executable).parent / "prefect"), "worker", "start", "--pool", "cpu-pool", "--type", "process", "--limit", "1"]
+    command = [str(Path(sys.executable).parent / "cartwright"), "worker", "cpu-pool"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--name", folder.name], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
@@ -82,7 +82,6 @@ def addresses(team: Home) -> dict[str, str]:
         "PYTHONPATH": str(REPOSITORY),
         "PREFECT_API_URL": f"http://127.0.0.1:{team.prefect}/api",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{team.mlflow}",
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
 
 

@@ -217,13 +217,22 @@ def test_every_pool_has_job_variables_that_its_kind_of_worker_takes(kind: Any) -
 def test_a_server_that_does_not_answer_is_one_clear_message(cartwright: Any) -> None:
     refused = cartwright("deploy", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
     assert refused.returncode == 2 and "does not answer" in refused.stderr and "cartwright up" in refused.stderr
-    assert cartwright("deploy").returncode == 2
+    for command in (("deploy",), ("worker", "cpu-pool")):
+        unknown = cartwright(*command)
+        assert unknown.returncode == 2 and "PREFECT_API_URL: is not set" in unknown.stderr
 
 
 def test_pools_of_another_kind_are_not_overwritten(team: Home, cartwright: Any) -> None:
     addresses = {"MLFLOW_TRACKING_URI": "http://m", "CARTWRIGHT_STORE": "s3://b/store"}
     refused = cartwright("deploy", "--pools", "docker", PREFECT_API_URL=f"http://127.0.0.1:{team.prefect}/api", **addresses)
     assert refused.returncode == 2 and "--pools = 'docker'" in refused.stderr and "Allowed: process" in refused.stderr
+
+
+def test_a_worker_of_a_pool_that_is_not_there_is_refused(team: Home, cartwright: Any) -> None:
+    refused = cartwright("worker", "cpu", PREFECT_API_URL=f"http://127.0.0.1:{team.prefect}/api")
+    assert (
+        refused.returncode == 2 and "pool = 'cpu'" in refused.stderr and "cpu-pool" in refused.stderr and "orchestrator" in refused.stderr
+    )
 
 
 def test_down_ends_what_up_started_and_nothing_else(team: Home) -> None:

@@ -72,10 +72,13 @@ def run_isolated(
         "out_dir": str(out_dir),
         "environment": environment,
     }
+    if stage.measures and not stage.preloaded:
+        FORKS.close()  # it would share pages of libraries with a benchmark, which would seem to need less memory
+    last: Event = {}
+    output = log.open("ab")
     asked, asking = os.pipe()
     reading, writing = os.pipe()
-    last: Event = {}
-    with log.open("ab") as output, os.fdopen(asking, "w") as question, os.fdopen(reading) as events:
+    with output, os.fdopen(asking, "w") as question, os.fdopen(reading) as events:
         descriptors = (asked, output.fileno(), writing)
         try:
             process = FORKS.fork(*descriptors) if stage.preloaded and FORKS.usable() else _start(environment, *descriptors)
@@ -171,6 +174,7 @@ def _work(descriptor: int, parent: int) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "--fork-server":
         serve(socket.socket(fileno=int(sys.argv[2])), _work)
+        os._exit(0)  # at once: what was forked ends with this process, and its owner may be dead
     else:
         code = _work(int(sys.argv[1]), int(sys.argv[2]))
         os._exit(code)  # threads that libraries left running must not hold the process

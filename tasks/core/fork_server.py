@@ -3,7 +3,8 @@
 The import takes 4 to 12 seconds, and a run has twenty stages that need it. A fork takes none, and shares the memory of what was
 imported. The server dies with its owner, and what was forked from it dies with the server.
 
-Linux only, and only without a GPU: CUDA does not survive a fork. Elsewhere each stage starts an interpreter of its own.
+Linux only, and only without a GPU: CUDA does not survive a fork. Elsewhere each stage starts an interpreter of its own. The threads
+that are there when it forks are of OpenBLAS and of Arrow's allocator, which are made for that; torch has computed nothing yet.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from tasks.core import hardware, settings
 from tasks.core.lifetime import die_with_parent
 
-# What stages that train, quantize or score with torch have in common. Not gptqmodel: it starts threads when it is imported.
+# What stages that train, quantize or score with torch have in common. Not gptqmodel: it starts workers when it is imported.
 MODULES = (
     "torch",
     "transformers.models.auto.modeling_auto",
@@ -31,6 +34,8 @@ MODULES = (
     "bitsandbytes",
     "safetensors.torch",
 )
+OTHER_GPUS = ("/dev/kfd", "/dev/dxg")  # AMD's, and any in WSL
+GONE = (BrokenPipeError, ConnectionResetError, ChildProcessError)
 
 Work = Callable[[int, int], int]
 
@@ -42,19 +47,19 @@ class Forked:
         pid: of its supervisor, which leads the group of both and ends right after it.
 
     Raises:
-        ChildProcessError: the server was killed, perhaps for want of memory.
+        ChildProcessError: the server ended, perhaps for want of memory.
     """
 
     def __init__(self, status: int) -> None:
         self._status = os.fdopen(status)
         if not (pid := self._status.readline()):
             self._status.close()
-            raise ChildProcessError("the process from which stages are forked was killed")
+            raise ChildProcessError("the process from which stages are forked has ended")
         self.pid = int(pid)
         self._code: int | None = None
 
     def wait(self) -> int:
-        """Exit code, negative for a signal. Where its supervisor was killed, it was too."""
+        """Exit code, negative for a signal. Where its supervisor has ended without one, it was killed with it."""
         if self._code is None:
             with self._status:
                 self._code = int(self._status.readline() or -signal.SIGKILL)
@@ -71,25 +76,38 @@ class ForkServer:
 
     @staticmethod
     def usable() -> bool:
-        return sys.platform == "linux" and hardware.gpu() is None
+        return sys.platform == "linux" and hardware.gpu() is None and not any(Path(device).exists() for device in OTHER_GPUS)
 
     def fork(self, stdin: int, output: int, events: int) -> Forked:
-        """A process that does the server's work with these descriptors.
+        """A process that does the server's work with these descriptors. What the server itself has to say goes to `output`, too.
 
         Raises:
-            OSError: the server cannot be started, or was killed twice.
+            ChildProcessError: the server ended twice.
         """
         with self._lock:
-            try:
-                return self._ask(stdin, output, events)
-            except (BrokenPipeError, ConnectionResetError, ChildProcessError):
-                self._process = None
-                return self._ask(stdin, output, events)
+            for _ in range(2):
+                with contextlib.suppress(*GONE):
+                    return self._ask(stdin, output, events)
+                self._end()
+            raise ChildProcessError("the process from which stages are forked has ended, and so has the next one")
+
+    def close(self) -> None:
+        """Give its memory back; the next stage starts it again. What was forked from it ends with it."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._requests:
+            self._requests.close()
+        if self._process:
+            self._process.kill()  # it may be importing still
+            self._process.wait()
+        self._requests = self._process = None
 
     def _ask(self, *descriptors: int) -> Forked:
         reading, writing = os.pipe()
         try:
-            socket.send_fds(self._running(), [b"\0"], [*descriptors, writing])
+            socket.send_fds(self._running(descriptors[1]), [b"\0"], [*descriptors, writing])
         except OSError:
             os.close(reading)
             raise
@@ -97,16 +115,17 @@ class ForkServer:
             os.close(writing)
         return Forked(reading)
 
-    def _running(self) -> socket.socket:
+    def _running(self, output: int) -> socket.socket:
         if self._requests and self._process and self._process.poll() is None:
             return self._requests
+        self._end()
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tasks.core.child", "--fork-server", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 pass_fds=(theirs.fileno(),),
                 env=settings.child_environment(reuse_memory=True),
                 start_new_session=True,  # Ctrl-C is for the owner to handle
@@ -120,10 +139,10 @@ def serve(requests: socket.socket, work: Work) -> None:
     Args:
         work: given a descriptor for events and the pid of the parent, does a stage's work and gives the exit code.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     for name in MODULES:
-        with contextlib.suppress(ImportError):  # the stage that needs it will say so
+        with contextlib.suppress(Exception):  # whatever is wrong with it, the stage that needs it will say so
             importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     server = os.getpid()
     while descriptors := socket.recv_fds(requests, 1, 4)[1]:
         if os.fork() == 0:
@@ -153,6 +172,8 @@ def _supervise(server: int, descriptors: list[int], work: Work) -> None:
             os.close(output)
             os.set_inheritable(status, False)  # kept open: that it is closed says that this process has ended, however it did
             code = work(events, supervisor)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     for descriptor in (stdin, output, events):  # the owner waits for their end

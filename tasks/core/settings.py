@@ -155,8 +155,21 @@ def alert_webhook() -> str | None:
 
 
 def child_environment(reuse_memory: bool = False) -> dict[str, str]:
-    """The environment of a stage's child process: ours, with defaults for third parties."""
-    return {**_QUIET, **(_REUSE_MEMORY if reuse_memory else {}), **os.environ, "PYTHONUNBUFFERED": "1"}
+    """The environment of a child process: ours, with defaults for third parties. `python` is the one that runs here."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**_QUIET, **(_REUSE_MEMORY if reuse_memory else {}), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def team_environment() -> dict[str, str]:
+    """The environment of servers, workers and the runs they start."""
+    return {
+        **child_environment(),
+        "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI, what went wrong in the logs
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "2"),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+    }
 
 
 def replace_environment(environment: Mapping[str, str]) -> None:

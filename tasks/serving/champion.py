@@ -116,6 +116,8 @@ class Champions:
         self._stop = threading.Event()
         self._failed: dict[str, tuple[float, float]] = {}  # when a version may be tried again, and the pause after that
         self._said = ""
+        self._loading = threading.Lock()
+        self._leaving: Engine | None = None
         self.current = self._first()
         self.metrics_follow()
         self._thread = threading.Thread(target=self._follow, name="champion", daemon=True)
@@ -153,10 +155,11 @@ class Champions:
     def close(self) -> None:
         """Follow the alias no more, and end when everything was answered."""
         self._stop.set()
-        if self._thread.is_alive():  # llama.cpp may be loading a new champion, which must not be torn down under it
-            self._thread.join(self._config.end_s)
+        until = time.monotonic() + self._config.end_s
+        self._loading.acquire(timeout=self._config.end_s)  # llama.cpp must not be torn down while it loads a new champion
         self.current.engine.close()
-        self.current.engine.thread.join(self._config.end_s)
+        for engine in filter(None, (self._leaving, self.current.engine)):
+            engine.thread.join(max(0.1, until - time.monotonic()))
 
     def metrics_follow(self) -> None:
         """Let the metrics show the champion at present."""
@@ -176,13 +179,19 @@ class Champions:
         if not version:
             self._say(f"{self._config.name} has no champion any more; version {self.current.version} goes on serving")
             return
-        number, before = version["version"], self.current
-        if number == before.version:
+        number = version["version"]
+        if number == self.current.version:
             self._say("")
             return
         not_before, pause = self._failed.get(number, (0.0, self._config.reload_s))
         if time.monotonic() < not_before:
             return
+        with self._loading:
+            if not self._stop.is_set():
+                self._take_up(version, pause)
+
+    def _take_up(self, version: dict[str, str], pause: float) -> None:
+        number, before = version["version"], self.current
         try:
             made = load_champion(self._settings, self._config, version)
         except Exception as error:
@@ -191,10 +200,7 @@ class Champions:
             log.error("Version %s was not taken up; version %s goes on serving: %s", number, before.version, error)
             return
         self._failed.pop(number, None)
-        if self._stop.is_set():
-            made.engine.close()
-            return
-        self.current = made
+        self.current, self._leaving = made, before.engine
         self.metrics_follow()
         before.engine.close()
         self._metrics.reloads.labels("ok").inc()

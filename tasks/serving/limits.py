@@ -106,6 +106,7 @@ class Limits:
             finally:
                 answer.cancel()
                 leaving.cancel()
+                await asyncio.gather(answer, leaving, return_exceptions=True)
         except Refused as refused:
             await _answer(refused, counted)
         except _Gone:
