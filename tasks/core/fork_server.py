@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from tasks.core import hardware, settings
 from tasks.core.lifetime import die_with_parent
@@ -35,6 +36,7 @@ MODULES = (
     "safetensors.torch",
 )
 OTHER_GPUS = ("/dev/kfd", "/dev/dxg")  # AMD's, and any in WSL
+LOOK_S = 0.2  # how often a server that still imports looks whether its owner lives
 GONE = (BrokenPipeError, ConnectionResetError, ChildProcessError)
 
 Work = Callable[[int, int], int]
@@ -139,9 +141,19 @@ def serve(requests: socket.socket, work: Work) -> None:
     Args:
         work: given a descriptor for events and the pid of the parent, does a stage's work and gives the exit code.
     """
+    owner = os.getppid()
+
+    def look(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != owner:
+            os._exit(1)
+
+    # The kernel could tell, but only of the end of the thread that started this process, and that may not be the owner's last one.
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
     for name in MODULES:
         with contextlib.suppress(Exception):  # whatever is wrong with it, the stage that needs it will say so
             importlib.import_module(name)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # from here on the end of the owner is the end of its requests
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     server = os.getpid()
     while descriptors := socket.recv_fds(requests, 1, 4)[1]:
