@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,16 +82,6 @@ def test_killing_the_owner_kills_server_stage_and_what_it_started(home: Path) ->
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not psutil.wait_procs(tree, timeout=20)[1]
-
-
-def test_a_server_that_still_imports_ends_with_its_owner(home: Path) -> None:
-    process = start(home, "forked_count", CountConfig())
-    while not psutil.Process(process.pid).children():
-        time.sleep(0.01)
-    server = server_of(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not psutil.wait_procs([server], timeout=1.5)[1]  # it would import for many more seconds
 
 
 @pytest.mark.parametrize("victim", ["server", "supervisor"])

@@ -173,7 +173,7 @@ def _work(descriptor: int, parent: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--fork-server":
-        serve(socket.socket(fileno=int(sys.argv[2])), _work)
+        serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), _work)
         os._exit(0)  # at once: what was forked ends with this process, and its owner may be dead
     else:
         code = _work(int(sys.argv[1]), int(sys.argv[2]))

@@ -124,7 +124,7 @@ class ForkServer:
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.core.child", "--fork-server", str(theirs.fileno())],
+                [sys.executable, "-m", "tasks.core.child", "--fork-server", str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -135,13 +135,13 @@ class ForkServer:
         return self._requests
 
 
-def serve(requests: socket.socket, work: Work) -> None:
+def serve(requests: socket.socket, owner: int, work: Work) -> None:
     """Fork a process for every request, until the owner has closed the other end.
 
     Args:
+        owner: pid of the process that started this one.
         work: given a descriptor for events and the pid of the parent, does a stage's work and gives the exit code.
     """
-    owner = os.getppid()
 
     def look(number: int, frame: FrameType | None) -> None:
         if os.getppid() != owner:
