@@ -25,8 +25,8 @@ from tasks.decide import Variant
 from tasks.domain.errors import UserError
 
 Machine = Literal["cpu", "gpu"]
-ACCELERATED = ("train", "refer", "quantize-gptq")  # stage flows that a GPU makes faster
-POLL_S = 1.0
+ACCELERATED = ("train", "quantize-gptq")  # stage flows that a GPU makes faster
+POLL_S = 0.5
 UNREACHABLE_S = 600  # how long a Prefect server may be away while a worker goes on
 CANCELLED_WITHIN_S = 25  # Prefect kills a flow 30 s after it asked it to end
 

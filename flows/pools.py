@@ -12,11 +12,12 @@ from flows import releasing, stages
 from flows.errands import StageFlow, read_errand
 from flows.session import join_run, run_log
 from tasks.core.artifacts import Store
+from tasks.core.child import FORKS
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
 
 
-def _on_worker(stage_flow: StageFlow) -> Flow[..., None]:
+def _on_worker(stage_flow: StageFlow, torch: bool = True) -> Flow[..., None]:
     @flow(name=stage_flow.name, description=f"{stage_flow.description}\n\nStarted by a retraining with execution=pools.")
     def on_worker(errand: str, store: str) -> None:
         """A stage flow on a worker.
@@ -25,6 +26,8 @@ def _on_worker(stage_flow: StageFlow) -> Flow[..., None]:
             errand: Name of the note in the store that holds the arguments; the result is left beside it.
             store: The store of the retraining, to say so where a worker has another.
         """
+        if torch:
+            FORKS.warm()  # it takes as long as what is done until the first stage begins
         settings = load_settings()
         here = Store(settings.store_uri, settings.home)
         asked, run, given = read_errand(here, errand, stage_flow, store)
@@ -35,12 +38,11 @@ def _on_worker(stage_flow: StageFlow) -> Flow[..., None]:
     return on_worker
 
 
-data = _on_worker(stages.make_data)
+data = _on_worker(stages.make_data, torch=False)
 train = _on_worker(stages.train)
-refer = _on_worker(stages.refer)
 quantize_gptq = _on_worker(stages.make_gptq)
 quantize_gguf = _on_worker(stages.make_gguf)
 measure = _on_worker(stages.measure)
 check = _on_worker(stages.check)
-ask_apis = _on_worker(stages.ask_apis)
+ask_apis = _on_worker(stages.ask_apis, torch=False)
 compare = _on_worker(releasing.compare)

@@ -62,8 +62,7 @@ def retrain(
     with open_run(config, load_settings(), display) as run:
         on = Pools(run, accelerator) if execution == "pools" else Here(run)
         dataset, card = on(stages.make_data)
-        base, adapter, tuned = on(stages.train, dataset)
-        reference = on(stages.refer, tuned, dataset)
+        base, adapter, tuned, reference = on(stages.train, dataset)
         gptq, gptq_models, failed = on(stages.make_gptq, tuned, dataset)
         gguf, gguf_models, gguf_failed, converted = on(stages.make_gguf, tuned, dataset)
 

@@ -62,23 +62,19 @@ def ask_teacher(run: Run) -> Manifest:
 
 
 @flow(name="train")
-def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest]:
-    """Base model, adapter and merged 16-bit model."""
+def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest, Manifest | str]:
+    """Base model, adapter, merged 16-bit model, and what that foretells, with which every quantized variant is compared; or why not."""
     call = runner(run)
     base = call(base_model, run.config.base_model)
     if run.config.train.compile and not has_compiler():
         call.display.say("There is no C++ compiler here: the layers are trained as they are, which is slower")
     adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
-    return base, adapter, call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
-
-
-@flow(name="refer")
-def refer(run: Run, tuned: Manifest, dataset: Manifest) -> Manifest | str:
-    """What the 16-bit model foretells, with which every quantized variant is compared; or why that could not be computed."""
+    tuned = call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
     try:
-        return runner(run)(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
+        reference: Manifest | str = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
     except (StageError, UserError) as error:
-        return str(error)
+        reference = str(error)
+    return base, adapter, tuned, reference
 
 
 @flow(name="quantize-gptq")

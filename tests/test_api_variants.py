@@ -130,7 +130,19 @@ def test_api_models_are_variants_of_a_run(
         {"model": "openai/no-key", "api_base": where},
         {"model": "openai/gpt-4.1-mini", "api_base": where, "max_usd": 1e-9},
     ]
-    arguments = ("run", "--profile", "smoke", "--set", f"api={json.dumps(apis)}", "--set", "gguf=[F16]", "--set", "gptq=[]")
+    arguments = (
+        "run",
+        "--profile",
+        "smoke",
+        "--set",
+        f"api={json.dumps(apis)}",
+        "--set",
+        "gguf=[F16]",
+        "--set",
+        "gptq=[]",
+        "--set",
+        "base_few_shot=0",
+    )
     done = cartwright(*arguments, OPENAI_API_BASE="http://127.0.0.1:9/v1")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((home / "reports" / "latest" / "report.json").read_text())

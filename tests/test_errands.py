@@ -51,7 +51,11 @@ def test_arguments_and_results_come_out_as_they_went_in(store: Store) -> None:
 
 def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None:
     for stage_flow, given, results in (
-        (stages.refer, (manifest("a"), manifest("b")), (manifest("c"), "out of memory")),
+        (
+            stages.train,
+            (manifest("a"),),
+            tuple((manifest("b"), manifest("c"), manifest("d"), last) for last in (manifest("e"), "no memory")),
+        ),
         (releasing.compare, (manifest("a"), manifest("c"), manifest("b")), ((manifest("r"), manifest("m"), manifest("t")),)),
     ):
         errand = errand_for(RUN, stage_flow, given)
@@ -62,7 +66,7 @@ def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None
 
 def test_the_same_work_of_the_same_run_has_the_same_name() -> None:
     def name(run: Run, key: str) -> str:
-        return errand_for(run, stages.refer, (manifest(key), manifest("b"))).name
+        return errand_for(run, stages.train, (manifest(key),)).name
 
     again = RUN.model_copy(update={"started": "later", "resumed": True})
     assert name(RUN, "a") == name(again, "a") != name(RUN, "other")

@@ -183,7 +183,7 @@ def test_every_deployment_points_at_a_flow_and_has_parameters_that_it_takes() ->
                 load_config(valid["profile"])
                 assert valid["profile"] in flow.parameters.properties["profile"]["enum"] == profiles()
             checked += 1
-    assert (len(deployments), len(for_people), checked) == (18, 4, 6)
+    assert (len(deployments), len(for_people), checked) == (16, 4, 6)
 
 
 @pytest.mark.fast

@@ -93,6 +93,12 @@ class ForkServer:
                 self._end()
             raise ChildProcessError("the process from which stages are forked has ended, and so has the next one")
 
+    def warm(self) -> None:
+        """Let the import begin beside what is done until the first process is asked for."""
+        if self.usable():
+            with self._lock, Path(os.devnull).open("wb") as nowhere:
+                self._running(nowhere.fileno())
+
     def close(self) -> None:
         """Give its memory back; the next stage starts it again. What was forked from it ends with it."""
         with self._lock:

@@ -167,7 +167,7 @@ def team_environment() -> dict[str, str]:
         "PREFECT_LOGGING_LEVEL": "INFO",  # a run's lines are read in the UI, what went wrong in the logs
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "2"),
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "1"),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     }
 
