@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_pipeline import latest, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # one old core trains for ten minutes
 
 
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
