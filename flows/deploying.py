@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -114,11 +115,11 @@ class Server:
         return [((d["entrypoint"], d["name"], schedule["slug"]), schedule) for d in found for schedule in d["schedules"]]
 
 
-def worker_command(pool: str, name: str) -> list[str]:
-    """The program that runs a pool's flows as processes of its host."""
+def worker_command(pool: str, name: str | None = None) -> list[str]:
+    """The program that runs a pool's flows as processes of this host; called after both unless it has a name."""
     # Stages measure, so they have the host to themselves; who only waits for them does not disturb.
     alone = [] if pool == ORCHESTRATOR else ["--limit", "1"]
-    return ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name, *alone]
+    return ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name or f"{pool}-{socket.gethostname()}", *alone]
 
 
 def pools(kind: PoolKind, variables: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -81,7 +81,7 @@ class Team:
             self._server.deploy("process")
             automated = automations.install(self._server.api)
             for pool in pools:
-                self._ensure(running, f"worker of {pool}", worker_command(pool, f"{pool}-{socket.gethostname()}"))
+                self._ensure(running, f"worker of {pool}", worker_command(pool))
             self._wait(running["MLflow"], f"{self.mlflow}/health")
             for pool in pools:
                 self._wait_for_worker(running[f"worker of {pool}"], pool)

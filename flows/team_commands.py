@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +91,7 @@ def worker(
     known = [found["name"] for found in Server(api, {}).ask("work_pools/filter", {})]
     if pool not in known:
         raise UserError("pool", pool, "is not on the Prefect server", allowed=known, mend="`cartwright deploy` makes the pools")
-    program, *arguments = worker_command(pool, name or f"{pool}-{socket.gethostname()}")
+    program, *arguments = worker_command(pool, name)
     os.execve(Path(sys.executable).parent / program, [program, *arguments], environment.team_environment())
 
 

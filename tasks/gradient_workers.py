@@ -33,9 +33,9 @@ class WorkerError(RuntimeError):
 class GradientWorkers:
     """Processes with a copy of the model each, which follow its trainable parameters and add to their gradients.
 
-    They build their copies while the caller builds the model. They are forked, so the caller must not have computed in several
-    threads before. `follow` that, and for each batch `start`, the caller's own forward
-    and backward pass, then `finish`: the parameters' gradients are those of the whole batch.
+    They are forked on Linux, so the caller must not have computed in several threads before. They build their copies while the caller
+    builds the model. `follow` that, and for each batch `start`, the caller's own forward and backward pass, then `finish`: the
+    parameters' gradients are those of the whole batch.
     """
 
     def __init__(self, count: int, config: FinetuneConfig, base_model: Path, autocast: bool) -> None:
