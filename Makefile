@@ -46,8 +46,7 @@ test: install
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/pytest -q $(TWO) -m fast
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest -q $(TWO) -m "fast and not slow"; tests=$$?; wait $$types && exit $$tests
 
 report: install
 	$(BIN)/cartwright report

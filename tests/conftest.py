@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.fault_server import KEY, Faults
 from tests.lessons import ask  # noqa: F401 - a fixture
@@ -76,6 +79,40 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base_model.function(BaseModelConfig(source=TINY), {}, folder / "hf")
     convert_gguf.function(ConvertGgufConfig(), {"model": folder / "hf"}, folder / "gguf")
     return folder / "gguf" / MODEL_FILE
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run of `smoke` that ended well.
+
+    Attributes:
+        home: where it ran. A test that changes it works on a copy.
+        store: its artefacts as they were at its end, for other homes to begin with.
+        output: what it printed.
+    """
+
+    home: Path
+    store: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Made once, for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made = Finished(folder / "smoke" / "home", folder / "smoke" / "store", "")
+    output = folder / "smoke" / "output"
+    with FileLock(folder / "smoke.lock"):
+        if not output.exists():
+            command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke"]
+            variables = {**os.environ, "CARTWRIGHT_HOME": str(made.home)}
+            done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=REPOSITORY)
+            assert done.returncode == 0, done.stdout + done.stderr
+            shutil.copytree(made.home / "store", made.store)
+            output.write_text(done.stdout + done.stderr)
+    return replace(made, output=output.read_text())
 
 
 @pytest.fixture

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from flows.cli import main
 from tasks.base_model import BaseModelConfig, resolve
 from tasks.config import PROFILES, load_config, parse_overrides, profiles
 from tasks.domain.errors import UserError
@@ -59,13 +63,24 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "api=[{model: openai/m, api_base: 'http://me:secret@here'}]"], "api.0.api_base: has a user name or a query"),
     ],
 )
-def test_bad_input_stops_before_any_work(cartwright: Cartwright, home: Path, arguments: list[str], message: str) -> None:
-    result = cartwright("run", "--profile", "smoke", *arguments) if arguments[0] != "--profile" else cartwright("run", *arguments)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr + result.stdout and "secret" not in result.stderr
-    assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
+def test_bad_input_stops_before_any_work(
+    home: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cartwright", "run", *(() if arguments[0] == "--profile" else ("--profile", "smoke")), *arguments])
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2, said.err
+    assert message in said.err
+    assert "Traceback" not in said.err + said.out and "secret" not in said.err
+    assert said.err.startswith("Error: ") and len(said.err.strip().splitlines()) == 1
     assert not home.exists()
+
+
+def test_so_does_the_command_itself(cartwright: Cartwright, home: Path) -> None:
+    result = cartwright("run", "--profile", "quik")
+    assert result.returncode == 2 and not result.stdout and not home.exists()
+    assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_an_unwritable_home_stops_before_any_work(cartwright: Cartwright, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_phrase_without_slots_is_learnt_though_test_has_it_too(tmp_path: Path)
     assert len(asked) > 20 and all(learnt[pattern] >= 3 for pattern in asked)
 
 
+@pytest.mark.slow
 def test_dataset_is_the_same_in_every_process(tmp_path: Path) -> None:
     digests = set()
     for seed in ("0", "1"):

@@ -27,6 +27,7 @@ def test_rows_are_valid_balanced_and_labelled_from_the_text() -> None:
     assert len({row["text"] for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_no_phrase_bank_has_learnt_them_by_heart() -> None:
     texts = {comparable(row["text"]) for row in read_labelled(FILE, SPEC)[0] if len(row["text"].split()) > 3}
     generator = make_generator(SynthesizeConfig(decoration_rate=0, noise_rate=0))

@@ -153,6 +153,7 @@ def test_seen_texts() -> None:
     assert [seen.add(text) for text in ("a", "b", "A!", "🙂", "🙂", "🙂🙂")] == [True, True, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_seen_texts_stay_on_disk() -> None:
     """A set in memory would grow by some 40 MB."""
     code = """
@@ -169,6 +170,7 @@ print(new, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert new == 500_000 and grown_kb < 12_000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows() -> None:
     generator, admission = make_generator(SMALL), Admission()
     admission.hold_out(generator.row("test", index) for index in range(72))

@@ -12,7 +12,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ import pytest
 
 from tasks.asking import find_model
 from tasks.core.settings import load_settings
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.conftest import REPOSITORY, Finished
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -48,22 +46,13 @@ def states(home: Path) -> dict[str, str]:
     return {stage["name"]: stage["state"] for stage in latest(home)["stages"]}
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
-    """A home in which `smoke` ran once. Tests that change it work on a copy."""
-    home = tmp_path_factory.mktemp("pipeline") / "home"
-    result = run(home)
-    assert result.returncode == 0, result.stdout + result.stderr
-    yield home, result
-
-
 @pytest.fixture
-def copy(first: tuple[Path, Any], tmp_path: Path) -> Path:
-    """A copy of the first run's store; MLflow and reports begin anew, since they hold absolute paths."""
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    """A home with the store of a finished run; MLflow and reports begin anew, since they hold absolute paths."""
     home = tmp_path / "copy"
     home.mkdir()
-    shutil.copytree(first[0] / "store", home / "store")
-    shutil.copytree(first[0] / "prefect", home / "prefect")
+    shutil.copytree(finished.store, home / "store")
+    shutil.copytree(finished.home / "prefect", home / "prefect")
     return home
 
 
@@ -75,19 +64,18 @@ def processes_of(home: Path) -> list[psutil.Process]:
     return found
 
 
-def test_the_end_says_where_to_look(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    home, result = first
-    out = result.stdout
+def test_the_end_says_where_to_look(finished: Finished) -> None:
+    home, out = finished.home, finished.output
     page = next(line.removeprefix("Report: ") for line in out.splitlines() if line.startswith("Report: "))
     assert Path(page).is_file() and (home / "reports" / "latest" / "report.html").samefile(page)
     assert re.search(r"^Recommendation: (gguf|gptq)-\S+ answers", out, re.MULTILINE) and "Gate: promote" in out
     assert f"PREFECT_HOME={home / 'prefect'}" in out and "mlflow ui" in out
     noise = ("Warning", "INFO", "Loading", "torchao", "GPT-QModel", "Traceback")
-    assert not [word for word in noise if word in out + result.stderr]
+    assert not [word for word in noise if word in out]
 
 
-def test_the_report_keeps_its_contract(first: tuple[Path, Any]) -> None:
-    report = latest(first[0])
+def test_the_report_keeps_its_contract(finished: Finished) -> None:
+    report = latest(finished.home)
     assert {
         "run_id",
         "profile",
@@ -133,10 +121,10 @@ def test_the_report_keeps_its_contract(first: tuple[Path, Any]) -> None:
     assert by_name["gptq-4bit"]["kernel"].endswith("Linear") and by_name["gptq-4bit"]["kernel"] != "Linear"
     assert report["training"]["examples"] == report["dataset"]["counts"]["train"] > 0
     assert {stage["state"] for stage in report["stages"]} == {"computed"}
-    assert {path.suffix for path in (first[0] / "reports" / "latest").iterdir()} >= {".json", ".html", ".md", ".png"}
+    assert {path.suffix for path in (finished.home / "reports" / "latest").iterdir()} >= {".json", ".html", ".md", ".png"}
 
 
-def test_mlflow_holds_every_stage_variant_and_the_champion(first: tuple[Path, Any]) -> None:
+def test_mlflow_holds_every_stage_variant_and_the_champion(finished: Finished) -> None:
     """In a process of its own: MLflow keeps the tracking address for good."""
     code = """
 import sys, mlflow, json
@@ -173,32 +161,32 @@ folder = pathlib.Path(mlflow.artifacts.download_artifacts("models:/shop-intent@c
 assert not list(folder.rglob("*.pkl"))
 print("fine")
 """
-    digest = latest(first[0])["dataset"]["sha256"]
+    digest = latest(finished.home)["dataset"]["sha256"]
     result = subprocess.run(
-        [sys.executable, "-c", code, f"sqlite:///{first[0] / 'mlflow.db'}", digest],
+        [sys.executable, "-c", code, f"sqlite:///{finished.home / 'mlflow.db'}", digest],
         capture_output=True,
         text=True,
-        env=environment(first[0]),
+        env=environment(finished.home),
     )
     assert result.stdout.strip().endswith("fine"), result.stderr
 
 
-def test_prefect_and_the_report_show_the_data_card(first: tuple[Path, Any]) -> None:
-    with sqlite3.connect(first[0] / "prefect" / "prefect.db") as database:
+def test_prefect_and_the_report_show_the_data_card(finished: Finished) -> None:
+    with sqlite3.connect(finished.home / "prefect" / "prefect.db") as database:
         query = "select artifact.type, artifact.data, flow.name from artifact join flow_run on flow_run.id = flow_run_id join flow on flow.id = flow_id where key = 'data-card'"
         kind, markdown, flow = database.execute(query).fetchone()
-    data = latest(first[0])["dataset"]
+    data = latest(finished.home)["dataset"]
     counts, intents = data["counts"], {intent for found in data["intents"].values() for intent in found}
     assert (kind, flow) == ("markdown", "data")
     assert f"| rows | {counts['test']} | {counts['hard']} | {counts['validation']} | {counts['train']} |" in json.loads(markdown)
-    page = (first[0] / "reports" / "latest" / "report.html").read_text(encoding="utf-8")
+    page = (finished.home / "reports" / "latest" / "report.html").read_text(encoding="utf-8")
     assert page.count("<details>") == 1 + len(intents) and "data_card.md" in page
 
 
-def test_prefect_shows_recommendation_variants_and_pictures(first: tuple[Path, Any]) -> None:
-    with sqlite3.connect(first[0] / "prefect" / "prefect.db") as database:
+def test_prefect_shows_recommendation_variants_and_pictures(finished: Finished) -> None:
+    with sqlite3.connect(finished.home / "prefect" / "prefect.db") as database:
         found = {key: (kind, json.loads(data)) for key, kind, data in database.execute("select key, type, data from artifact")}
-    report = latest(first[0])
+    report = latest(finished.home)
     assert found["recommendation"][0] == "markdown" and report["recommendation"]["why"] in found["recommendation"][1]
     kind, rows = found["variants"]
     rows = json.loads(rows) if isinstance(rows, str) else rows
@@ -207,8 +195,8 @@ def test_prefect_shows_recommendation_variants_and_pictures(first: tuple[Path, A
     assert all(found[key][0] == "image" and found[key][1].startswith("data:image/png;base64,iVBOR") for key in pictures)
 
 
-def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None:
-    home = first[0]
+def test_the_model_can_be_asked(finished: Finished, tmp_path: Path) -> None:
+    home = finished.home
     answers = call(home, "predict", "--model", "champion", stdin='{"text": "two milk"}\n{"txt": 1}\nplain words\n{broken\n')
     lines = [json.loads(line) for line in answers.stdout.splitlines()]
     assert [line["text"] for line in lines] == ["two milk", "plain words"]
@@ -226,16 +214,14 @@ def test_the_model_can_be_asked(first: tuple[Path, Any], tmp_path: Path) -> None
     assert refused.returncode == 2 and "no version with the alias previous" in refused.stderr
 
 
-def test_what_was_promoted_had_to_answer_first(first: tuple[Path, Any]) -> None:
-    checks = latest(first[0])["gate"]["checks"]
+def test_what_was_promoted_had_to_answer_first(finished: Finished) -> None:
+    checks = latest(finished.home)["gate"]["checks"]
     assert checks[-1] == {"name": "loads from the registry and answers", "passed": True}
 
 
-def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(
-    first: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CARTWRIGHT_HOME", str(first[0]))
-    (specification,) = (first[0] / "store" / "synthesize").glob("*/spec.yaml")
+def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(finished.home))
+    (specification,) = (finished.home / "store" / "synthesize").glob("*/spec.yaml")
     trained_with = specification.read_text()
     specification.write_text(trained_with.replace("prompt: short", "prompt: chat"))
     try:
@@ -245,14 +231,14 @@ def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(
     assert found == {"champion": "short", "recommended": "chat"}
 
 
-def test_figures_are_not_saved_where_there_is_no_folder(first: tuple[Path, Any], tmp_path: Path) -> None:
+def test_figures_are_not_saved_where_there_is_no_folder(finished: Finished, tmp_path: Path) -> None:
     nowhere = tmp_path / "none"
-    refused = call(first[0], "evaluate", "--output", str(nowhere / "out.json"))
+    refused = call(finished.home, "evaluate", "--output", str(nowhere / "out.json"))
     assert refused.returncode == 2 and f"mkdir -p {nowhere}" in refused.stderr and "Traceback" not in refused.stderr
 
 
-def test_a_second_run_computes_nothing_and_prefect_says_cached(first: tuple[Path, Any]) -> None:
-    home = first[0]
+def test_a_second_run_computes_nothing_and_prefect_says_cached(finished: Finished) -> None:
+    home = finished.home
     result = run(home)
     assert result.returncode == 0, result.stderr
     assert "Nothing to compute" in result.stdout
@@ -369,9 +355,9 @@ def test_stopped_by_hand_it_says_how_to_go_on_and_leaves_nothing_running(tmp_pat
         assert database.execute("select distinct status from runs where status != 'FINISHED'").fetchall() == [("KILLED",)]
 
 
-def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(first: tuple[Path, Any]) -> None:
+def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(finished: Finished) -> None:
     """The last test of the module: it changes the champion of the first run's registry."""
-    home = first[0]
+    home = finished.home
     champion = latest(home)["gate"]["challenger"]
     other = next(name for name in ("F16", "Q8_0") if f"gguf-{name}" != champion)
     changes = ["--set", f"gguf=[{other}]", "--set", "gptq=[]", "--set", "base_few_shot=0"]

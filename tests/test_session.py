@@ -23,6 +23,7 @@ def test_a_run_takes_up_what_was_left_in_its_own_home_by_the_same_code() -> None
     assert _mine({"mlflow.source.git.commit": "c1", "cartwright.opened_by": "other:/home"}, HERE, CONFIG)  # no flow run works on it
 
 
+@pytest.mark.slow
 def test_a_flow_run_that_begins_anew_finds_its_run_although_that_has_ended(home: Path) -> None:
     def opened(**tags: str) -> tuple[str, bool]:
         tracker = open_parent(load_settings(), "domain/base", "key", "run", {f"cartwright.{name}": tag for name, tag in tags.items()})

@@ -156,6 +156,7 @@ def test_a_product_is_judged(judge: Judge) -> None:
     assert judge.judge({**good, "one": known, "pl": ""}, request("products", "household"))[1] in ("duplicate", "product_of_evaluation")
 
 
+@pytest.mark.slow
 def test_the_phrase_banks_own_patterns_would_pass_but_for_being_known(judge: Judge) -> None:
     """The validators reject what people wrote for a reason they can defend: next to none for language or numbers."""
     reasons: dict[str, int] = {}
