@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ LOCK = (ROOT / "requirements.lock").read_text()
 DOCKERFILE = re.sub(r"^#.*\n", "", (ROOT / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
 
 
+@functools.cache
 def locked() -> dict[str, tuple[str, set[str]]]:
     """Version and hashes by name."""
     found = {}
