@@ -56,6 +56,8 @@ def sbom(
     run, manifests = f"cartwright:{report['run_id']}", (dataset, adapter, *models.values())
     refs = {manifest.digest: _ref(manifest) for manifest in manifests}
     needs = {_ref(manifest): {refs[digest] for digest in manifest.inputs.values() if digest in refs} for manifest in manifests}
+    # Made from what is not listed, as a GGUF file is from its 16-bit conversion: then its property `input` tells, and no edge says "nothing".
+    needs = {_ref(manifest): needs[_ref(manifest)] for manifest in manifests if needs[_ref(manifest)] or not manifest.inputs}
     needs |= {_ref(manifest): {source["bom-ref"]} for manifest in manifests if manifest.kind == "base_model"}
     needs[run] = {*(library["bom-ref"] for library in libraries), *made}
     git, machine = report["git"], report["environment"]
@@ -110,6 +112,7 @@ def _artefact(kind: str, name: str, manifest: Manifest) -> Json:
         for path, entry in sorted(manifest.files.items())
     ]  # fmt: skip
     facts = [_property("stage", manifest.kind), _property("key", manifest.key)]
+    facts += [_property(f"input.{role}", digest) for role, digest in sorted(manifest.inputs.items())]
     return {"type": kind, "bom-ref": _ref(manifest), "name": name, "version": manifest.digest, "properties": facts, "components": files}
 
 

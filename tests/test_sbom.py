@@ -93,6 +93,15 @@ def test_packages_models_and_files_are_in_it_with_hashes_and_what_they_came_from
     assert needs[ref["base-bf16"]] == [ref[OFFLINE]]
 
 
+def test_a_file_made_from_what_is_not_listed_says_so_and_not_that_it_needs_nothing(made: dict[str, Manifest], tmp_path: Path) -> None:
+    converted = manifest(tmp_path, "convert_gguf", "16 bit", model=made["tuned"])
+    small = manifest(tmp_path, "quantize_gguf", "4 bit", gguf=converted)
+    bill = sbom(REPORT, [], BASE, made["dataset"], made["adapter"], {"gguf-Q4_0": small})
+    (component,) = [component for component in bill["components"] if component["name"] == "gguf-Q4_0"]
+    assert {"name": "cartwright:input.gguf", "value": converted.digest} in component["properties"]
+    assert component["bom-ref"] not in {edge["ref"] for edge in bill["dependencies"]}
+
+
 def test_a_model_of_ones_own_has_neither_our_licence_nor_a_hash_that_is_none(made: dict[str, Manifest]) -> None:
     other = BaseModelConfig(source="meta-llama/Llama-3.2-1B-Instruct", revision="9213176")
     bill = sbom(REPORT, [], other, made["dataset"], made["adapter"], {"base": made["base"]})
