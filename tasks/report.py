@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tasks.core.tracking import Tracker
 from tasks.domain.errors import UserError
 from tasks.gate import in_markdown
 from tasks.rendering import render
+from tasks.sbom import SBOM, write_sbom
 
 PICTURES = ("accuracy_memory", "accuracy_speed", "latency", "divergence", "languages")
 
@@ -32,6 +34,7 @@ def write_report(
     dataset: Manifest,
     card: Manifest,
     adapter: Manifest,
+    models: Mapping[str, Manifest],
     gate: dict[str, Any],
 ) -> tuple[Path, bool]:
     """Write `reports/<run>/`, log it to MLflow, and point `reports/latest` at it.
@@ -58,9 +61,11 @@ def write_report(
         **decided,
         "gate": gate,
         "not_run": not_run(),
+        "sbom": SBOM,
     }
     folder = run.settings.reports / run.run_id
     render(report, folder, run.store.fetch(card))
+    write_sbom(folder / SBOM, report, config.base_model, dataset, adapter, models)
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)

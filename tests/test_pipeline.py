@@ -122,6 +122,9 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
     assert report["training"]["examples"] == report["dataset"]["counts"]["train"] > 0
     assert {stage["state"] for stage in report["stages"]} == {"computed"}
     assert {path.suffix for path in (finished.home / "reports" / "latest").iterdir()} >= {".json", ".html", ".md", ".png"}
+    bill = json.loads((finished.home / "reports" / "latest" / report["sbom"]).read_text())
+    assert {variant["sha256"] for variant in report["variants"]} <= {component["version"] for component in bill["components"]}
+    assert report["sbom"] in (finished.home / "reports" / "latest" / "report.html").read_text()
 
 
 def test_mlflow_holds_every_stage_variant_and_the_champion(finished: Finished) -> None:
