@@ -18,6 +18,7 @@ from tasks.gate import PROMOTION
 from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.register import Comparison, champion_artefact, judge_recommended, register_variants, runtime_of
 from tasks.report import write_report
+from tasks.report_plots import ReportPlotsConfig, report_plots
 
 NOT_ASKED = "its artefact is not in the store, or it reads another style of prompt"  # why a champion is not compared with
 
@@ -62,7 +63,8 @@ def release(
         config.registry.name,
         {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict},
     )
-    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, adapter, models, verdict))
+    plots = call(report_plots, ReportPlotsConfig(), decision=decision)
+    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, plots, adapter, models, verdict))
 
 
 def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:

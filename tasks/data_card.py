@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from tasks.core.artifacts import Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.scoring import compact_json
+from tasks.plot_files import Plot, read_plots, write_plots
 from tasks.templating import fill
 
 if TYPE_CHECKING:
     from tasks.core.runner import Runner
-    from tasks.plots import Plot
 
 CARD = "data_card.json"
 SAMPLES = 3  # rows shown of each intent and language
@@ -126,11 +126,7 @@ def data_card(config: DataCardConfig, inputs: Mapping[str, Path], out_dir: Path)
     shutil.copyfile(inputs["dataset"] / CARD, out_dir / CARD)
     card = json.loads((out_dir / CARD).read_text(encoding="utf-8"))
     plots = draw_data_plots(card)
-    for plot in plots:
-        (out_dir / f"{plot.name}.png").write_bytes(plot.png)
-        (out_dir / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-    captions = {plot.name: {"title": plot.title, "caption": plot.caption} for plot in plots}
-    (out_dir / "plots.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
+    write_plots(plots, out_dir)
     (out_dir / "data_card.md").write_text(as_markdown(card, plots), encoding="utf-8")
     return {"plots": len(plots), "cells": len(card["samples"])}
 
@@ -168,13 +164,12 @@ def sample_cells(card: Mapping[str, Any]) -> dict[str, list[Json]]:
 def read_card(folder: Path) -> Json:
     """The drawn card in `folder`, as the report shows it."""
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    plots = json.loads((folder / "plots.json").read_text(encoding="utf-8"))
-    drawn = [{"name": name, "svg": (folder / f"{name}.svg").read_text(encoding="utf-8"), **words} for name, words in plots.items()]
+    plots = read_plots(folder)
     return {
         "tables": card_tables(card),
         "cells": sample_cells(card),
-        "plots": drawn,
-        "files": [CARD, "data_card.md", *(f"{name}.png" for name in plots)],
+        "plots": plots,
+        "files": [CARD, "data_card.md", *(f"{plot.name}.png" for plot in plots)],
     }
 
 

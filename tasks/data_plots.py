@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tasks.data_card import BIN
-from tasks.plots import FORMATS, GRID, INK, LEGEND, PAPER, Plot, new_figure, save, short
+from tasks.plot_files import Plot
+from tasks.plots import FORMATS, GRID, INK, LEGEND, PAPER, new_figure, save, short
 
 COLOURS = [colour for colour, _ in FORMATS.values()]  # told apart with every common colour vision deficiency
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")

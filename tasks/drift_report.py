@@ -13,7 +13,7 @@ from tasks.templating import fill
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tasks.plots import Plot
+    from tasks.plot_files import Plot
 
 PAGE, TEXT = "drift.html", "drift.md"
 HEADLINES = {

@@ -17,6 +17,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from tasks.plot_files import Plot
+
 INK, MUTED, GRID, PAPER = "#1b2330", "#5b6675", "#d9dee5", "#fefefe"
 # Okabe and Ito's palette, told apart with every common colour vision deficiency; the markers repeat the colours.
 FORMATS = {"hf": ("#0072b2", "o"), "gptq": ("#d55e00", "s"), "gguf": ("#009e73", "D"), "awq": ("#cc79a7", "^"),
@@ -29,16 +31,6 @@ LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "frameon": 
 LEADER = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5}
 RADII = (10, 16, 24, 34, 46, 60, 76, 94, 114)  # points between a marker and its label; from the third on, with a line
 WINDOW = 0.25  # this far below the best exact match, a variant must not squeeze the useful ones into one line
-
-
-class Plot(NamedTuple):
-    """One drawn plot: `name` is the PNG's file name without its ending, `caption` says how to read it."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-    svg: str
 
 
 class _Point(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tasks.data_card import read_card
+from tasks.plot_files import Plot, read_plots
 from tasks.teaching.joining import shown_summary
 from tasks.templating import fill
 
@@ -21,17 +22,16 @@ VERDICTS = {
 }
 
 
-def render(report: Json, out_dir: Path, card: Path | None = None) -> None:
+def render(report: Json, out_dir: Path, card: Path | None = None, drawn: Path | None = None) -> None:
     """Write `report.json`, `report.html`, `report.md` and one PNG per plot into `out_dir`, which is made if need be.
 
     `report` follows the report contract of DESIGN.md: rates are shares (0 to 1), sizes MB, times ms or s as named.
     Any figure may be None or absent; a sibling `<name>_reason`, or the variant's `notes`, then tells why.
-    `card` is the folder of the data card (`tasks/data_card.py`), which is copied beside the report and shown in it.
+    `card` is the folder of the data card (`tasks/data_card.py`), which is copied beside the report and shown in it; `drawn`
+    that of the plots (`tasks/report_plots.py`), which are drawn now if there is none.
     """
-    from tasks.plots import draw_plots  # matplotlib takes a second to load
-
     report = json_safe(report)
-    plots = {plot.name: plot for plot in draw_plots(report)}
+    plots = {plot.name: plot for plot in (read_plots(drawn) if drawn else _drawn_now(report))}
     out_dir.mkdir(parents=True, exist_ok=True)
     data = read_card(card) if card else {}
     for file in data.get("files", ()):
@@ -42,6 +42,12 @@ def render(report: Json, out_dir: Path, card: Path | None = None) -> None:
     for name in ("report.html", "report.md"):
         page = fill(f"{name}.j2", {**_Page(report).sections(), "plots": plots, "card": data})
         (out_dir / name).write_text(page, encoding="utf-8")
+
+
+def _drawn_now(report: Json) -> list[Plot]:
+    from tasks.plots import draw_plots  # matplotlib takes a second to load
+
+    return draw_plots(report)
 
 
 def json_safe(value: Any) -> Any:

@@ -33,6 +33,7 @@ def write_report(
     decision: Manifest,
     dataset: Manifest,
     card: Manifest,
+    plots: Manifest,
     adapter: Manifest,
     models: Mapping[str, Manifest],
     gate: dict[str, Any],
@@ -64,7 +65,7 @@ def write_report(
         "sbom": SBOM,
     }
     folder = run.settings.reports / run.run_id
-    render(report, folder, run.store.fetch(card))
+    render(report, folder, run.store.fetch(card), run.store.fetch(plots))
     write_sbom(folder / SBOM, report, config.base_model, dataset, adapter, models)
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
