@@ -101,7 +101,7 @@ def test_answer_of_a_teacher(folder: Path, judges: Any, text: str, item: Any) ->
             assert (row is None) != (reason is None)
             rows.append(row or {"reason": reason, "item": one})
     _write(folder / "rows.jsonl", [{"row": row} for row in rows])
-    for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         json.loads(line)
 
 
@@ -155,6 +155,7 @@ def test_specification(folder: Path, data: bytes) -> None:
 @given(mutated(BANK_FILE), mutated(CATALOG))
 @example(BANK_FILE.replace(b'["[please]', b'["' + b"(" * 5000 + b'", "[please]'), CATALOG)
 @example(BANK_FILE.replace(b"[what", b"[!!binary eA==, what"), CATALOG)
+@example(BANK_FILE.replace(b"language", b"l\tanguage"), CATALOG)
 @example(BANK_FILE, CATALOG + b"\xff")
 @example(BANK_FILE, CATALOG + b'a,sc,"' + b"x" * 200_000)
 @example(BANK_FILE.replace(b", one: box of, other: boxes of", b""), CATALOG)

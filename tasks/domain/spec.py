@@ -182,7 +182,7 @@ def _check_plain(text: str, path: Path) -> None:
 
 def line_of(path: Path, location: tuple[Any, ...]) -> int | str:
     """The line of a YAML file where the value at `location` (keys and indices) stands, `?` if it is nowhere."""
-    node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=LineLoader)  # the pure one refuses some of what the other reads
     line: int | str = "?"
     for part in location:
         if isinstance(node, yaml.MappingNode):
