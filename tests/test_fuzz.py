@@ -105,6 +105,16 @@ def test_answer_of_a_teacher(folder: Path, judges: Any, text: str, item: Any) ->
         json.loads(line)
 
 
+def test_what_no_file_could_hold_is_no_item(judges: Any) -> None:
+    from tasks.teaching.answers import items_of
+
+    judge, (utterances, *_) = judges
+    assert items_of('{"items": [' + "[" * 500 + "]" * 500 + "]}") == ([], "wrong_schema")
+    item = {"text": "gimme three brass kettles \ud800 will you", "product": "brass kettles", "quantity": 3}
+    assert judge.judge(item, utterances) == (None, "implausible")
+    assert judge.judge({**item, "text": item["text"].replace("\ud800", "")}, utterances)[1] is None
+
+
 @pytest.fixture(scope="module")
 def judges() -> Any:
     from tasks.teaching.asking import Request

@@ -69,6 +69,14 @@ def test_header_of_a_gguf_file(folder: Path, small_gguf: bytes, at: int, length:
     assert all(read().ndim > 1 for read in weights.values())
 
 
+def test_a_text_that_ends_behind_the_end_of_the_file_is_refused(folder: Path) -> None:
+    from tasks.weights import BrokenFileError, open_gguf
+
+    (folder / "text.gguf").write_bytes(COUNTS + FIELD[:9] + (8).to_bytes(4, "little") + HUGE + b"abc")
+    with pytest.raises(BrokenFileError, match="ends within"):
+        open_gguf(folder / "text.gguf")
+
+
 # What other machines write -------------------------------------------------------------------------------------------
 
 KIND, KEY = "merge", "k"
