@@ -18,6 +18,7 @@ from flows.session import alone, ending, run_log, tell
 from tasks.champion import Champion, champion_with_dataset
 from tasks.core.artifacts import MANIFEST, Manifest, Store
 from tasks.core.display import Display
+from tasks.core.markdown import escape_markdown
 from tasks.core.registry import champion_files
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
@@ -84,7 +85,7 @@ def publish(call: Runner, champion: Champion, config: DriftConfig, manifest: Man
     tracker.log(tracker.parent, flatten(manifest.metrics), as_params(params))
     tracker.log_files(tracker.parent, folder, "drift")
     tracker.client.set_tag(tracker.parent, "cartwright.drift", verdict)
-    tracker.client.set_tag(tracker.parent, "mlflow.note.content", f"{HEADLINES[verdict]}. {why}")
+    tracker.client.set_tag(tracker.parent, "mlflow.note.content", f"{HEADLINES[verdict]}. {escape_markdown(why)}")
     page = f"{(folder / TEXT).read_text(encoding='utf-8')}\nReport: `{folder / 'drift.html'}`\n\nMLflow run: `{tracker.parent}`"
     create_markdown_artifact(key="drift", markdown=page, description=call.run_id)
     create_table_artifact(key="drift-columns", table=rows_of(found), description=call.run_id)

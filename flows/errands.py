@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, get_type_hints
 
 from prefect import Flow
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flows.session import Run
 from tasks.core.artifacts import Store, canonical_json
 from tasks.domain.errors import UserError
 
 StageFlow = Flow[..., Any]
+
+
+class _Order(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    run: Run
+    given: dict[str, Any]
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    result: Any
+    stages: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,14 @@ class Errand:
         store.write_note(self._answer, json.dumps({"result": plain, "stages": list(stages)}))
 
     def result(self, store: Store, stage_flow: StageFlow) -> tuple[Any, list[dict[str, Any]]]:
-        """What `answer` left."""
-        note = json.loads(store.read_note(self._answer))
-        return _type_of_result(stage_flow).validate_python(note["result"]), note["stages"]
+        """What `answer` left.
+
+        Raises:
+            UserError: the note is there and is none.
+        """
+        with _readable(store, self._answer):
+            note = _Result.model_validate_json(store.read_note(self._answer))
+            return _type_of_result(stage_flow).validate_python(note.result), note.stages
 
 
 def errand_for(run: Run, stage_flow: StageFlow, given: Sequence[Any]) -> Errand:
@@ -68,20 +86,34 @@ def read_errand(store: Store, name: str, stage_flow: StageFlow, sent_to: str) ->
         sent_to: the store of the flow that sent it, as that flow's machine calls it.
 
     Raises:
-        UserError: this machine has another store.
+        UserError: this machine has another store, or the note is none.
     """
     errand = Errand(name, {})
+    types = _types_of_arguments(stage_flow)
     try:
-        note = json.loads(store.read_note(errand._order))
+        with _readable(store, errand._order):
+            note = _Order.model_validate_json(store.read_note(errand._order))
+            if set(note.given) != set(types):
+                raise ValueError(f"has the arguments {', '.join(note.given)[:200] or 'none'} instead of {', '.join(types)}")
+            given = [types[argument].validate_python(note.given[argument]) for argument in types]
     except FileNotFoundError:
         mend = "Set CARTWRIGHT_STORE to the same address on every machine, one that all of them reach, such as s3://bucket/store"
         problem = f"is not the store of the flow that sent this work, {sent_to}" + (
             ", or that is another disk" if store.uri == sent_to else ""
         )
         raise UserError("CARTWRIGHT_STORE", store.uri, problem, mend=mend) from None
-    types = _types_of_arguments(stage_flow)
-    given = [types[argument].validate_python(value) for argument, value in note["given"].items()]
-    return Errand(name, note["given"]), Run.model_validate(note["run"]), given
+    return Errand(name, note.given), note.run, given
+
+
+@contextmanager
+def _readable(store: Store, note: str) -> Iterator[None]:
+    """Every machine with the store can write notes: one that cannot be read is one clear error."""
+    try:
+        yield
+    except ValueError as error:
+        reason = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
+        mend = "Run the same command again; if it stays, look who else writes to the store, and whether all machines have this version"
+        raise UserError("CARTWRIGHT_STORE", f"{store.uri}/{note}", f"is no note of Cartwright ({reason})", mend=mend) from None
 
 
 def _types_of_arguments(stage_flow: StageFlow) -> dict[str, TypeAdapter[Any]]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tasks.config import RunConfig, load_config, resolve
 from tasks.core.artifacts import Manifest, canonical_json
+from tasks.core.markdown import escape_markdown
 from tasks.domain.errors import UserError
 from tasks.domain.spec import line_of, load_yaml
 from tasks.teach import NO_TEACHER
@@ -204,10 +205,12 @@ def table(ablation: Ablation, outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         other = "*" if first and outcome.dataset and _validation(outcome.dataset) != _validation(first) else ""
         changes = ", ".join(f"`{name}={_value(value)}`" for name, value in outcome.arm.changes.items()) or "nothing"
-        cells = [outcome.arm.name + other, changes, _rows(outcome)]
+        cells = [escape_markdown(outcome.arm.name) + other, changes, _rows(outcome)]
         cells += [_mean_and_range([f[name] for f in map(figures, outcome.adapters) if name in f], form) for name, _, form in shown]
         lines.append(f"| {' | '.join(cells)} |")
-    problems = [f"- {outcome.arm.name}: {' '.join(problem.split())}" for outcome in outcomes for problem in outcome.problems]
+    problems = [
+        f"- {escape_markdown(outcome.arm.name)}: {escape_markdown(problem)}" for outcome in outcomes for problem in outcome.problems
+    ]
     return (
         "\n".join(
             [f"# Ablation {ablation.name}", "", _introduction(ablation, outcomes), "", *lines, *([""] if problems else []), *problems]

@@ -18,13 +18,14 @@ from tasks.core.settings import Settings
 from tasks.decide import MIXED
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import parse_json
+from tasks.domain.labelled import has_half_character, parse_json
 from tasks.domain.scoring import parse_answer, wrong_fields
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report
 from tasks.runtimes import RuntimeName
 from tasks.synthesize import read_rows
+from tasks.weights import check_gguf
 
 MAX_TOKENS = 96
 PARALLEL = 16
@@ -51,8 +52,8 @@ def find_model(settings: Settings, name: str) -> Found:
     """
     path = Path(name)
     if path.suffix == ".gguf" or path.is_dir():
-        if not path.exists():
-            raise UserError("model", name, "does not exist")
+        if path.suffix == ".gguf":
+            check_gguf("model", path)
         spec = load_spec("ecommerce")
         return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", spec, spec.path)
     try:
@@ -165,8 +166,8 @@ def read_texts(lines: Iterable[str]) -> tuple[list[str], list[tuple[int, str]]]:
             texts.append(line)
             continue
         row, problem = parse_json(line)
-        if problem:
-            bad.append((number, problem))
+        if problem or has_half_character(row):
+            bad.append((number, problem or "has half a character"))
         elif isinstance(row.get("text"), str):
             texts.append(row["text"])
         else:

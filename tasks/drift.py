@@ -111,7 +111,7 @@ def drift(config: DriftConfig, inputs: Mapping[str, Path], out_dir: Path) -> Jso
         "files": recent.files,
         "usable": recent.usable,
         "compared": len(recent.texts),
-        "bad": len(recent.bad),
+        "bad": recent.unusable.total(),
         "asked": 0,
         "too_long": 0,
     }

@@ -82,7 +82,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     from transformers import AutoTokenizer
 
     spec = load_spec(str(inputs["dataset"]))
-    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
     model = runtimes.load_local("transformers", inputs["model"], hardware.cores(), "float32")
     asked = []
     for row in read_rows(inputs["dataset"] / "validation.jsonl")[config.skip : config.skip + config.rows]:

@@ -113,6 +113,8 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
         quantization_config=nf4 if config.method == "qlora" else None,
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
         attn_implementation="eager" if device == "cpu" else "sdpa",
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     if config.unpacks:
         unpack_nf4(model, int8=precision == "int8")
@@ -144,7 +146,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     workers = hardware.cores() if config.workers is None else config.workers
     workers = 1 if device != "cpu" else min(workers, config.batch_size)
     pool = GradientWorkers(workers - 1, config, inputs["base_model"], precision != "fp32") if workers > 1 else None
-    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"], trust_remote_code=False)
     spec = load_spec(str(inputs["dataset"]))
     set_template(tokenizer, spec)
     rows = read_rows(inputs["dataset"] / "train.jsonl")

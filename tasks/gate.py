@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tasks.core.markdown import escape_markdown
 from tasks.core.stage import StageConfig
 
 Verdict = Literal["promote", "hold", "inconclusive"]
@@ -184,6 +185,7 @@ def hold(verdict: dict[str, Any], why: str) -> dict[str, Any]:
 def in_markdown(verdict: Mapping[str, Any]) -> str:
     """A verdict as a table, for a person who is to decide."""
     mark = {True: "yes", False: "no", None: "cannot tell"}
-    lines = [f"| {check['name']} | {mark[check['passed']]} |" for check in verdict["checks"]]
-    head = f"{verdict['challenger']} against {verdict['champion'] or 'no champion'}: **{verdict['verdict']}**"
+    lines = [f"| {escape_markdown(check['name'])} | {mark[check['passed']]} |" for check in verdict["checks"]]
+    names = [escape_markdown(verdict[name] or f"no {name}") for name in ("challenger", "champion")]
+    head = f"{names[0]} against {names[1]}: **{verdict['verdict']}**"
     return "\n".join([head, "", "| check | passed |", "| --- | --- |", *lines])

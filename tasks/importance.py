@@ -40,9 +40,9 @@ def importance(config: ImportanceConfig, inputs: Mapping[str, Path], out_dir: Pa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
     torch.set_num_threads(hardware.cores())
-    model: Any = AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     examples = calibration_examples(inputs["dataset"], tokenizer, config.rows, config.seed)
     real = torch.zeros(0, dtype=torch.bool)  # of the batch at hand: which positions are no padding
     squares: dict[str, Any] = {}

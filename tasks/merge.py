@@ -37,12 +37,12 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(inputs["adapter"])  # with the template it was trained with
+    tokenizer = AutoTokenizer.from_pretrained(inputs["adapter"], trust_remote_code=False)  # with the template it was trained with
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "validation.jsonl")[: config.check_rows]
     prompts = [torch.tensor([encode(tokenizer, prompt_text(tokenizer, prompt.messages(spec, row["text"])))]) for row in rows]
 
-    base = AutoModelForCausalLM.from_pretrained(inputs["base_model"], dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(inputs["base_model"], dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     model = PeftModel.from_pretrained(base, inputs["adapter"]).eval()
     with torch.inference_mode():
         expected = [model(ids).logits[0] for ids in prompts]
@@ -56,7 +56,7 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
         )
     merged.half().save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
-    reloaded = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32)
+    reloaded = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     with torch.inference_mode():
         agreement = torch.cat([reloaded(ids).logits[0].argmax(-1) == want.argmax(-1) for ids, want in zip(prompts, expected, strict=True)])
     return {"max_logit_difference": difference, "logit_range": spread, "top1_agreement_float16": float(agreement.float().mean())}

@@ -65,13 +65,14 @@ def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir:
 
     set_seed(config.seed)
     torch.set_num_threads(hardware.cores())
-    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
     examples = calibration_examples(inputs["dataset"], tokenizer, config.calibration_rows, config.seed)
     on_gpu = torch.cuda.is_available()
     model = GPTQModel.load(
         str(inputs["model"]),
         AWQConfig(bits=config.bits, group_size=group_size, sym=False, offload_to_disk=False),  # else a random path is in the file
         device="cuda:0" if on_gpu else "cpu",
+        trust_remote_code=False,
         dtype=torch.float16,  # the layers that hold the result take no float32
     )
     with TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes a folder `logs` wherever it is

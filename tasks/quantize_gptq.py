@@ -61,7 +61,7 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
 
     set_seed(config.seed)
     torch.set_num_threads(hardware.cores())
-    tokenizer = AutoTokenizer.from_pretrained(inputs["model"])
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
     model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
     group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]])
     examples = calibration_examples(inputs["dataset"], tokenizer, config.calibration_rows, config.seed)
@@ -83,7 +83,12 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     # Few CPUs multiply float16 themselves: the rounding is fitted in float32 there, and saved in float16.
     dtype = torch.float16 if on_gpu else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(
-        inputs["model"], dtype=dtype, device_map={"": "cuda:0" if on_gpu else "cpu"}, quantization_config=settings
+        inputs["model"],
+        dtype=dtype,
+        device_map={"": "cuda:0" if on_gpu else "cpu"},
+        quantization_config=settings,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     for parameter in model.parameters():
         parameter.data = parameter.data.half()

@@ -15,9 +15,11 @@ from urllib.parse import urlsplit
 import fsspec
 
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import parse_json
+from tasks.domain.labelled import has_half_character, parse_json
 
 LONGEST_LINE = 1_000_000  # bytes; what has no end of line within them is no line of JSONL
+MOST_BYTES = 20_000_000_000  # unpacked; what would take hours to read is a mistake, or a small file that unpacks to a huge one
+MOST_BAD = 10_000  # bad lines that are kept; all are counted
 SHOWN = 3  # bad lines named in an error
 ENDINGS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MEND = 'Give JSONL in UTF-8, such as {"text": "where is my order?"} a line'
@@ -34,17 +36,25 @@ class BadLine:
 
 @dataclass
 class RecentTexts:
-    """What was read: digest of all bytes, how many texts there were, a random sample of them, and every line that was none."""
+    """What was read: digest of all bytes, how many texts there were, a random sample of them, and the lines that were none, as far
+    as `MOST_BAD`; `unusable` counts all of those by reason."""
 
     sha256: str = ""
     files: int = 0
     usable: int = 0
     texts: list[str] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
+    unusable: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> dict[str, int]:
         """Counts of unusable lines by reason, most frequent first."""
-        return dict(Counter(line.problem.partition(" (")[0] for line in self.bad).most_common())
+        return dict(self.unusable.most_common())
+
+    def add_bad(self, line: BadLine) -> None:
+        """Count a line that cannot be used, and keep it while there are few."""
+        self.unusable[line.problem.partition(" (")[0]] += 1
+        if len(self.bad) < MOST_BAD:
+            self.bad.append(line)
 
 
 def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
@@ -55,7 +65,7 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
         most: texts to keep, a random sample of them all (reservoir sampling, Vitter 1985, algorithm R).
 
     Raises:
-        UserError: there is no such file, it cannot be read, or no line of it can be used.
+        UserError: there is no such file, it cannot be read, one has more than `MOST_BYTES`, or no line of it can be used.
     """
     found, digest, draw = RecentTexts(), hashlib.sha256(), Random(f"{seed}/texts")
     for name, opened in _files(uri):
@@ -65,7 +75,7 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
             digest.update(line)
             text, problem = _text_of(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             if problem:
-                found.bad.append(BadLine(name, number, problem))
+                found.add_bad(BadLine(name, number, problem))
             elif text:
                 found.usable += 1
                 place = len(found.texts) if len(found.texts) < most else draw.randrange(found.usable)
@@ -74,7 +84,7 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
     found.sha256 = digest.hexdigest()
     if not found.usable:
         first = "; ".join(f"line {bad.line} {bad.problem}" for bad in found.bad[:SHOWN]) or "it is empty"
-        raise UserError("texts", shown(uri), f"has no usable line among {len(found.bad)} ({first})", mend=MEND)
+        raise UserError("texts", shown(uri), f"has no usable line among {found.unusable.total()} ({first})", mend=MEND)
     return found
 
 
@@ -92,7 +102,11 @@ def _files(uri: str) -> list[tuple[str, Any]]:
     if not uri:
         raise UserError("texts", uri, "names no file", mend="Give a path or an fsspec URI, such as s3://shop/chat/*.jsonl")
     # A chain such as simplecache::https://... has several addresses. Which words of a query are secret cannot be known: none is taken.
-    if any("://" in part and (urlsplit(part).query or "@" in urlsplit(part).netloc) for part in uri.split("::")):
+    try:
+        parts = [urlsplit(part) for part in uri.split("::") if "://" in part]
+    except ValueError as error:
+        raise _unreadable(uri, error) from None
+    if any(part.query or "@" in part.netloc for part in parts):
         mend = "It would be kept with the report: give it by the environment or by fsspec's own configuration"
         raise UserError("texts", shown(uri), "holds a user, a password or a query", mend=mend)
     try:
@@ -110,12 +124,19 @@ def _files(uri: str) -> list[tuple[str, Any]]:
 
 def _lines(uri: str, opener: Any) -> Iterator[bytes]:
     """Lines of a file; of one that is too long, its beginning alone."""
+    size, is_new = 0, True
     try:
         with opener as file:
-            while line := file.readline(LONGEST_LINE):
-                yield line
-                while not line.endswith(b"\n") and line:
-                    line = file.readline(LONGEST_LINE)
+            while part := file.readline(LONGEST_LINE):
+                size += len(part)
+                if size > MOST_BYTES:
+                    mend = "Name files of recent texts alone"
+                    raise UserError("texts", shown(uri), f"has a file of more than {MOST_BYTES:,} bytes", mend=mend)
+                if is_new:
+                    yield part
+                is_new = part.endswith(b"\n")
+    except UserError:
+        raise
     except Exception as error:  # every storage, and every way of packing, has errors of its own
         raise _unreadable(uri, error) from None
 
@@ -139,15 +160,12 @@ def _text_of(line: bytes) -> tuple[str, str | None]:
         return "", "is not UTF-8"
     if not decoded:
         return "", None
-    try:
-        row, problem = parse_json(decoded)
-    except RecursionError:
-        return "", "is nested too deeply"
+    row, problem = parse_json(decoded)
     if problem:
         return "", problem
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return "", "has no `text`"
     text = row["text"].strip()
-    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can write them, UTF-8 cannot
+    if has_half_character(text):
         return "", "has half a character"
     return (text, None) if text else ("", "has an empty `text`")

@@ -131,7 +131,9 @@ def register_variants(
     }  # fmt: skip
     variant = next(variant for variant in found["variants"] if variant["name"] == name)
     about = describe(config.name, variant, run.run_id, tracker.parent)
-    version, known = registry.register(config.name, logged[name], challenger.digest, {f"cartwright.{k}": v for k, v in tags.items()}, about)
+    weights = {entry.sha256 for entry in challenger.files.values()}
+    noted = {f"cartwright.{k}": v for k, v in tags.items()}
+    version, known = registry.register(config.name, logged[name], challenger.digest, noted, about, weights)
     if verdict["verdict"] == "promote":
         verdict = promote(registry, config.name, version, verdict)
     verdict = {**verdict, "version": version}

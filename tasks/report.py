@@ -14,6 +14,7 @@ from typing import Any
 from tasks.config import RunConfig
 from tasks.core import hardware
 from tasks.core.artifacts import Manifest
+from tasks.core.markdown import escape_markdown
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state
@@ -83,7 +84,9 @@ def show_in_prefect(report: dict[str, Any], folder: Path, tracker: Tracker) -> N
         create_link_artifact(key="report", link=f"{page}/artifacts/report/report.html", link_text="The report in MLflow")
     create_markdown_artifact(key="gate", markdown=in_markdown(report["gate"]), description=report["run_id"])
     where = f"Report: `{folder / 'report.html'}`\n\nMLflow run: `{tracker.parent}`"
-    create_markdown_artifact(key="recommendation", markdown=f"{report['recommendation']['why']}\n\n{where}", description=report["run_id"])
+    create_markdown_artifact(
+        key="recommendation", markdown=f"{escape_markdown(report['recommendation']['why'])}\n\n{where}", description=report["run_id"]
+    )
     create_table_artifact(key="variants", table=[_variant_row(v) for v in report["variants"]], description=report["run_id"])
     for name in PICTURES:
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()

@@ -177,5 +177,5 @@ def _summary(
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half characters, of rejected items, as JSON escapes them
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from tasks.core.markdown import escape_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,9 +24,3 @@ def fill(name: str, values: Mapping[str, Any]) -> str:
     )
     environment.filters["md"] = escape_markdown
     return environment.get_template(name).render(values).strip() + "\n"
-
-
-def escape_markdown(text: object) -> str:
-    """`text` as one line that cannot end a table cell, open a link or become HTML."""
-    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", line)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tasks.domain.errors import UserError
+
 Weights = Mapping[str, Callable[[], np.ndarray]]  # matrices by name, float32, read when they are called for
 _LAYER = re.compile(r"(?:blk|layers|h)\.(\d+)\.")
 _SUFFIX = ".weight"
@@ -45,30 +47,60 @@ def open_gguf(path: Path) -> Any:
     gguf-py makes an object of every token of the vocabulary, which takes longer than all the weights.
 
     Raises:
-        ValueError: it is no GGUF file.
+        BrokenFileError: it is no GGUF file, or a damaged one. Counts in its header are checked against the size of the file.
     """
     import gguf
+
+    class _Ends(BrokenFileError):
+        def __init__(self) -> None:
+            super().__init__(f"{path} ends within its metadata or its weights")
 
     class Reader(gguf.GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             if raw_type != gguf.GGUFValueType.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             kind = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
-            if kind == gguf.GGUFValueType.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
+            if kind == gguf.GGUFValueType.ARRAY:  # llama.cpp reads none either
+                raise BrokenFileError(f"{path} has an array of arrays")
             count = int(self._get(orig_offs + 4, np.uint64)[0])
             end = orig_offs + 12
+            view = self.data.data
             if kind == gguf.GGUFValueType.STRING:
-                view = self.data.data
                 for _ in range(count):
                     end += 8 + int.from_bytes(view[end : end + 8], "little")
                     if end > len(view):
-                        raise ValueError(f"{path} ends within its metadata")
+                        raise _Ends
             else:
                 end += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+            if end > len(view):
+                raise _Ends
             return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY, kind]
 
-    return Reader(str(path))
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):  # numpy would give what there is, or nothing
+                raise _Ends
+            return super()._get(offset, dtype, count, override_order)
+
+    try:
+        return Reader(str(path))
+    except BrokenFileError:
+        raise
+    except Exception as error:  # the reader raises whatever damaged bytes lead it to
+        raise BrokenFileError(f"{path} is no readable GGUF file ({str(error) or type(error).__name__})") from None
+
+
+def check_gguf(field: str, path: Path) -> Any:
+    """The metadata of a GGUF file that a user gave, by name; arrays are left out. llama.cpp, which is less patient, reads it after this.
+
+    Raises:
+        UserError: there is no such file, it is none, or its tensors are not all there.
+    """
+    if not path.is_file():
+        raise UserError(field, str(path), "does not exist", mend="Give the path of a .gguf file")
+    try:
+        return open_gguf(path).fields
+    except BrokenFileError as error:
+        raise UserError(field, str(path), f"is not a readable GGUF file ({error})", mend="Download it again") from None
 
 
 def gguf_weights(path: Path) -> Weights:

@@ -26,7 +26,7 @@ from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthe
 from tasks.teaching.joining import join_banks
 from tests.conftest import REPOSITORY
 from tests.fault_server import KEY, Faults
-from tests.lessons import DATA, holding, lesson, log_of
+from tests.lessons import DATA, holding, lesson, log_of, watched
 
 
 def made(folder: Path, inputs: dict[str, Path], data: SynthesizeConfig = DATA) -> dict[str, Any]:
@@ -103,14 +103,27 @@ def run_arguments(*changes: str) -> list[str]:
     return ["run", "--profile", "smoke", *(part for change in (*SMALL, *changes) for part in ("--set", change))]
 
 
-def test_a_teacher_that_refuses_stops_a_run_before_any_training(
+PLANTED = {
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-0123456789",
+    "AWS_SECRET_ACCESS_KEY": "planted-s3-0123456789",
+    "HF_TOKEN": "hf_planted0123456789",
+}
+
+
+def test_a_teacher_that_refuses_stops_a_run_before_any_training_and_no_secret_is_left_anywhere(
     server: Faults, home: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
+    """Not in a file, Prefect's and MLflow's databases and all logs included, in no output, and in no process's arguments."""
     server.faults = ["401"] * 20
-    done = cartwright(*run_arguments("data.teacher=openai/m"))
+    with watched() as lines:
+        done = cartwright(*run_arguments("data.teacher=openai/m"), **PLANTED)
     assert done.returncode == 2 and "refuses the key" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert len(server.requests) == 1 and not list((home / "store").glob("*/*/manifest.json"))
-    assert KEY not in done.stdout + done.stderr and not holding(home, KEY)
+    assert server.keys[0] == f"Bearer {KEY}" and (home / "mlflow.db").is_file() and list((home / "prefect").glob("*.db"))
+    assert any("flows.cli" in line for line in lines) and any("tasks.core" in line for line in lines)
+    for secret in (KEY, *PLANTED.values()):
+        assert secret not in done.stdout + done.stderr and not holding(home, secret)
+        assert not [line for line in lines if secret in line]
 
 
 @pytest.mark.slow

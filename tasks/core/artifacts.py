@@ -9,25 +9,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.domain.errors import UserError
 
 MANIFEST = "manifest.json"
+LARGEST_NOTE = 64_000_000  # bytes of a manifest, or of a note between machines
+
+
+def _plain_name(name: str) -> str:
+    """A name that stands for something in its own folder, whatever the system, and for nothing else."""
+    if not re.fullmatch(r"[\w.+=@ -]+", name) or name.strip(". ") == "" or len(name.encode()) > 240:
+        raise ValueError("is no plain name")
+    return name
+
+
+def _name_below(name: str) -> str:
+    """A POSIX path of a file below a folder. Another machine wrote it: it must not lead out of there, nor to the manifest."""
+    for part in name.split("/"):
+        _plain_name(part)
+    if len(name) > 1000 or PurePosixPath(name).name in (MANIFEST, NEW_MANIFEST):
+        raise ValueError("is no name of a file of an artefact")
+    return name
+
+
+NEW_MANIFEST = MANIFEST + ".new"
+Name = Annotated[str, AfterValidator(_plain_name)]
+NameBelow = Annotated[str, AfterValidator(_name_below)]
 
 
 class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     sha256: str
-    size: int
+    size: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
@@ -35,12 +58,12 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str
-    key: str
+    kind: Name
+    key: Name
     version: int
     config: dict[str, Any]
     inputs: dict[str, str]
-    files: dict[str, FileEntry]
+    files: dict[NameBelow, FileEntry]
     digest: str
     metrics: dict[str, Any]
     libraries: dict[str, str]
@@ -110,8 +133,8 @@ class Store:
             with self.lock(manifest.kind, manifest.key):
                 self.find(manifest.kind, manifest.key)
         try:
-            found = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-        except FileNotFoundError:
+            found = read_manifest(folder / MANIFEST)
+        except (FileNotFoundError, ValueError):
             raise FileNotFoundError(f"{manifest.kind} {manifest.key} is not in {self.uri}") from None
         if found.digest != manifest.digest:
             raise FileNotFoundError(f"{manifest.kind} {manifest.key} in {self.uri} was made anew and holds something else")
@@ -135,18 +158,18 @@ class Store:
         Returns:
             (manifest, None) if it is whole, (None, None) if there is none, (None, why) if it is damaged.
         """
-        if not self.is_local and self._find_here(kind, key)[0] is None:
-            self._download(kind, key)
+        if not self.is_local and self._find_here(kind, key)[0] is None and (damage := self._download(kind, key)):
+            return None, damage
         return self._find_here(kind, key)
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         folder = self.path(kind, key)
         try:
-            manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+            manifest = read_manifest(folder / MANIFEST)
         except FileNotFoundError:
             return None, f"{folder} has no {MANIFEST}" if folder.exists() else None
-        except ValidationError as error:
-            return None, f"{folder / MANIFEST} cannot be read ({error.error_count()} problems)"
+        except (ValueError, IsADirectoryError) as error:
+            return None, f"{folder / MANIFEST} cannot be read ({_reason(error)})"
         if (manifest.kind, manifest.key) != (kind, key):
             return None, f"{folder / MANIFEST} belongs to {manifest.kind} {manifest.key}"
         damage = damage_of(folder, manifest)
@@ -157,7 +180,7 @@ class Store:
         for name in manifest.files:
             _flush(folder / name)
         target = self.path(manifest.kind, manifest.key)
-        written = folder / (MANIFEST + ".new")
+        written = folder / NEW_MANIFEST
         written.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         _flush(written)
         written.rename(folder / MANIFEST)
@@ -214,8 +237,13 @@ class Store:
 
         Raises:
             FileNotFoundError: nothing of this name.
+        ValueError: it is too large, or not UTF-8.
         """
-        return str(self.fs.cat_file(str(PurePosixPath(self.root) / name)).decode())
+        with self.fs.open(str(PurePosixPath(self.root) / name), "rb") as file:
+            data = file.read(LARGEST_NOTE + 1)
+        if len(data) > LARGEST_NOTE:
+            raise ValueError(f"has more than {LARGEST_NOTE:,} bytes")
+        return str(data.decode())
 
     # Remote storage ----------------------------------------------------------------------------------------------
 
@@ -227,29 +255,67 @@ class Store:
             self.fs.makedirs(str(PurePosixPath(self._remote(manifest.kind, manifest.key, name)).parent), exist_ok=True)
             self.fs.put_file(str(folder / name), self._remote(manifest.kind, manifest.key, name))
 
-    def _download(self, kind: str, key: str) -> None:
-        if not self.fs.exists(self._remote(kind, key, MANIFEST)):
-            return
+    def _download(self, kind: str, key: str) -> str | None:
+        """Copy an artefact, if there is one, and say what is wrong with it there. Nothing is fetched that its manifest does not name,
+        and of each file as much as it says."""
+        there = self._remote(kind, key, MANIFEST)
+        if not self.fs.exists(there):
+            return None
         partial, target = self.partial(kind, key), self.path(kind, key)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        self.fs.get_file(self._remote(kind, key, MANIFEST), str(partial / (MANIFEST + ".new")))
-        manifest = Manifest.model_validate_json((partial / (MANIFEST + ".new")).read_bytes())
-        for name in manifest.files:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(self._remote(kind, key, name), str(partial / name))
-        (partial / (MANIFEST + ".new")).rename(partial / MANIFEST)
+        size = self.fs.size(there)
+        if size is not None and size > LARGEST_NOTE:
+            return f"{there} has {size} bytes"
+        self.fs.get_file(there, str(partial / NEW_MANIFEST))
+        try:
+            manifest = read_manifest(partial / NEW_MANIFEST)
+        except ValueError as error:
+            return f"{there} cannot be read ({_reason(error)})"
+        for name, entry in manifest.files.items():
+            source = self._remote(kind, key, name)
+            try:
+                size = self.fs.size(source)
+                if size is not None and size != entry.size:
+                    return f"{source} has {size} bytes instead of {entry.size}"
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(source, str(partial / name))
+            except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
+                return f"{source} is missing"
+        (partial / NEW_MANIFEST).rename(partial / MANIFEST)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.remove(kind, key)
         partial.rename(target)
+        return None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest, which somebody else may have written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is none, it names files outside its folder, or it is too large.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_NOTE + 1)
+    if len(data) > LARGEST_NOTE:
+        raise ValueError(f"has more than {LARGEST_NOTE:,} bytes")
+    return Manifest.model_validate_json(data)
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
 
 
 def damage_of(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with an artefact's files, or None if they are what its manifest says."""
+    inside = folder.resolve()
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
+        if not path.resolve().is_relative_to(inside):
+            return f"{path} is a link to a file elsewhere"
         if path.stat().st_size != entry.size:
             return f"{path} has {path.stat().st_size} bytes instead of {entry.size}"
     for name, entry in manifest.files.items():

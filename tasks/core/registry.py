@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
 
+from tasks.core.artifacts import sha256_file
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
 from tasks.domain.errors import UserError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
+FILES = TAG + "files."  # tags that hold, one after the other, the SHA-256 of every file of a version as JSON
+MLFLOWS_OWN = ("registered_model_meta",)  # what MLflow adds to a model it hands out
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
 TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
 
@@ -29,23 +33,46 @@ class Registry:
         self._settings = settings
         self.client = client_of(settings)
 
-    def register(self, name: str, model_id: str, digest: str, tags: Mapping[str, str], description: str) -> tuple[str, bool]:
-        """Register a logged model once per content; its version, and whether it was there already.
+    def register(
+        self, name: str, model_id: str, digest: str, tags: Mapping[str, str], description: str, weights: Collection[str] = ()
+    ) -> tuple[str, bool]:
+        """Register a logged model once per content; its version, and whether it was there already. What is in its files is noted.
 
         Args:
             description: what its page says of it, as Markdown.
+            weights: SHA-256 of the files of the artefact it was logged from; if there are any, files of weights must be among them.
+
+        Raises:
+            UserError: the registry's storage holds other weights than were logged.
         """
         import mlflow
 
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
-                for tag in tags.keys() - version.tags.keys():  # of an earlier Cartwright, which did not note it yet
-                    self.client.set_model_version_tag(name, str(version.version), tag, tags[tag])
+                wanted = dict(tags)
+                if not files_of(version.tags):
+                    wanted |= self._files(f"models:/{name}/{version.version}", weights)
+                for tag in wanted.keys() - version.tags.keys():  # of an earlier Cartwright, which did not note it yet
+                    self.client.set_model_version_tag(name, str(version.version), tag, wanted[tag])
                 return str(version.version), True
+        uri = f"models:/{model_id}"
+        tags = {**tags, **self._files(uri, weights), TAG + "digest": digest}
         with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
-            made = mlflow.register_model(f"models:/{model_id}", name, tags={**tags, TAG + "digest": digest})
+            made = mlflow.register_model(uri, name, tags=tags)
         self.client.update_model_version(name, made.version, description)
         return str(made.version), False
+
+    def _files(self, uri: str, weights: Collection[str]) -> dict[str, str]:
+        """SHA-256 of every file of a model, as tags."""
+        import mlflow
+
+        with TemporaryDirectory() as folder:
+            found = _hashes(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
+        for file, digest in found.items():
+            if weights and file.endswith((".gguf", ".safetensors")) and digest not in weights:
+                raise _not_ours(uri, file, "is not what was logged")
+        written = json.dumps(found)
+        return {f"{FILES}{number}": part for number, part in enumerate(_parts(written))}
 
     def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
         """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
@@ -152,6 +179,49 @@ class Registry:
         return previous, champion
 
 
+def files_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every file of a version by its name, from its tags; empty if it was registered without."""
+    parts = sorted((tag for tag in tags if tag.startswith(FILES)), key=lambda tag: int(tag.removeprefix(FILES)))
+    found: dict[str, str] = json.loads("".join(tags[part] for part in parts) or "{}")
+    return found
+
+
+def check_files(folder: Path, model: str, tags: Mapping[str, str]) -> None:
+    """Compare the files of a version with what was noted when it was registered; before anything in them is looked at.
+
+    The registry's database and its storage are two places: who can write to the storage alone must not change what is loaded.
+
+    Raises:
+        UserError: a file is missing, changed or too many, or nothing was noted.
+    """
+    wanted, found = files_of(tags), _hashes(folder)
+    if not wanted:
+        mend = "Run `cartwright run` with its configuration once more, which notes them"
+        raise UserError("model", model, "was registered without the hashes of its files", mend=mend)
+    for file in sorted(wanted.keys() | found.keys()):
+        if file not in found:
+            raise _not_ours(model, file, "is missing")
+        if file not in wanted:
+            raise _not_ours(model, file, "was not registered with it")
+        if wanted[file] != found[file]:
+            raise _not_ours(model, file, "has been changed since it was registered")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files if path.suffix != ".pyc" and path.name not in MLFLOWS_OWN}
+    return {name: "a link" if path.is_symlink() else sha256_file(path) for name, path in sorted(names.items())}
+
+
+def _not_ours(model: str, file: str, problem: str) -> UserError:
+    mend = "Find out who writes to the registry's storage; `cartwright rollback`, or a new `cartwright run`"
+    return UserError("model", model, f"its file {file} {problem}", mend=mend)
+
+
+def _parts(text: str) -> list[str]:
+    return [text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH)]
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -192,14 +262,15 @@ def champion_files(settings: Settings, name: str, into: Path | None = None, vers
         version: this version, whether or not the alias points at it by now.
 
     Raises:
-        UserError: the registry has none, or not its files.
+        UserError: the registry has none, or not its files, or they are not those that were registered.
     """
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client_of(settings)
-    uri = f"models:/{name}/{version}" if version else f"models:/{name}@{CHAMPION}"
+    client = client_of(settings)
     try:
+        found = client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, CHAMPION)
+        uri = f"models:/{name}/{found.version}"
         folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
         if error.error_code not in MISSING:  # the server is away for a moment: nothing is wrong with the model
@@ -208,6 +279,7 @@ def champion_files(settings: Settings, name: str, into: Path | None = None, vers
         problem = f"the registry {shown_uri(settings.mlflow_uri)} has no {missing} of {name} ({error.error_code})"
         mend = "`cartwright rollback`, or a new `cartwright run`" if version else "Run `cartwright run` first"
         raise UserError("model", CHAMPION, problem, mend=mend) from None
+    check_files(folder, f"{name} version {found.version}", found.tags)
     flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
     files = flavor["artifacts"]
     return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from tasks.core.artifacts import Manifest
+from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError
 
@@ -208,7 +209,7 @@ class Tracker:
         figures = flatten({**recommended["quality"], **recommended["performance"]}) if recommended else {}
         self.log(self.parent, {**figures, "wall_s": report["wall_s"]})
         flow_run = self.tag("flow_run_url")
-        note = report["recommendation"]["why"] + (f"\n\n[The flow run in Prefect]({flow_run})" if flow_run else "")
+        note = escape_markdown(report["recommendation"]["why"]) + (f"\n\n[The flow run in Prefect]({flow_run})" if flow_run else "")
         self.client.set_tag(self.parent, "mlflow.note.content", note)
         self.client.set_tag(self.parent, TAG + "gate", report["gate"]["verdict"])
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.domain.errors import UserError
-from tasks.domain.spec import CatalogSlot, Spec, Text, line_of, load_yaml
+from tasks.domain.files import read_text
+from tasks.domain.spec import LARGEST_FILE, CatalogSlot, Spec, Text, line_of, load_yaml
 
 OTHER = "other"  # a number that is not the quantity, and no label
 MENTION = "mention"  # a product that is no label: a near miss of an intent without product slot
@@ -25,6 +27,7 @@ COUNTED = "counted"  # number, measure word and product, agreeing with each othe
 DIGITS = "digits"
 ANY = "any"  # attributes that fit every department
 SIZE = "{n}"  # in an attribute: any whole number from 2 to 500
+DEEPEST = 10  # brackets within brackets in a pattern
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,13 @@ class Product:
 class _Measure(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     agreement: str = Field(alias="class")
+    __pydantic_extra__: dict[str, str]
+
+    @model_validator(mode="after")
+    def _has_a_form(self) -> _Measure:
+        if not self.model_extra:
+            raise ValueError("has no form; write at least `other`")
+        return self
 
     def form(self, category: str) -> str:
         extra = self.model_extra or {}
@@ -157,8 +167,8 @@ def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
     products, seen = [], set[str]()
     if not path.is_file():
         raise UserError("file", str(path), "does not exist", mend=f"Write it with the columns {','.join(header)}")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
+    reader = csv.reader(io.StringIO(read_text("file", path, LARGEST_FILE), newline=""))
+    try:
         if next(reader, None) != header:
             raise UserError("header", f"{path}:1", "does not fit the forms of the phrase bank", allowed=",".join(header))
         for row in reader:
@@ -182,6 +192,8 @@ def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
             seen.add(forms[0].casefold())
             named = {name: form for name, form in zip(bank.forms, forms, strict=True) if form}
             products.append(Product(department, agreement, named, keys))
+    except csv.Error as error:
+        raise UserError("row", f"{path}:{reader.line_num}", f"is not CSV ({error})", mend="Mend that line") from None
     return products
 
 
@@ -239,20 +251,22 @@ def parse_pattern(text: str) -> tuple[Node, ...]:
     """Parse a pattern into nodes.
 
     Raises:
-        ValueError: brackets that do not balance, or an empty placeholder.
+        ValueError: brackets that do not balance or are nested more than `DEEPEST` deep, or an empty placeholder.
     """
     tokens = [match.group() for match in _TOKEN.finditer(text)]
     position = 0
 
-    def sequence(closing: str) -> tuple[list[tuple[Node, ...]], str]:
+    def sequence(closing: str, depth: int = 0) -> tuple[list[tuple[Node, ...]], str]:
         nonlocal position
+        if depth > DEEPEST:
+            raise ValueError(f"brackets are nested more than {DEEPEST} deep in {text[:80]!r}")
         options: list[tuple[Node, ...]] = []
         nodes: list[Node] = []
         while position < len(tokens):
             token = tokens[position]
             position += 1
             if token in ("[", "("):
-                inner, _ = sequence("]" if token == "[" else ")")
+                inner, _ = sequence("]" if token == "[" else ")", depth + 1)
                 nodes.append(Choice((*inner, ()) if token == "[" else tuple(inner)))
             elif token == closing:
                 return [*options, tuple(nodes)], token

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+LONGEST_VALUE = 500  # characters of a value that are shown: it may be a whole file on one line
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used. Printed as one message, without a traceback, exit code 2."""
 
     def __init__(self, field: str, value: object, problem: str, *, allowed: object = None, mend: str = "") -> None:
-        parts = [f"{field} = {value!r}: {problem}" if value is not None else f"{field}: {problem}"]
+        said = value if value is None else repr(value)
+        if said and len(said) > LONGEST_VALUE:
+            said = f"{said[:LONGEST_VALUE]}... ({len(said)} characters)"
+        parts = [f"{field}: {problem}" if said is None else f"{field} = {said}: {problem}"]
         if allowed is not None:
             shown = ", ".join(map(str, allowed)) if isinstance(allowed, (list, tuple, set, frozenset)) else str(allowed)
             parts.append(f"Allowed: {shown}")

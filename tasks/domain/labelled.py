@@ -6,18 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tasks.domain.errors import UserError
+from tasks.domain.files import read_text
 from tasks.domain.spec import SlotDefault, Spec
+
+LARGEST_FILE = 256_000_000  # bytes; some millions of rows
+LONGEST_LINE = 1_000_000  # characters
+SHOWN = 80  # characters of a wrong value
 
 
 def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Labelled rows of a JSONL file, with their `line`, and the lines that cannot be used with their problem.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is larger than `LARGEST_FILE`.
     """
     rows, bad = [], []
-    for number, line in enumerate(_lines(path), 1):
+    lines = read_text("data", path, LARGEST_FILE).split("\n")  # splitlines() would also cut at separators inside texts
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         row, problem = parse_json(line)
@@ -30,11 +35,24 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
 
 
 def parse_json(line: str) -> tuple[Any, str | None]:
-    """What a line of JSONL holds, or None and why it holds nothing."""
+    """What a line of JSONL holds, or None and why it holds nothing that can be used."""
+    if len(line) > LONGEST_LINE:
+        return None, f"is longer than {LONGEST_LINE} characters"
     try:
         return json.loads(line), None
     except ValueError as error:
         return None, f"is not JSON ({error})"
+    except RecursionError:
+        return None, "is nested too deeply"
+
+
+def has_half_character(value: Any) -> bool:
+    """Whether a value that was read from JSON has half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _defaults(gold: dict[str, Any], spec: Spec) -> dict[str, Any]:
@@ -44,31 +62,30 @@ def _defaults(gold: dict[str, Any], spec: Spec) -> dict[str, Any]:
     return {name: int(value) if spec.slots[name].type == "integer" else value for name, value in values.items()}
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at separators inside texts
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("data", str(path), f"cannot be read ({error})", mend="Give a JSONL file in UTF-8") from None
-
-
 def _problem_of(row: Any, spec: Spec) -> str | None:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return "has no `text`"
+    if has_half_character(row):
+        return "has half a character"
     gold = row.get("gold")
     if not isinstance(gold, dict) or not isinstance(gold.get("intent"), str) or gold["intent"] not in spec.intents:
         return f"`gold.intent` is not one of {', '.join(spec.intents)}"
     slots = spec.intents[gold["intent"]].slots
     unknown = set(gold) - {"intent"} - set(slots)
     if unknown:
-        return f"`gold` has {sorted(unknown)[0]!r}, which {gold['intent']} does not have. Allowed: {', '.join(slots) or 'no slots'}"
+        return f"`gold` has {_shown(sorted(unknown)[0])}, which {gold['intent']} does not have. Allowed: {', '.join(slots) or 'no slots'}"
     for name in set(gold) - {"intent"}:
         wanted = int if spec.slots[name].type == "integer" else str
         if not isinstance(gold[name], wanted) or isinstance(gold[name], bool):
-            return f"`gold.{name}` is {gold[name]!r}. Allowed: {'an integer' if wanted is int else 'a text'}"
+            return f"`gold.{name}` is {_shown(gold[name])}. Allowed: {'an integer' if wanted is int else 'a text'}"
     for name in ("language", "source"):
         if not isinstance(row.get(name, ""), str):
-            return f"`{name}` is {row[name]!r}. Allowed: a text"
+            return f"`{name}` is {_shown(row[name])}. Allowed: a text"
     fields = row.get("score", ["intent"])
     if not isinstance(fields, list) or not fields or set(map(str, fields)) - {"intent", *spec.slots}:
-        return f"`score` is {fields!r}. Allowed: a list of some of intent, {', '.join(spec.slots)}"
+        return f"`score` is {_shown(fields)}. Allowed: a list of some of intent, {', '.join(spec.slots)}"
     return None
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:SHOWN]

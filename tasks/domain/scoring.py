@@ -76,6 +76,9 @@ def _short_slots(lines: Sequence[str], spec: Spec) -> dict[str, Any]:
     return slots
 
 
+_HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: JSON can write it, UTF-8 cannot
+
+
 def _checked(answer: Any, spec: Spec) -> Parsed:
     if not isinstance(answer, dict) or not isinstance(answer.get("intent"), str):
         return Parsed(None, "no_intent")
@@ -88,12 +91,9 @@ def _checked(answer: Any, spec: Spec) -> Parsed:
             return Parsed(None, "unknown_slot")
         slot = spec.slots[name]
         wanted = int if isinstance(slot, IntegerSlot) else str
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or isinstance(value, bool) or (isinstance(value, str) and _HALF.search(value)):
             return Parsed(None, "bad_value")
     return Parsed({name: value.strip() if isinstance(value, str) else value for name, value in answer.items()})
-
-
-_OUTER = re.compile(r"^[\W_]+|[\W_]+$")
 
 
 def normalise(value: Any) -> Any:
@@ -101,7 +101,13 @@ def normalise(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", value).casefold())
-    return _OUTER.sub("", " ".join(folded.split()))
+    text = " ".join(folded.split())
+    start, end = 0, len(text)  # by hand: a regular expression takes time that grows with the square of a row of punctuation
+    while start < end and not text[start].isalnum():
+        start += 1
+    while end > start and not text[end - 1].isalnum():
+        end -= 1
+    return text[start:end]
 
 
 def slots_of(answer: Gold | None) -> dict[str, Any]:

@@ -12,8 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.domain.errors import UserError
+from tasks.domain.files import read_text
 
 DOMAINS_DIR = Path(__file__).parent
+LARGEST_FILE = 16_000_000  # bytes of a YAML or CSV file of a domain
+DEEPEST = 20  # levels of nesting in one
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # of an intent or a slot
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}$")]  # also the name of its files
 
 
 class _Frozen(BaseModel):
@@ -28,8 +33,8 @@ class CatalogSlot(_Frozen):
 
 class IntegerSlot(_Frozen):
     type: Literal["integer"]
-    minimum: int = 1
-    maximum: int = 999
+    minimum: int = Field(1, ge=0, le=999_999_999)
+    maximum: int = Field(999, ge=1, le=999_999_999)  # as many digits as an answer's number may have
 
 
 class CodeSlot(_Frozen):
@@ -65,11 +70,11 @@ class Spec(_Frozen):
     name: str
     version: int
     title: str
-    languages: list[str] = Field(min_length=1)
+    languages: list[Language] = Field(min_length=1)
     system_prompt: str
     zero_shot_prompt: str
-    slots: dict[str, Slot]
-    intents: dict[str, Intent] = Field(min_length=2)
+    slots: dict[Name, Slot]
+    intents: dict[Name, Intent] = Field(min_length=2)
     departments: list[str] = Field(min_length=2)
     held_out_departments: list[str] = Field(min_length=1)
     # How the fine-tuned model is asked, and how it writes: every request pays for both. `synthesize` sets them for a data set.
@@ -79,10 +84,16 @@ class Spec(_Frozen):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Spec:
+        if "intent" in self.slots:
+            raise ValueError("slots names 'intent', which an answer has already; choose another name")
         for name, intent in self.intents.items():
-            for slot in intent.slots:
+            for slot, use in intent.slots.items():
                 if slot not in self.slots:
                     raise ValueError(f"intents.{name}.slots names {slot!r}; known slots: {', '.join(self.slots)}")
+                if isinstance(use, SlotDefault) and isinstance(use.default, int) != isinstance(self.slots[slot], IntegerSlot):
+                    raise ValueError(
+                        f"intents.{name}.slots.{slot}: the default {use.default!r} is no value of a {self.slots[slot].type} slot"
+                    )
         for department in self.held_out_departments:
             if department not in self.departments:
                 raise ValueError(f"held_out_departments names {department!r}; known: {', '.join(self.departments)}")
@@ -140,23 +151,38 @@ def load_yaml(path: Path) -> Any:
     """Parse a YAML file of a domain.
 
     Raises:
-        UserError: no such file, not UTF-8, or not YAML; names file and line.
+        UserError: no such file, too large, not UTF-8, or not YAML as it is meant here; names file and line.
     """
+    text = read_text("file", path, LARGEST_FILE)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=LineLoader)
-    except FileNotFoundError:
-        raise UserError("file", str(path), "does not exist", mend="Restore it or correct the path") from None
-    except UnicodeDecodeError as error:
-        raise UserError("file", str(path), f"is not UTF-8 ({error})", mend="Save it as UTF-8") from None
+        _check_plain(text, path)
+        return yaml.load(text, Loader=LineLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else "?"
         raise UserError("file", f"{path}:{line}", f"is not valid YAML: {error.problem}", mend="Mend that line") from None
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not allow, and days, times and numbers that are none
+        raise UserError("file", str(path), f"is not valid YAML: {str(error)[:200]}", mend="Mend or quote that value") from None
+
+
+def _check_plain(text: str, path: Path) -> None:
+    """Refuse what a domain's files never need and what could make a small file a large thing: aliases, tags, deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LineLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        problem = "is an alias of another value" if isinstance(event, yaml.AliasEvent) else ""
+        problem = problem or ("has a tag" if getattr(event, "tag", None) else "")
+        problem = problem or (f"is nested more than {DEEPEST} deep" if depth > DEEPEST else "")
+        if problem:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            raise UserError("file", f"{path}:{line}", f"a value {problem}", mend="Write the value itself, plainly")
 
 
 def line_of(path: Path, location: tuple[Any, ...]) -> int | str:
     """The line of a YAML file where the value at `location` (keys and indices) stands, `?` if it is nowhere."""
-    node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=LineLoader)  # the pure one refuses some of what the other reads
     line: int | str = "?"
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -192,7 +218,7 @@ def load_spec(name: str) -> Spec:
     if not isinstance(raw, dict):
         raise UserError("file", f"{file}:1", "is not a mapping", mend="Write `name: ...` and the other fields")
     try:
-        return Spec(**raw, path=path)
+        return Spec.model_validate({**raw, "path": path})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "spec"

@@ -44,9 +44,9 @@ class TransformersRuntime:
         if kernel:
             stored = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
             chosen["quantization_config"] = GPTQConfig(bits=stored["bits"], group_size=stored["group_size"], backend=f"gptq_{kernel}")
-        self._tokenizer = AutoTokenizer.from_pretrained(path, **file)
+        self._tokenizer = AutoTokenizer.from_pretrained(path, **file, trust_remote_code=False)
         self._model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), device_map={"": self.device}, **file, **chosen
+            path, dtype=getattr(torch, dtype), device_map={"": self.device}, trust_remote_code=False, use_safetensors=True, **file, **chosen
         ).eval()
         self._shared: tuple[list[int], Any] = ([], None)
         self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id

@@ -22,6 +22,7 @@ from tasks.runtimes import Completion, common_prefix
 from tasks.serving.config import ServeConfig
 from tasks.serving.engine import Closing, Engine
 from tasks.serving.metrics import Metrics
+from tasks.weights import check_gguf
 
 log = logging.getLogger("cartwright.serve")
 ANSWERS_WITHIN_S = 120
@@ -72,8 +73,7 @@ def load_champion(settings: Settings, config: ServeConfig, version: dict[str, st
 
 def load_file(config: ServeConfig, path: Path) -> Champion:
     """A GGUF file that was registered nowhere, asked as the `ecommerce` domain asks."""
-    if not path.is_file():
-        raise UserError("--gguf", str(path), "does not exist")
+    check_gguf("--gguf", path)
     return _load(config, path, load_spec("ecommerce"), "0", path.stem)
 
 

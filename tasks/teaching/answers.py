@@ -8,6 +8,9 @@ from typing import Any
 
 from tasks.domain.scoring import normalise
 
+LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items have some tens of thousands
+DEEPEST = 10  # levels of nesting
+
 # How models decline, and how they speak of themselves; no customer writes so.
 REFUSAL = re.compile(
     r"\b(as an? (ai|artificial|language model)|(i'm|i am) (just )?an? (ai|language model)|ai language model"
@@ -35,13 +38,26 @@ def items_of(text: str) -> tuple[list[Any], str | None]:
     found = re.search(r'\{\s*"|\[\s*[\[{"\]]|\{\s*\}', text)
     if not found:
         return [], "refusal" if is_refusal(text) else "not_json"
+    value: Any
+    problem: str | None
     try:
         value, _ = json.JSONDecoder().raw_decode(text[found.start() :])
     except (ValueError, RecursionError):
-        whole = _whole_items(text[found.start() :])
-        return whole, "cut_off" if whole else "not_json"
-    items = value.get("items") if isinstance(value, dict) else value
-    return (items, None) if isinstance(items, list) else ([], "wrong_schema")
+        value = _whole_items(text[found.start() :])
+        problem = "cut_off" if value else "not_json"
+    else:
+        value, problem = value.get("items") if isinstance(value, dict) else value, None
+    return (value, problem) if isinstance(value, list) and not _is_deep(value) else ([], "wrong_schema")
+
+
+def _is_deep(items: list[Any]) -> bool:
+    """Whether something is nested so deeply that it is no item, and that to write it down might exceed Python's stack."""
+    level: list[Any] = items
+    for _ in range(DEEPEST):
+        level = [
+            part for whole in level if isinstance(whole, dict | list) for part in (whole.values() if isinstance(whole, dict) else whole)
+        ]
+    return any(isinstance(part, dict | list) for part in level)
 
 
 def _whole_items(text: str) -> list[Any]:

@@ -10,9 +10,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
+from pydantic import Field, TypeAdapter
 
 from tasks.core.artifacts import canonical_json
 
@@ -27,14 +28,17 @@ class Answer:
     """What a teacher said to one request, and what it cost. `usd` is None where the model's price is unknown."""
 
     text: str
-    prompt_tokens: int
-    completion_tokens: int
-    usd: float | None
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    completion_tokens: Annotated[int, Field(ge=0)]
+    usd: Annotated[float, Field(ge=0)] | None
     seconds: float
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+
+_ANSWER = TypeAdapter(Answer)
 
 
 class AnswerLog:
@@ -70,8 +74,8 @@ class AnswerLog:
         try:
             entry = json.loads(line)
             if entry["hash"] in self._wanted:
-                self._answers[entry["hash"]] = Answer(**{field.name: entry[field.name] for field in fields(Answer)})
-        except (ValueError, KeyError, TypeError):  # torn: that answer is bought again
+                self._answers[entry["hash"]] = _ANSWER.validate_python({field.name: entry[field.name] for field in fields(Answer)})
+        except (ValueError, KeyError, TypeError, RecursionError):  # torn: that answer is bought again
             return
 
     def get(self, request: str) -> Answer | None:

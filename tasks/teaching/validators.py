@@ -14,6 +14,7 @@ from typing import Any
 
 from tasks.domain.bank import MENTION, Bank, Pattern, Placeholder, Product, allowed_placeholders, make_pattern
 from tasks.domain.expansion import expand
+from tasks.domain.labelled import has_half_character
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Slot, SlotDefault, Spec
 from tasks.domain.utterances import split_products
@@ -57,8 +58,10 @@ class Judge:
 
     def judge(self, item: Any, request: Request) -> Judged:
         """One item of an answer to `request`."""
-        if not isinstance(item, dict):
+        if not isinstance(item, dict) or any(isinstance(value, dict | list) for value in item.values()):
             return None, "wrong_schema"
+        if has_half_character(item):
+            return None, "implausible"
         check = {"utterances": self._utterance, "patterns": self._pattern, "products": self._product}[request.kind]
         return check(item, request)
 
@@ -139,6 +142,8 @@ class Judge:
         if not isinstance(text, str) or set(item) != {"pattern"}:
             return None, "wrong_schema"
         text = " ".join(text.split())
+        if len(text) > LONGEST_TEXT:
+            return None, "implausible"
         try:
             pattern = make_pattern(text, bank.language, request.topic, origin="teacher.")
         except ValueError:
@@ -160,8 +165,6 @@ class Judge:
             if placeholder.name not in allowed or (placeholder.form and not self._has_forms(placeholder, bank)):
                 return "unknown_placeholder"
         literal = str(normalise(re.sub(r"\{[^{}]*\}", " ", pattern.text)))
-        if len(pattern.text) > LONGEST_TEXT:
-            return "implausible"
         return "number_in_pattern" if re.search(r"\d", literal) or (self._counts(pattern.intent) and any_number(literal, bank)) else None
 
     def _has_forms(self, placeholder: Placeholder, bank: Bank) -> bool:
