@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # one old core train
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     home = tmp_path / "home"
     small = {
-        "data.train_rows": 480, "data.validation_rows": 24, "data.test_rows": 48, "data.hard_rows": 12, "base_few_shot": 0, "data.languages": "[en]", "data.patterns_per_intent": 4,
-        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 2, "train.batch_size": 16, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "both", "gptq": "[]",
+        "data.train_rows": 320, "data.validation_rows": 24, "data.test_rows": 40, "data.hard_rows": 12, "base_few_shot": 0, "data.languages": "[en]", "data.patterns_per_intent": 4,
+        "data.intents": "[add_to_cart,remove_from_cart,view_cart,track_order]",
+        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 1, "train.batch_size": 8, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "both", "gptq": "[]",
         "evaluate.max_tokens": 40, "benchmark.requests": 5, "benchmark.batched_requests": 5, "benchmark.repeats": 1, "fidelity.rows": 12,
     }  # fmt: skip
     result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
