@@ -2,9 +2,12 @@
 
 Both get the same rows of `quick`, base model in NF4, adapter, optimizer, learning rates, schedule, seed, batch, precision and cores (see
 bench_train_arms.py). Ours is the pipeline's stage as it stands. `trl-defaults` is SFTTrainer as it comes; `trl` has rows of like length
-together, `trl-packed` rows packed without padding, and neither saves memory by computing twice, as the defaults do. Every training is a process of its own, arms take turns, and the order changes from
-round to round. CPU time says what the trainers cost where other programs keep the machine busy. Tokens are those of prompts and completions, without padding, of the steps after `--warmup`, in which our layers are
-compiled; the wall time is of the whole process. One function tells the validation loss of all adapters.
+together, `trl-packed` rows packed without padding, and neither saves memory by computing twice, as the defaults do.
+
+Every training is a process of its own, arms take turns, and the order changes from round to round. Tokens are those of prompts and
+completions, without padding, of the steps after `--warmup`, in which our layers are compiled; per CPU second they say what a trainer costs
+where other programs keep the machine busy. The wall time is of the whole process, to which ours adds its evaluation. One function tells
+the validation loss of all adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import importlib.util
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 from tasks.config import RunConfig, load_config, resolve
 from tasks.core import hardware, settings
+from tasks.core.lifetime import tied
 from tasks.domain.errors import UserError
 
 CHILD = Path(__file__).with_name("bench_train_arms.py")
@@ -58,7 +61,7 @@ def child(request: dict[str, Any], reuse_memory: bool) -> tuple[Any, float]:
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
-            [sys.executable, str(CHILD), json.dumps(request)],
+            tied("python", str(CHILD), json.dumps(request)),
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -71,13 +74,20 @@ def child(request: dict[str, Any], reuse_memory: bool) -> tuple[Any, float]:
 
 
 def train(arm: str, config: RunConfig, inputs: dict[str, str], out_dir: Path, options: argparse.Namespace, profiled: bool) -> Outcome:
-    """Train one arm once."""
+    """Train one arm once; to be profiled, only as long as a profile takes."""
     out_dir.mkdir(parents=True)
-    request = {"arm": arm, "config": config.train.model_dump(mode="json"), "inputs": inputs, "out_dir": str(out_dir)}
+    stage_config = config.train
+    if profiled:
+        stage_config = stage_config.model_copy(update={"epochs": (options.warmup + 4) / -(-options.rows // options.batch)})
+    request = {"arm": arm, "config": stage_config.model_dump(mode="json"), "inputs": inputs, "out_dir": str(out_dir)}
     # As the pipeline starts its own stage; who starts another trainer would not know of it.
     reuse_memory = arm == "ours" or options.reuse_memory
     outcome, wall_s = child({**request, "profiled_after": options.warmup if profiled else None}, reuse_memory)
-    return {**outcome, "wall_s": wall_s}
+    outcome["wall_s"] = wall_s
+    if options.output:
+        with options.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"arm": arm, "rows": options.rows, "batch": options.batch, **outcome}) + "\n")
+    return outcome
 
 
 def tokens_per_s(outcome: Outcome, after: int, clock: str = "ends") -> float:
@@ -208,7 +218,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps that are not in tokens/s")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help=f"of {','.join(ARMS)}")
     parser.add_argument("--reuse-memory", action="store_true", help="start TRL too with the allocator settings of our stages")
-    parser.add_argument("--profile", action="store_true", help="train every arm once more under torch.profiler")
+    parser.add_argument("--output", type=Path, help="a JSONL file to which the times and tokens of every step are added, as they come")
+    parser.add_argument("--profile", action="store_true", help="train every arm a few steps more, under torch.profiler")
     return parser.parse_args()
 
 

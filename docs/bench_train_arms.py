@@ -136,7 +136,8 @@ def trl_settings(arm: str, config: FinetuneConfig, rows: int, mean_length: float
         "disable_tqdm": True,
     }
     if arm == "trl-packed":
-        packed = {"packing": True, "per_device_train_batch_size": 1, "max_length": math.ceil(mean_length * config.batch_size)}
+        # A little longer: what packing cannot fill would make one row more than there are steps.
+        packed = {"packing": True, "per_device_train_batch_size": 1, "max_length": math.ceil(1.02 * mean_length * config.batch_size)}
         settings |= {**packed, "gradient_checkpointing": False}
     elif arm == "trl":
         settings |= {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
