@@ -12,7 +12,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor audit licences clean
+.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train doctor audit licences clean
 install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
@@ -106,6 +106,11 @@ bench-data: install
 
 bench-serve: install
 	$(BIN)/python docs/bench_serve.py $(ARGS)
+
+# Beside TRL, which nothing else needs; what it depends on is here already.
+bench-train: install
+	$(BIN)/pip install --quiet --no-deps $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
+	$(BIN)/python docs/bench_train.py $(ARGS)
 
 doctor: install
 	$(BIN)/cartwright doctor

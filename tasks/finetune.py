@@ -93,39 +93,82 @@ def has_compiler() -> bool:
     return bool(shutil.which("c++") or shutil.which("g++"))
 
 
-def build_model(config: FinetuneConfig, base_model: Path) -> Any:
-    """The base model with a fresh adapter; its layers are frozen and compiled as the config says."""
+def load_base(config: FinetuneConfig, base_model: Path, attention: str | None = None) -> Any:
+    """The base model as the config's method and precision hold it, before anything is unpacked; `attention` is transformers' name of a kernel."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from tasks.frozen import unpack_nf4
-
-    set_seed(config.seed)
-    precision = resolve_precision(config)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if resolve_precision(config) == "fp32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         base_model,
         dtype=dtype,
         device_map={"": device},
         quantization_config=nf4 if config.method == "qlora" else None,
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
-        attn_implementation="eager" if device == "cpu" else "sdpa",
+        attn_implementation=attention or ("eager" if device == "cpu" else "sdpa"),
         trust_remote_code=False,
         use_safetensors=True,
     )
-    if config.unpacks:
-        unpack_nf4(model, int8=precision == "int8")
+
+
+def add_adapter(config: FinetuneConfig, model: Any) -> Any:
+    """The model with a fresh adapter, the only thing of it that is trained."""
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(model, adapter)
+    return get_peft_model(model, adapter)
+
+
+def build_model(config: FinetuneConfig, base_model: Path) -> Any:
+    """The base model with a fresh adapter; its layers are frozen and compiled as the config says."""
+    from transformers import set_seed
+
+    from tasks.frozen import unpack_nf4
+
+    set_seed(config.seed)
+    model = load_base(config, base_model)
+    if config.unpacks:
+        unpack_nf4(model, int8=resolve_precision(config) == "int8")
+    model = add_adapter(config, model)
     if config.compile and has_compiler():
         for layer in model.get_base_model().get_decoder().layers:
             layer.compile(dynamic=True)  # one compilation serves all layers, since they are alike
     return model
+
+
+def make_optimizer(config: FinetuneConfig, model: Any) -> Any:
+    """AdamW over the adapter, with LoRA+'s two learning rates."""
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=config.learning_rate,
+        loraplus_lr_ratio=config.lora_plus_ratio,
+        loraplus_weight_decay=config.weight_decay,
+        betas=(0.9, config.adam_beta2),
+        fused=True,
+    )
+
+
+def training_settings(config: FinetuneConfig, rows: int, device: str) -> dict[str, Any]:
+    """What decides how `rows` rows are learnt, as transformers' `TrainingArguments` call it; docs/bench_train.py gives them to another trainer."""
+    total_steps = max(1, round(-(-rows // config.batch_size) * config.epochs))
+    return {
+        "max_steps": total_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": int(config.warmup_ratio * total_steps),
+        "bf16": resolve_precision(config) != "fp32",
+        "use_cpu": device == "cpu",
+        "seed": config.seed,
+    }
 
 
 @stage("finetune", version=6, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
@@ -134,7 +177,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     import numpy as np
     import torch
     from datasets import Dataset
-    from peft.optimizers import create_loraplus_optimizer
     from torch.utils.data import Sampler
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -160,8 +202,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     compiled = config.compile and has_compiler()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    total_steps = max(1, round(steps_per_epoch * config.epochs))
+    settings = training_settings(config, len(train), device)
+    total_steps = settings["max_steps"]
     every = -(-total_steps // config.checkpoints)
 
     class BucketSampler(Sampler[int]):
@@ -184,15 +226,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
         def create_optimizer(self, *_: Any) -> Any:
             if self.optimizer is None:
-                self.optimizer = create_loraplus_optimizer(
-                    model,
-                    torch.optim.AdamW,
-                    lr=config.learning_rate,
-                    loraplus_lr_ratio=config.lora_plus_ratio,
-                    loraplus_weight_decay=config.weight_decay,
-                    betas=(0.9, config.adam_beta2),
-                    fused=True,
-                )
+                self.optimizer = make_optimizer(config, model)
             return self.optimizer
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -234,15 +268,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
 
     arguments = TrainingArguments(
+        **settings,
         output_dir=str(out_dir / "checkpoints"),
-        max_steps=total_steps,
-        per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=max(32, config.batch_size),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=int(config.warmup_ratio * total_steps),
-        bf16=precision != "fp32",
-        use_cpu=device == "cpu",
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -253,7 +281,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         dataloader_pin_memory=device != "cpu",
         report_to=[],
         disable_tqdm=True,
-        seed=config.seed,
     )
     report = Report()
     trainer = CompletionTrainer(
