@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.checkpoints import newest_whole, seal
 from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad, parts
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
@@ -135,7 +136,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     from peft.optimizers import create_loraplus_optimizer
     from torch.utils.data import Sampler
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     from tasks.gradient_workers import GradientWorkers
 
@@ -228,6 +228,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             }
             progress.metrics(values, state.global_step)
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seal(out_dir / "checkpoints" / f"checkpoint-{state.global_step}")
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
 
@@ -264,11 +267,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         callbacks=[report],
     )
     progress.advance(0, total_steps, "starting")
-    resumed_from = get_last_checkpoint(str(out_dir / "checkpoints")) if (out_dir / "checkpoints").is_dir() else None
+    resumed_from = newest_whole(out_dir / "checkpoints")
     if pool:
         pool.follow(model)
     try:
-        outcome = trainer.train(resume_from_checkpoint=resumed_from)
+        outcome = trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     finally:
         workers_peak = pool.close() if pool else 0.0
     # The last step's evaluation, if there was one at that step.
@@ -287,7 +290,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "steps": total_steps,
         "tokens": tokens,
         "tokens_per_s": round(tokens * (1 if not resumed_from else 0) / outcome.metrics["train_runtime"], 1) or None,
-        "resumed_from_step": int(Path(resumed_from).name.split("-")[1]) if resumed_from else None,
+        "resumed_from_step": int(resumed_from.name.split("-")[1]) if resumed_from else None,
         "trainable_params": trainable,
         "final_loss": report.loss,
         "validation_loss": evaluation["eval_loss"],

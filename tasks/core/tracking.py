@@ -52,7 +52,7 @@ def client_of(settings: Settings) -> Any:
     """A client of the MLflow of these settings, which becomes MLflow's own default too."""
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its errors are raised as well, and told once
     mlflow.set_tracking_uri(settings.mlflow_uri)
     return mlflow.MlflowClient(settings.mlflow_uri)
 

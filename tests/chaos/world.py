@@ -1,0 +1,196 @@
+"""Where a cycle happens: a home on a disk of its own, which goes back to what an undisturbed run left, servers, and the command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.session import _free_port
+from tasks.core.artifacts import MANIFEST, Manifest
+from tests.chaos.command import Command, Imported, start
+from tests.chaos.pipelines import Pipeline
+from tests.chaos.proxy import Proxy, serving
+from tests.fault_server import KEY, Faults
+from tests.lessons import lesson
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this user may mount file systems here, by trying."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        return False
+    subprocess.run(["umount", str(folder)], check=True)
+    return True
+
+
+class World:
+    """One home at a time, for one pipeline.
+
+    Args:
+        folder: for the disk and what is copied onto it.
+        mounting: whether the home gets a file system of its own.
+    """
+
+    def __init__(self, pipeline: Pipeline, folder: Path, mounting: bool, teacher: Faults, proxy: Proxy) -> None:
+        self.pipeline, self.mounting, self.teacher, self.proxy = pipeline, mounting, teacher, proxy
+        self.folder, self.disk, self.kept = folder, folder / "disk", folder / "kept"
+        self.home, self.temporary = self.disk / "home", self.disk / "tmp"
+        self.log = folder / "mlflow-server.log"
+        self.through_server = False
+        self.reference: dict[tuple[str, str], Manifest] = {}
+        self._imported = Imported(pipeline.imported) if pipeline.imported else None
+        self._command: Command | None = None
+        self._commands = 0
+        self._mlflow: subprocess.Popen[bytes] | None = None
+
+    # The home ----------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> Path:
+        return self.home / "store"
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The disk, with the home of an undisturbed run on it, which is what every cycle begins from."""
+        self.disk.mkdir(parents=True)
+        if self.mounting:
+            size = f"size={self.pipeline.disk_mb}m"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(self.disk)], check=True)
+        try:
+            self.temporary.mkdir()
+            first = self.start()
+            if not first.wait(self.pipeline.limit_s) or first.exit_code:
+                raise RuntimeError(f"the undisturbed run failed:\n{first.output}")
+            self.reference = {(m.kind, m.key): m for m in self.artefacts()}
+            shutil.copytree(self.disk, self.kept, symlinks=True)
+            yield
+        finally:
+            self.end_all()
+            if self._imported:
+                self._imported.close()
+            if self.mounting:
+                subprocess.run(["umount", str(self.disk)], check=True)
+
+    def restore(self) -> None:
+        """The home as the undisturbed run left it."""
+        self.end_all()
+        for path in self.disk.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(self.kept, self.disk, symlinks=True, dirs_exist_ok=True)
+        self.teacher.faults.clear()
+        self.teacher.requests.clear()
+        self.proxy.faults.clear()
+        self.through_server = False
+
+    def artefacts(self) -> list[Manifest]:
+        """Those that there are, in the order they were made in."""
+        found = sorted(self.store.glob(f"*/*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
+        return [Manifest.model_validate_json(path.read_bytes()) for path in found]
+
+    # The command -------------------------------------------------------------------------------------------------
+
+    def start(self) -> Command:
+        variables = {
+            **os.environ,
+            "CARTWRIGHT_HOME": str(self.home),
+            "TMPDIR": str(self.temporary),
+            "OPENAI_API_KEY": KEY,
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is gone is noticed in seconds
+        }
+        if self.through_server:
+            variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.proxy.server_port}"
+        teacher = f"http://127.0.0.1:{self.teacher.server_port}/v1"
+        arguments = [part.format(teacher=teacher) for part in self.pipeline.arguments]
+        self._commands += 1
+        output = self.folder / f"output-{self._commands}"
+        if self._imported:
+            self._command = self._imported.start(arguments, variables, output)
+        else:
+            self._command = start([sys.executable, *arguments], variables, output)
+        return self._command
+
+    def processes(self) -> list[psutil.Process]:
+        """All that work for this home."""
+        found = []
+        if self._command and self._command.runs:  # one that was forked keeps the environment of another in the kernel's eyes
+            found.append(psutil.Process(self._command.pid))
+        for process in psutil.process_iter(["environ", "status"]):
+            here = (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(self.home)
+            if here and process not in found and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def end_all(self) -> None:
+        """Kill whatever is left of a cycle."""
+        self.end_mlflow()
+        for process in self.processes():
+            process.kill()
+
+    # MLflow's server ---------------------------------------------------------------------------------------------
+
+    def start_mlflow(self) -> None:
+        """A real server of the home's records, behind the proxy."""
+        port = _free_port()
+        command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--no-serve-artifacts"]
+        variables = {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.home / 'mlflow.db'}",
+            "MLFLOW_DEFAULT_ARTIFACT_ROOT": (self.home / "mlflow-artifacts").as_uri(),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with self.log.open("ab") as log:
+            self._mlflow = subprocess.Popen(
+                [str(Path(sys.executable).parent / command[0]), *command[1:]], stdout=log, stderr=log, env=variables, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while not _answers(port):
+            if self._mlflow.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"MLflow's server does not answer; see {self.log}")
+            time.sleep(0.1)
+        self.proxy.behind, self.through_server = port, True
+
+    def end_mlflow(self) -> None:
+        """Kill the server and what it started."""
+        self.proxy.behind = None
+        if self._mlflow:
+            os.killpg(self._mlflow.pid, signal.SIGKILL)
+            self._mlflow.wait()
+            self._mlflow = None
+
+
+def _answers(port: int) -> bool:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def says(body: dict[str, Any]) -> str:
+    """A lesson to `teach`; to others what they asked."""
+    asked = str(body["messages"][-1]["content"])
+    return lesson(body) if "Language:" in asked else asked.title()
+
+
+@contextmanager
+def a_world(pipeline: Pipeline, folder: Path) -> Iterator[World]:
+    """A world with its servers, ready for cycles."""
+    teacher, proxy = Faults(), Proxy()
+    teacher.answer = says
+    with serving(teacher), serving(proxy):
+        world = World(pipeline, folder, can_mount(folder / "trial"), teacher, proxy)
+        with world.prepared():
+            yield world
