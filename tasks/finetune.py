@@ -278,6 +278,10 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     evaluation = last if last.get("step") == total_steps else trainer.evaluate()
 
+    adapter = model.peft_config[
+        "default"
+    ]  # what is saved says neither where this machine keeps the base model, nor in which order a set is
+    adapter.base_model_name_or_path, adapter.target_modules = "base_model", sorted(adapter.target_modules)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     tokens = round(sum(example["length"] for example in train) * config.epochs)

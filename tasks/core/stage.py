@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core import child, hardware
-from tasks.core.artifacts import Manifest, Store, canonical_json, describe_files, digest_of
+from tasks.core.artifacts import Manifest, Store, canonical_json, damage_of, describe_files, digest_of
 from tasks.core.progress import Event
 
 logger = logging.getLogger("cartwright")
@@ -156,6 +156,10 @@ def _compute(
         if not stage.resumable:  # what is half made is of no use, and may be what filled the disk
             shutil.rmtree(out_dir, ignore_errors=True)
         raise
+    for name, folder in folders.items():  # they were whole when they were found, which may be long ago
+        if damage := damage_of(folder, inputs[name]):
+            shutil.rmtree(out_dir, ignore_errors=True)
+            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")
     files = describe_files(out_dir)
     manifest = Manifest(
         kind=stage.name,
@@ -171,6 +175,6 @@ def _compute(
         wall_s=round(time.monotonic() - started, 3),
         peak_rss_mb=outcome.peak_rss_mb,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    ).sealed()
     store.commit(out_dir, manifest)
     return manifest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a word in the name of the faults to draw from, such as disk; a seed then draws another")
     parser.add_argument("--output", type=Path, default=None, help="a folder for chaos.json and chaos.md")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks and servers are put away
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, a_world(PIPELINES[asked.pipeline], Path(folder)) as world:
         for seed in range(asked.seed, asked.seed + asked.faults):

@@ -70,7 +70,7 @@ def run_small(settings: Settings, teacher: str) -> None:
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
     with alone(settings, "run-small", UserError("run", "small", "is running already")):
-        tracker = open_parent(settings, "chaos", "small", "small", {})
+        tracker = open_parent(settings, "chaos", "small", "small", {"cartwright.opened_by": str(settings.home)})
         run = Runner("small", settings, store, tracker, Display())
 
         def call(stage, config, **inputs):  # type: ignore[no-untyped-def]

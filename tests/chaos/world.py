@@ -75,7 +75,8 @@ class World:
             shutil.copytree(self.disk, self.kept, symlinks=True)
             yield
         finally:
-            self.end_all()
+            self.end_processes()
+            self.end_mlflow()
             if self._imported:
                 self._imported.close()
             if self.mounting:
@@ -83,7 +84,7 @@ class World:
 
     def restore(self) -> None:
         """The home as the undisturbed run left it."""
-        self.end_all()
+        self.end_processes()
         for path in self.disk.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(self.kept, self.disk, symlinks=True, dirs_exist_ok=True)
@@ -130,22 +131,25 @@ class World:
                 found.append(process)
         return found
 
-    def end_all(self) -> None:
+    def end_processes(self) -> None:
         """Kill whatever is left of a cycle."""
-        self.end_mlflow()
         for process in self.processes():
             process.kill()
 
     # MLflow's server ---------------------------------------------------------------------------------------------
 
     def start_mlflow(self) -> None:
-        """A real server of the home's records, behind the proxy."""
+        """A real server of the home's records, behind the proxy; one that is there already is kept, since its start takes long."""
+        self.through_server = True
+        if self._mlflow:
+            return
         port = _free_port()
         command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--no-serve-artifacts"]
         variables = {
             **os.environ,
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.home / 'mlflow.db'}",
             "MLFLOW_DEFAULT_ARTIFACT_ROOT": (self.home / "mlflow-artifacts").as_uri(),
+            "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # the database is another file in the next cycle
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
@@ -158,7 +162,7 @@ class World:
             if self._mlflow.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"MLflow's server does not answer; see {self.log}")
             time.sleep(0.1)
-        self.proxy.behind, self.through_server = port, True
+        self.proxy.behind = port
 
     def end_mlflow(self) -> None:
         """Kill the server and what it started."""
