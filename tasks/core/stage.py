@@ -140,11 +140,11 @@ def _compute(
     on_event: Callable[[Event], None],
     secrets: Callable[[], Mapping[str, str]],
 ) -> Manifest:
+    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     out_dir = store.partial(stage.name, key)
     if out_dir.exists() and not stage.resumable:
         shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     started = time.monotonic()
     try:
         if stage.isolated:

@@ -59,7 +59,8 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     fault.undo(world)
     problems = [] if in_time else ["the command that was disturbed did not end in time"]
     problems += [] if fault.kills else list(invariants.said_plainly(first))
-    before = invariants.look(world, commands=2)  # that of the undisturbed run, and the one that was disturbed
+    problems += list(invariants.shared(world, first, world.second)) if world.second else []
+    before = invariants.look(world, commands=3 if world.second else 2)  # that of the undisturbed run, and the one that was disturbed
     world.teacher.requests.clear()
     started = time.monotonic()
     again = world.start()

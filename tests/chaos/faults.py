@@ -88,6 +88,20 @@ def kill_mlflow(world: World, command: Command | None, rng: Random) -> None:
     world.end_mlflow()
 
 
+def run_beside(other: bool) -> Strike:
+    """Give the command a second time while it goes on."""
+
+    def strike(world: World, command: Command | None, rng: Random) -> None:
+        world.second = world.start(beside=True, other=other)
+
+    return strike
+
+
+def await_second(world: World) -> None:
+    assert world.second
+    world.second.wait(world.pipeline.limit_s)
+
+
 # Disks -----------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +241,8 @@ FAULTS = (
     Fault("MLflow is slow", answers_of_mlflow("late"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("MLflow answers 500", answers_of_mlflow("500"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("MLflow loses requests or answers", answers_of_mlflow("drop", "lost"), prepare=restart_mlflow, undo=calm_mlflow),
+    Fault("the same run beside it", run_beside(other=False), undo=await_second),
+    Fault("another run beside it", run_beside(other=True), undo=await_second),
     Fault("the disk is full", fill_disk, undo=free_disk),
     Fault("the store is read-only", read_only_store, ("before", "during"), undo=writable_store, mounts=True),
     Fault("an artefact's file is damaged", damage_one(files_of_artefacts), ("before", "during")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -80,6 +81,17 @@ def said_plainly(first: Command) -> Iterator[str]:
         yield "the command that was disturbed ended with a traceback"
 
 
+def shared(world: World, first: Command, second: Command) -> Iterator[str]:
+    """Two runs at once: both end well, or one says that the other is running; what both need was made once."""
+    refused = "running already" in second.output
+    if second.exit_code and not refused:
+        yield f"the second of two runs at once ended with exit code {second.exit_code}: {second.output[-300:]}"
+    made = Counter(line.split("  ")[0] for run in (first, second) for line in re.findall(r"^done +(.*)$", run.output, re.MULTILINE))
+    for label, times in made.items():
+        if times > 1 and label.split()[0] not in world.pipeline.own:
+            yield f"two runs at once both made {label}"
+
+
 def completed(again: Command, in_time: bool) -> Iterator[str]:
     if not in_time:
         yield "the same command did not end in time"
@@ -120,6 +132,7 @@ def recorded(world: World, before: Before) -> Iterator[str]:
             for run, name, status in database.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'")
         }
         tags = list(database.execute("select run_uuid, key, value from tags"))
+        versions = Counter(database.execute("select name, value from model_version_tags where key = 'cartwright.digest'").fetchall())
         pending = database.execute("select count(*) from logged_models where status = 1 and lifecycle_stage = 'active'").fetchone()[0]
     of: dict[str, dict[str, str]] = {run: {} for run in runs}
     for run, key, value in tags:
@@ -139,6 +152,9 @@ def recorded(world: World, before: Before) -> Iterator[str]:
     parents = sum(found.get("cartwright.kind") == "pipeline" for found in of.values())
     if parents > before.commands + 1:
         yield f"MLflow has {parents} pipeline runs for {before.commands + 1} commands"
+    for (name, _), times in versions.items():
+        if times > 1:
+            yield f"{times} versions of {name} have the same content"
     if pending:
         yield f"{pending} logged models are left unfinished"
 

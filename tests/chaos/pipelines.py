@@ -34,6 +34,8 @@ class Pipeline:
         arguments: of the command; `{teacher}` is the teacher's address.
         imported: the module whose `main` takes the arguments, where commands are forked from a process that has imported it; else
             the arguments are Python's.
+        other: further arguments, for another configuration that shares most stages.
+        own: the first words of what such a one does not share.
         disk_mb: the disk that a home has.
         varies: kinds of artefacts that are not the same bytes twice.
         prefect: it has a Prefect server of its own.
@@ -43,13 +45,15 @@ class Pipeline:
     name: str
     arguments: tuple[str, ...]
     imported: str
+    other: tuple[str, ...]
+    own: frozenset[str]
     disk_mb: int
     varies: frozenset[str]
     prefect: bool
     limit_s: float
 
 
-SMALL = Pipeline("small", ("{teacher}",), "tests.chaos.pipelines", 32, frozenset(), prefect=False, limit_s=240)
+SMALL = Pipeline("small", ("{teacher}",), "tests.chaos.pipelines", ("1",), frozenset({"add"}), 32, frozenset(), prefect=False, limit_s=240)
 SMOKE = Pipeline(
     "smoke",
     (
@@ -57,6 +61,8 @@ SMOKE = Pipeline(
         *(part for change in (*SMALLEST, "teacher.api_base={teacher}") for part in ("--set", change)),
     ),
     imported="",
+    other=("--set", "benchmark.requests=6"),
+    own=frozenset({"benchmark", "decide", "register", "report"}),
     disk_mb=512,
     varies=frozenset({"benchmark", "decide", "data_card"}),
     prefect=True,
@@ -65,12 +71,12 @@ SMOKE = Pipeline(
 PIPELINES = {pipeline.name: pipeline for pipeline in (SMALL, SMOKE)}
 
 
-def run_small(settings: Settings, teacher: str) -> None:
+def run_small(settings: Settings, teacher: str, offset: int) -> None:
     """A pipeline with everything but Prefect and models: lock, store, child processes, checkpoints, MLflow, a teacher."""
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
-    with alone(settings, "run-small", UserError("run", "small", "is running already")):
-        tracker = open_parent(settings, "chaos", "small", "small", {"cartwright.opened_by": str(settings.home)})
+    with alone(settings, f"run-small-{offset}", UserError("run", "small", "is running already")):
+        tracker = open_parent(settings, "chaos", f"small-{offset}", "small", {"cartwright.opened_by": str(settings.home)})
         run = Runner("small", settings, store, tracker, Display())
 
         def call(stage, config, **inputs):  # type: ignore[no-untyped-def]
@@ -80,12 +86,12 @@ def run_small(settings: Settings, teacher: str) -> None:
             numbers = call(count, CountConfig(numbers=4, seconds=0.05))
             call(stepwise, CountConfig(numbers=6, seconds=0.05), numbers=numbers)
             call(buy, BuyConfig(address=teacher))
-            call(add, AddConfig(), numbers=numbers)
+            call(add, AddConfig(offset=offset), numbers=numbers)
 
 
-def main(teacher: str) -> None:
+def main(teacher: str, offset: str = "0") -> None:
     """The command of `SMALL`."""
     settings = load_settings()
     prepare_environment(settings)
     with one_message(settings), goes_on():
-        run_small(settings, teacher)
+        run_small(settings, teacher, int(offset))

@@ -48,8 +48,9 @@ class World:
         self.log = folder / "mlflow-server.log"
         self.through_server = False
         self.reference: dict[tuple[str, str], Manifest] = {}
-        self._imported = Imported(pipeline.imported) if pipeline.imported else None
-        self._command: Command | None = None
+        self._imported: list[Imported] = []
+        self._under_way: list[Command] = []
+        self.second: Command | None = None
         self._commands = 0
         self._mlflow: subprocess.Popen[bytes] | None = None
 
@@ -77,8 +78,8 @@ class World:
         finally:
             self.end_processes()
             self.end_mlflow()
-            if self._imported:
-                self._imported.close()
+            for imported in self._imported:
+                imported.close()
             if self.mounting:
                 subprocess.run(["umount", str(self.disk)], check=True)
 
@@ -92,6 +93,7 @@ class World:
         self.teacher.requests.clear()
         self.proxy.faults.clear()
         self.through_server = False
+        self.second = None
 
     def artefacts(self) -> list[Manifest]:
         """Those that there are, in the order they were made in."""
@@ -100,7 +102,13 @@ class World:
 
     # The command -------------------------------------------------------------------------------------------------
 
-    def start(self) -> Command:
+    def start(self, beside: bool = False, other: bool = False) -> Command:
+        """Give the command.
+
+        Args:
+            beside: while the one before goes on.
+            other: with another configuration.
+        """
         variables = {
             **os.environ,
             "CARTWRIGHT_HOME": str(self.home),
@@ -111,20 +119,22 @@ class World:
         if self.through_server:
             variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{self.proxy.server_port}"
         teacher = f"http://127.0.0.1:{self.teacher.server_port}/v1"
-        arguments = [part.format(teacher=teacher) for part in self.pipeline.arguments]
+        arguments = [part.format(teacher=teacher) for part in self.pipeline.arguments + (self.pipeline.other if other else ())]
         self._commands += 1
         output = self.folder / f"output-{self._commands}"
-        if self._imported:
-            self._command = self._imported.start(arguments, variables, output)
+        if not self.pipeline.imported:
+            command = start([sys.executable, *arguments], variables, output)
         else:
-            self._command = start([sys.executable, *arguments], variables, output)
-        return self._command
+            while len(self._imported) <= beside:
+                self._imported.append(Imported(self.pipeline.imported))
+            command = self._imported[beside].start(arguments, variables, output)
+        self._under_way = [given for given in self._under_way if given.runs] + [command]
+        return command
 
     def processes(self) -> list[psutil.Process]:
         """All that work for this home."""
-        found = []
-        if self._command and self._command.runs:  # one that was forked keeps the environment of another in the kernel's eyes
-            found.append(psutil.Process(self._command.pid))
+        # A command that was forked keeps the environment of another in the kernel's eyes.
+        found = [psutil.Process(command.pid) for command in self._under_way if command.runs]
         for process in psutil.process_iter(["environ", "status"]):
             here = (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(self.home)
             if here and process not in found and process.info["status"] != psutil.STATUS_ZOMBIE:
