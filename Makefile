@@ -11,7 +11,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve doctor clean
+.PHONY: install run test chaos check up down lock report readme serve bench llama-bench bench-data bench-serve doctor clean
 install: $(READY)
 
 # The lock pins what the dependencies depend on. llama-cpp-python is built here, for this CPU (about 5 minutes, once).
@@ -42,6 +42,14 @@ run: install
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TWO) $(ARGS)
+
+# Faults at seeded moments, the same command again, and whether anything was lost. A seed is one fault:
+# make chaos ARGS='--pipeline smoke --seed 123 --faults 1'
+CHAOS_OUTPUT ?= $(or $(CARTWRIGHT_HOME),.cartwright)/chaos
+chaos: install
+	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline small --faults 200 --output $(CHAOS_OUTPUT)/small)
+	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline smoke --faults 20 --output $(CHAOS_OUTPUT)/smoke)
+	$(if $(ARGS),$(BIN)/python -m tests.chaos --output $(CHAOS_OUTPUT) $(ARGS))
 
 check: install
 	$(BIN)/ruff format --check .

@@ -278,11 +278,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     evaluation = last if last.get("step") == total_steps else trainer.evaluate()
 
-    adapter = model.peft_config[
-        "default"
-    ]  # what is saved says neither where this machine keeps the base model, nor in which order a set is
-    adapter.base_model_name_or_path, adapter.target_modules = "base_model", sorted(adapter.target_modules)
+    # What is saved says neither where this machine keeps the base model, nor in which order Python has a set.
+    saved = model.peft_config["default"]
+    saved.base_model_name_or_path, saved.target_modules = "base_model", sorted(saved.target_modules)
     model.save_pretrained(out_dir)
+    (out_dir / "README.md").unlink()  # PEFT's form for a model card: empty, but for the folder of the base model
     tokenizer.save_pretrained(out_dir)
     tokens = round(sum(example["length"] for example in train) * config.epochs)
     history = trainer.state.log_history

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -192,7 +193,7 @@ def step_clock_back(world: World, command: Command | None, rng: Random) -> None:
         if not path.is_symlink():
             found = path.stat()
             os.utime(path, ns=(found.st_atime_ns + DAY_S * 10**9, found.st_mtime_ns + DAY_S * 10**9))
-    with sqlite3.connect(world.home / "mlflow.db") as database:
+    with closing(sqlite3.connect(world.home / "mlflow.db")) as database, database:
         for column in ("start_time", "end_time"):
             database.execute(f"update runs set {column} = {column} + {DAY_S * 1000}")
 

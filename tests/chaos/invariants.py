@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.chaos.world import World
 
 TOLERANCE = 0.05  # of a share that is measured twice, such as exact match
 GONE_WITHIN_S = 5
+TORCH = "torchinductor_"  # a folder that torch keeps for all programs of a user
 
 
 @dataclass
@@ -126,7 +128,7 @@ def not_again(world: World, before: Before) -> Iterator[str]:
 
 def recorded(world: World, before: Before) -> Iterator[str]:
     """MLflow has one run for each try at most, one child for each stage of it, and none that is said to go on."""
-    with sqlite3.connect(world.home / "mlflow.db") as database:
+    with closing(sqlite3.connect(world.home / "mlflow.db")) as database:
         runs = {
             run: (name, status)
             for run, name, status in database.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'")
@@ -186,7 +188,8 @@ def left_behind(world: World) -> Iterator[str]:
     partial = world.store / ".partial"
     unfinished = list(partial.iterdir()) if partial.is_dir() else []
     names = [path for path in world.home.rglob("*") if path.name.endswith(".new") or path.name.startswith(".latest-")]
-    for path in [*unfinished, *names, *world.temporary.iterdir()]:
+    temporary = [path for path in world.temporary.iterdir() if not path.name.startswith(TORCH)]
+    for path in [*unfinished, *names, *temporary]:
         yield f"a temporary file is left: {path.relative_to(world.disk)}"
 
 

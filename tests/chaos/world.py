@@ -81,7 +81,7 @@ class World:
             for imported in self._imported:
                 imported.close()
             if self.mounting:
-                subprocess.run(["umount", str(self.disk)], check=True)
+                subprocess.run(["umount", "-l", str(self.disk)], check=True)  # whoever has a file open keeps that alone
 
     def restore(self) -> None:
         """The home as the undisturbed run left it."""
