@@ -49,16 +49,6 @@ class Command:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def await_line(self, text: str) -> bool:
-        """Wait until the output has this text; False if the command ends first."""
-        while True:
-            runs = self.runs
-            if text in self.output:
-                return True
-            if not runs:
-                return False
-            time.sleep(0.02)
-
     def wait(self, limit_s: float) -> bool:
         """Wait for the end; False, and killed, if it does not come within so many seconds of the start."""
         if self._over.wait(max(1.0, self.started + limit_s - time.monotonic())):

@@ -51,7 +51,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     if moment == "before":
         fault.strike(world, None, rng)
     first = world.start()
-    when = moment
+    when: str = moment
     if moment != "before":
         when = _await(world, first, rng, moment, removed)
         fault.strike(world, first, rng)
@@ -93,7 +93,7 @@ def _await(world: World, command: Command, rng: Random, moment: str, removed: li
     stage = rng.choice(["", *removed])
     known = [manifest.wall_s for manifest in world.reference.values() if manifest.kind == stage]
     delay = rng.uniform(0, max(known, default=START_WITH_PREFECT_S if world.pipeline.prefect else START_S))
-    if stage and not command.await_line(f"...  {stage}"):
+    if stage and not world.await_stage(command, stage):
         return f"{stage} did not begin"
     time.sleep(delay)
     return f"{stage or 'start'} + {delay:.2f} s"

@@ -131,6 +131,14 @@ class World:
         self._under_way = [given for given in self._under_way if given.runs] + [command]
         return command
 
+    def await_stage(self, command: Command, kind: str) -> bool:
+        """Wait until a stage of this kind computes; False if the command ends first."""
+        while command.runs:
+            if any((self.store / ".partial").glob(f"{kind}-*")):
+                return True
+            time.sleep(0.005)
+        return False
+
     def processes(self) -> list[psutil.Process]:
         """All that work for this home."""
         # A command that was forked keeps the environment of another in the kernel's eyes.
