@@ -160,10 +160,14 @@ def test_an_artefact_of_an_earlier_version_has_no_checksum_and_is_used(run: Run,
     assert run(count, CountConfig())[1] == "computed"
 
 
-@pytest.mark.parametrize("damaged", ["0.txt", MANIFEST])
+@pytest.mark.parametrize("damaged", ["0.txt", "no number.txt", MANIFEST])
 def test_nothing_is_made_from_an_input_that_was_damaged_since_it_was_found(run: Run, store: Store, home: Path, damaged: str) -> None:
     numbers, _ = run(count, CountConfig())
-    damage_bit(store.path("count", numbers.key) / damaged)
+    folder = store.path("count", numbers.key)
+    if damaged == "no number.txt":  # on which the stage itself fails
+        (folder / "0.txt").write_text("x")
+    else:
+        damage_bit(folder / damaged)
     with pytest.raises((StageError, UserError), match=r"damaged meanwhile|Run the same command again"):
         run(add, AddConfig(), numbers=numbers)
     assert not store.path("add", add.key(AddConfig(), {"numbers": numbers})).exists() and not list((home / "store").glob(".partial/*"))

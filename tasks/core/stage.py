@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from tasks.core import child, hardware
 from tasks.core.artifacts import Manifest, Store, canonical_json, damage_of, describe_files, digest_of
 from tasks.core.progress import Event
+from tasks.domain.errors import UserError
 
 logger = logging.getLogger("cartwright")
 
@@ -152,14 +153,13 @@ def _compute(
             outcome = child.run_isolated(stage, config, folders, out_dir, log, on_event, secrets())
         else:
             outcome = child.Outcome(stage.function(config, folders, out_dir), None)
-    except BaseException:
+    except BaseException as error:
         if not stage.resumable:  # what is half made is of no use, and may be what filled the disk
             shutil.rmtree(out_dir, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            _check_inputs(stage, inputs, folders, out_dir)
         raise
-    for name, folder in folders.items():  # they were whole when they were found, which may be long ago
-        if damage := damage_of(folder, inputs[name]):
-            shutil.rmtree(out_dir, ignore_errors=True)
-            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")
+    _check_inputs(stage, inputs, folders, out_dir)
     files = describe_files(out_dir)
     manifest = Manifest(
         kind=stage.name,
@@ -178,3 +178,15 @@ def _compute(
     ).sealed()
     store.commit(out_dir, manifest)
     return manifest
+
+
+def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping[str, Path], out_dir: Path) -> None:
+    """Whether what a stage read still is what was found whole, which may be long ago. If not, what it made of it goes.
+
+    Raises:
+        child.StageError: something was damaged meanwhile.
+    """
+    for name, folder in folders.items():
+        if damage := damage_of(folder, inputs[name]):
+            shutil.rmtree(out_dir, ignore_errors=True)
+            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")
