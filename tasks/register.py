@@ -119,6 +119,13 @@ def register_variants(
     Returns:
         The `gate` of the report, and whether there was nothing to do.
     """
+    with Registry(run.settings).registering(config.name):
+        return _registered(run, config, decision, dataset, models, verdict)
+
+
+def _registered(
+    run: Runner, config: RegisterConfig, decision: Manifest, dataset: Manifest, models: dict[str, Manifest], verdict: dict[str, Any]
+) -> tuple[dict[str, Any], bool]:
     tracker, registry, name = run.tracker, Registry(run.settings), recommended_cpu(decision)
     found = decided(run.store, decision)
     logged = log_variants(tracker, run.store, found, models, dataset)

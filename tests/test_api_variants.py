@@ -16,7 +16,7 @@ from tasks.api import complete
 from tasks.config import load_config
 from tasks.domain.errors import UserError
 from tasks.domain.scoring import compact_json
-from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, api_variants, evaluate_api
+from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, _read_answers, api_variants, evaluate_api
 from tasks.runtimes.litellm import GIVE_UP, LiteLlmRuntime
 from tasks.synthesize import read_rows, synthesize
 from tests.conftest import Finished
@@ -179,3 +179,12 @@ def test_api_models_are_variants_of_a_run(
     scored = cartwright("evaluate", "--data", str(mine), "--model", "api-gpt-4.1-2-shot", OPENAI_API_BASE="http://127.0.0.1:9/v1")
     assert scored.returncode == 0 and "exact match 100.0%" in scored.stdout, scored.stderr
     assert len(server.requests[0]["messages"]) == 6
+
+
+@pytest.mark.fast
+def test_an_answer_that_a_kill_cut_short_or_a_disk_changed_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / ANSWERS
+    lines = [json.dumps({"split": "test", "id": name, "output": "ž"}, ensure_ascii=False).encode() + b"\n" for name in "abc"]
+    path.write_bytes(lines[0] + lines[1].replace(b'"id"', b'"i\xff') + lines[2] + '{"split": "te\u017e'.encode()[:-1])
+    assert [name for _, name in _read_answers(path)] == ["a", "c"]
+    assert path.read_bytes() == lines[0] + lines[2] and list(tmp_path.iterdir()) == [path]

@@ -92,5 +92,5 @@ def test_an_artefact_of_another_machine_is_fetched_when_it_is_needed(tmp_path: P
     made = manifest("k").model_copy(update={"files": files, "digest": digest_of(files)})
     there.commit(folder, made)
     assert (here.fetch(made) / "weights").read_text() == "w"
-    with pytest.raises(FileNotFoundError, match="merge gone is not in memory://"):
+    with pytest.raises(UserError, match="merge gone is not in memory://"):
         here.fetch(manifest("gone"))

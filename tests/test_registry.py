@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
 
 from tasks import register
 from tasks.core.registry import CHAMPION, PREVIOUS, Registry
@@ -30,6 +31,20 @@ def registry(home: Path) -> Registry:
             NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant, "cartwright.digest": variant}
         )
     return registry
+
+
+def test_two_homes_that_share_a_file_of_records_share_its_locks(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", load_settings().mlflow_uri)
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(tmp_path / "other"))
+    other = Registry(load_settings())
+    with registry.registering(NAME), registry.promoting(NAME):  # which a registration that promotes holds both
+        for lock in (other.registering(NAME), other.promoting(NAME)):
+            with pytest.raises(Timeout):
+                lock.acquire(timeout=0)
+    with other.registering(NAME).acquire(timeout=0):
+        pass
 
 
 def aliases(registry: Registry) -> tuple[str | None, str | None]:

@@ -38,3 +38,27 @@ def test_a_flow_run_that_begins_anew_finds_its_run_although_that_has_ended(home:
     assert opened(flow_run="f4", opened_by="me") == (left.parent, True) and left.tag("flow_run") == "f4"
     taken = open_parent(load_settings(), "domain/base", "key", "run", {"cartwright.flow_run": "f4"}, mine=lambda tags: False)
     assert not taken.resumed
+
+
+def test_of_a_run_that_was_made_twice_since_an_answer_was_lost_one_stays(home: Path) -> None:
+    """MLflow's client sends a request once more when its answer was lost, and the server makes a second run."""
+    tags = {"cartwright.opened_by": "me"}
+    first = open_parent(load_settings(), "domain/base", "key", "run", tags)
+    client, experiment = first.client, first.experiment_id
+    same = {"cartwright.kind": "pipeline", "cartwright.pipeline_key": "key"}
+    now = client.get_run(first.parent).info.start_time
+    others, earlier, ghost = (
+        client.create_run(experiment, now + later, run_name=name, tags={**same, "cartwright.opened_by": by}).info.run_id
+        for later, name, by in ((1, "run", "you"), (2, "an earlier run", "me"), (3, "run", "me"))
+    )
+    taken = open_parent(load_settings(), "domain/base", "key", "run", tags)
+    left = {run.info.run_id: run.info.status for run in client.search_runs([experiment])}
+    assert taken.parent == ghost and left == {ghost: "RUNNING", earlier: "KILLED", others: "RUNNING"}  # the first of the two has gone
+
+    stage = taken.child("count", "k", "stage")
+    client.create_run(
+        experiment, run_name="count", tags={"cartwright.kind": "stage", "cartwright.key": "k", "mlflow.parentRunId": taken.parent}
+    )
+    taken.end("FINISHED")
+    children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{taken.parent}'")
+    assert [(run.info.run_id, run.info.status) for run in children] == [(stage, "FINISHED")]

@@ -114,8 +114,31 @@ def damage_other_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({**values, "key": "0" * 32}))
 
 
+def damage_bit(path: Path) -> None:
+    """One bit of the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def damage_a_figure(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    assert '"numbers": 3' in text
+    (folder / MANIFEST).write_text(text.replace('"numbers": 3', '"numbers": 2'))
+
+
 @pytest.mark.parametrize(
-    "damage", [damage_delete, damage_truncate, damage_flip, damage_manifest, damage_no_manifest, damage_everything, damage_other_manifest]
+    "damage",
+    [
+        damage_delete,
+        damage_truncate,
+        damage_flip,
+        damage_manifest,
+        damage_no_manifest,
+        damage_everything,
+        damage_other_manifest,
+        damage_a_figure,
+    ],
 )
 def test_a_damaged_artefact_is_rebuilt(run: Run, store: Store, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture) -> None:
     first, _ = run(count, CountConfig())
@@ -126,6 +149,29 @@ def test_a_damaged_artefact_is_rebuilt(run: Run, store: Store, damage: Callable[
     assert (folder / "1.txt").read_text() == "1"
     if damage is not damage_everything:
         assert str(folder) in caplog.text
+
+
+def test_an_artefact_of_an_earlier_version_has_no_checksum_and_is_used(run: Run, store: Store) -> None:
+    first, _ = run(count, CountConfig())
+    path = store.path("count", first.key) / MANIFEST
+    path.write_text(first.model_copy(update={"sha256": ""}).model_dump_json())
+    assert run(count, CountConfig())[1] == "cached"
+    path.write_text(first.model_copy(update={"sha256": "", "digest": "0" * 64}).model_dump_json())
+    assert run(count, CountConfig())[1] == "computed"
+
+
+@pytest.mark.parametrize("damaged", ["0.txt", "no number.txt", MANIFEST])
+def test_nothing_is_made_from_an_input_that_was_damaged_since_it_was_found(run: Run, store: Store, home: Path, damaged: str) -> None:
+    numbers, _ = run(count, CountConfig())
+    folder = store.path("count", numbers.key)
+    if damaged == "no number.txt":  # on which the stage itself fails
+        (folder / "0.txt").write_text("x")
+    else:
+        damage_bit(folder / damaged)
+    with pytest.raises((StageError, UserError), match=r"damaged meanwhile|Run the same command again"):
+        run(add, AddConfig(), numbers=numbers)
+    assert not store.path("add", add.key(AddConfig(), {"numbers": numbers})).exists() and not list((home / "store").glob(".partial/*"))
+    assert run(add, AddConfig(), numbers=run(count, CountConfig())[0])[0].metrics["total"] == 3
 
 
 def test_a_failed_stage_leaves_no_artefact_and_names_its_log(run: Run, store: Store) -> None:

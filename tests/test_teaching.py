@@ -94,6 +94,16 @@ def test_a_log_that_is_no_text_loses_only_its_broken_lines(tmp_path: Path) -> No
     assert found and found.text == "žuč ü" and found.usd is None
 
 
+def test_an_answer_that_was_changed_in_the_log_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerLog(path, {"a", "b"}) as log:
+        log.add("a", Answer("red shoes", 1, 1, None, 0.1), {})
+        log.add("b", ANSWER, {})
+    path.write_bytes(path.read_bytes().replace(b"red shoes", b"rad shoes"))
+    with AnswerLog(path, {"a", "b"}) as log:
+        assert log.get("a") is None and log.get("b") == ANSWER
+
+
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     names = [str(i) for i in range(40)]

@@ -71,6 +71,20 @@ class Manifest(BaseModel):
     wall_s: float
     peak_rss_mb: float | None
     created: str
+    sha256: str = ""  # of all the rest; empty in one of an earlier version
+
+    def sealed(self) -> Manifest:
+        """The same with its checksum."""
+        return self.model_copy(update={"sha256": self._sum()})
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it says what it said when it was made."""
+        return self.sha256 == self._sum() if self.sha256 else self.digest == digest_of(self.files)
+
+    def _sum(self) -> str:
+        plain = json.loads(self.model_dump_json(exclude={"sha256"}))
+        return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 
     @property
     def size_mb(self) -> float:
@@ -126,19 +140,19 @@ class Store:
         """The folder of an artefact's files on this machine; copied from where another machine put them if they are not here yet.
 
         Raises:
-            FileNotFoundError: neither here nor there, or by now another one is.
+            UserError: neither here nor there, or by now another one is.
         """
         folder = self.path(manifest.kind, manifest.key)
         if not self.is_local and not (folder / MANIFEST).exists():
             with self.lock(manifest.kind, manifest.key):
                 self.find(manifest.kind, manifest.key)
-        try:
-            found = read_manifest(folder / MANIFEST)
-        except (FileNotFoundError, ValueError):
-            raise FileNotFoundError(f"{manifest.kind} {manifest.key} is not in {self.uri}") from None
-        if found.digest != manifest.digest:
-            raise FileNotFoundError(f"{manifest.kind} {manifest.key} in {self.uri} was made anew and holds something else")
-        return folder
+        found, damage = _own_manifest(folder, manifest.kind, manifest.key)
+        problem = damage if damage and folder.exists() else f"{manifest.kind} {manifest.key} is not in {self.uri}"
+        if found and found.digest != manifest.digest:
+            problem = f"{manifest.kind} {manifest.key} was made anew meanwhile and holds something else"
+        elif found:
+            return folder
+        raise UserError("store", self.uri, problem, mend="Run the same command again: what is missing is made anew")
 
     def partial(self, kind: str, key: str) -> Path:
         """Where an artefact is being made. Named by key, so that a restarted stage finds its checkpoints."""
@@ -164,14 +178,9 @@ class Store:
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         folder = self.path(kind, key)
-        try:
-            manifest = read_manifest(folder / MANIFEST)
-        except FileNotFoundError:
-            return None, f"{folder} has no {MANIFEST}" if folder.exists() else None
-        except (ValueError, IsADirectoryError) as error:
-            return None, f"{folder / MANIFEST} cannot be read ({_reason(error)})"
-        if (manifest.kind, manifest.key) != (kind, key):
-            return None, f"{folder / MANIFEST} belongs to {manifest.kind} {manifest.key}"
+        manifest, damage = _own_manifest(folder, kind, key)
+        if not manifest:
+            return None, damage
         damage = damage_of(folder, manifest)
         return (None, damage) if damage else (manifest, None)
 
@@ -237,7 +246,7 @@ class Store:
 
         Raises:
             FileNotFoundError: nothing of this name.
-        ValueError: it is too large, or not UTF-8.
+            ValueError: it is too large, or not UTF-8.
         """
         with self.fs.open(str(PurePosixPath(self.root) / name), "rb") as file:
             data = file.read(LARGEST_NOTE + 1)
@@ -305,6 +314,22 @@ def read_manifest(path: Path) -> Manifest:
 
 def _reason(error: Exception) -> str:
     return f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
+
+
+def _own_manifest(folder: Path, kind: str, key: str) -> tuple[Manifest | None, str | None]:
+    """The manifest of an artefact, or what is wrong with it; neither if there is no folder."""
+    path = folder / MANIFEST
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        return None, f"{folder} has no {MANIFEST}" if folder.exists() else None
+    except (ValueError, IsADirectoryError) as error:
+        return None, f"{path} cannot be read ({_reason(error)})"
+    if (manifest.kind, manifest.key) != (kind, key):
+        return None, f"{path} belongs to {manifest.kind} {manifest.key}"
+    if not manifest.is_intact:
+        return None, f"{path} has been changed since it was made"
+    return manifest, None
 
 
 def damage_of(folder: Path, manifest: Manifest) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,13 +128,21 @@ class Registry:
             )
         return {**found[wanted].tags, "version": wanted}
 
-    @contextlib.contextmanager
-    def promoting(self, name: str) -> Iterator[None]:
+    def promoting(self, name: str) -> FileLock:
         """Held while a model is promoted or rolled back: MLflow's aliases have no compare-and-swap."""
-        folder = self._settings.home / "locks"
+        return self._lock(f"promotion-{name}")
+
+    def registering(self, name: str) -> FileLock:
+        """Held while models are logged and registered: two runs that look for a version at once would both make it."""
+        return self._lock(f"registration-{name}")
+
+    def _lock(self, name: str) -> FileLock:
+        file = self._settings.mlflow_uri.removeprefix("sqlite:///")
+        folder = (
+            self._settings.home if file == self._settings.mlflow_uri else Path(file).parent
+        ) / "locks"  # of all homes that share a file
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"promotion-{name}.lock"):
-            yield
+        return FileLock(folder / f"{name}.lock")
 
     def write_decision(self, name: str, version: str, decision: Mapping[str, Any]) -> None:
         """Note on a version what was decided about it: by whom or what, when, why, and the figures. Earlier decisions stay."""

@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core import child, hardware
-from tasks.core.artifacts import Manifest, Store, canonical_json, describe_files, digest_of
+from tasks.core.artifacts import Manifest, Store, canonical_json, damage_of, describe_files, digest_of
 from tasks.core.progress import Event
+from tasks.domain.errors import UserError
 
 logger = logging.getLogger("cartwright")
 
@@ -140,11 +141,11 @@ def _compute(
     on_event: Callable[[Event], None],
     secrets: Callable[[], Mapping[str, str]],
 ) -> Manifest:
+    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     out_dir = store.partial(stage.name, key)
     if out_dir.exists() and not stage.resumable:
         shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     started = time.monotonic()
     try:
         if stage.isolated:
@@ -152,10 +153,13 @@ def _compute(
             outcome = child.run_isolated(stage, config, folders, out_dir, log, on_event, secrets())
         else:
             outcome = child.Outcome(stage.function(config, folders, out_dir), None)
-    except BaseException:
+    except BaseException as error:
         if not stage.resumable:  # what is half made is of no use, and may be what filled the disk
             shutil.rmtree(out_dir, ignore_errors=True)
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            _check_inputs(stage, inputs, folders, out_dir)
         raise
+    _check_inputs(stage, inputs, folders, out_dir)
     files = describe_files(out_dir)
     manifest = Manifest(
         kind=stage.name,
@@ -171,6 +175,18 @@ def _compute(
         wall_s=round(time.monotonic() - started, 3),
         peak_rss_mb=outcome.peak_rss_mb,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    ).sealed()
     store.commit(out_dir, manifest)
     return manifest
+
+
+def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping[str, Path], out_dir: Path) -> None:
+    """Whether what a stage read still is what was found whole, which may be long ago. If not, what it made of it goes.
+
+    Raises:
+        child.StageError: something was damaged meanwhile.
+    """
+    for name, folder in folders.items():
+        if damage := damage_of(folder, inputs[name]):
+            shutil.rmtree(out_dir, ignore_errors=True)
+            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")

@@ -53,7 +53,7 @@ def client_of(settings: Settings) -> Any:
     """A client of the MLflow of these settings, which becomes MLflow's own default too."""
     import mlflow
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its errors are raised as well, and told once
     mlflow.set_tracking_uri(settings.mlflow_uri)
     return mlflow.MlflowClient(settings.mlflow_uri)
 
@@ -90,11 +90,29 @@ def open_parent(
     taken = next((run.info.run_id for run in left if mine(run.data.tags)), None)
     if taken:
         client.update_run(taken, status="RUNNING")
+        _end_others(client, experiment_id, same, str(taken), tags)
         for name, value in tags.items():
             client.set_tag(taken, name, value)
         return Tracker(settings, str(taken), resumed=True)
     all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
-    return Tracker(settings, str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id))
+    made = str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id)
+    _end_others(client, experiment_id, same, made, tags)
+    return Tracker(settings, made)
+
+
+def _end_others(client: Any, experiment_id: str, same: str, kept: str, tags: Mapping[str, str]) -> None:
+    """Parent runs of the same configuration and home that were left running: a lock of the home says that nobody works on them.
+
+    One of the same name is of a request that MLflow's client sent twice, since the first answer was lost.
+    """
+    opened_by, name = tags.get(TAG + "opened_by"), client.get_run(kept).info.run_name
+    for run in client.search_runs([experiment_id], f"{same} and attributes.status = 'RUNNING'") if opened_by else []:
+        if run.info.run_id == kept or run.data.tags.get(TAG + "opened_by") != opened_by:
+            continue
+        if run.info.run_name == name:
+            client.delete_run(run.info.run_id)
+        else:
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def preload() -> None:
@@ -214,9 +232,19 @@ class Tracker:
         self.client.set_tag(self.parent, TAG + "gate", report["gate"]["verdict"])
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the parent and every child that is still running."""
-        for run in self._search(f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"):
-            self.client.set_terminated(run.info.run_id, status)
+        """End the parent and every child that is still running; of two children with one key, one goes.
+
+        There are two where an answer of MLflow was lost, and its client sent the request to make a run once more.
+        """
+        seen: set[tuple[str, str]] = set()
+        children = self._search(f"tags.`mlflow.parentRunId` = '{self.parent}'")
+        for run in sorted(children, key=lambda run: (run.info.run_id not in self._children.values(), run.info.status == "RUNNING")):
+            which = (run.data.tags.get(TAG + "kind", ""), run.data.tags.get(TAG + "key", run.info.run_id))
+            if which in seen:
+                self.client.delete_run(run.info.run_id)
+            elif run.info.status == "RUNNING":
+                self.client.set_terminated(run.info.run_id, status)
+            seen.add(which)
         self.client.set_terminated(self.parent, status)
 
     # Models ------------------------------------------------------------------------------------------------------

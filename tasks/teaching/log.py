@@ -19,8 +19,12 @@ from tasks.core.artifacts import canonical_json
 
 
 def request_hash(request: dict[str, Any]) -> str:
-    """The name of a request: sha256 of its canonical JSON. No key and no address is in it."""
-    return hashlib.sha256(canonical_json(request).encode()).hexdigest()
+    """The name of a request: its checksum. No key and no address is in it."""
+    return _sum(request)
+
+
+def _sum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ class AnswerLog:
     def _read(self, line: str) -> None:
         try:
             entry = json.loads(line)
-            if entry["hash"] in self._wanted:
+            if entry["hash"] in self._wanted and entry.pop("sha256", None) in (None, _sum(entry)):  # earlier versions wrote none
                 self._answers[entry["hash"]] = _ANSWER.validate_python({field.name: entry[field.name] for field in fields(Answer)})
-        except (ValueError, KeyError, TypeError, RecursionError):  # torn: that answer is bought again
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or changed: that answer is bought again
             return
 
     def get(self, request: str) -> Answer | None:
@@ -91,7 +95,8 @@ class AnswerLog:
             OSError: the disk is full.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = json.dumps({"hash": request, "time": now, **about, **asdict(answer)}, ensure_ascii=False) + "\n"
+        entry = {"hash": request, "time": now, **about, **asdict(answer)}
+        line = json.dumps({**entry, "sha256": _sum(entry)}, ensure_ascii=False) + "\n"
         with self._lock:
             data = line.encode()
             while data:

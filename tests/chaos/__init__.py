@@ -1,0 +1,9 @@
+"""Faults at seeded moments, the same command again, and what must hold then. `python -m tests.chaos --help`.
+
+pipelines.py   what is run: `small` (the real seam, child processes, MLflow and teacher on tiny stages) and `smoke` (the whole DAG)
+world.py       where a cycle happens: a home on a disk of its own, MLflow and teacher on loopback, the command
+faults.py      what goes wrong
+invariants.py  what must hold after the same command was given again
+proxy.py       MLflow's address, behind which the answers may be late, wrong or lost
+cycle.py       one fault from beginning to end; __main__.py many, and the table of them
+"""

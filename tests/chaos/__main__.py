@@ -1,0 +1,72 @@
+"""Let faults strike one after the other and write down what came of them.
+
+python -m tests.chaos --pipeline small --faults 200 --output FOLDER
+python -m tests.chaos --pipeline smoke --seed 123 --faults 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.chaos.cycle import Outcome, cycle
+from tests.chaos.pipelines import PIPELINES
+from tests.chaos.world import a_world
+
+
+def main() -> int:
+    """The exit code: 1 if anything was lost."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pipeline", choices=PIPELINES, default="small", help="small: the seam on tiny stages; smoke: the whole DAG")
+    parser.add_argument("--seed", type=int, default=1, help="of the first fault; the next has the next number")
+    parser.add_argument("--faults", type=int, default=200, help="how many")
+    parser.add_argument("--only", default="", help="a word in the name of the faults to draw from, such as disk; a seed then draws another")
+    parser.add_argument("--output", type=Path, default=None, help="a folder for chaos.json and chaos.md")
+    asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks and servers are put away
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, a_world(PIPELINES[asked.pipeline], Path(folder)) as world:
+        for seed in range(asked.seed, asked.seed + asked.faults):
+            outcomes.append(found := cycle(world, seed, asked.only))
+            print(
+                f"{seed:>6}  {found.fault:<34} {found.moment:<28} {found.seconds:6.1f} s  {'; '.join(found.problems) or 'recovered'}",
+                flush=True,
+            )
+            if found.problems:
+                print(found.output, file=sys.stderr, flush=True)
+            if asked.output:
+                write(outcomes, asked.pipeline, asked.output)
+    print(as_table(outcomes))
+    return int(any(found.problems for found in outcomes))
+
+
+def write(outcomes: list[Outcome], pipeline: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{name: value for name, value in asdict(found).items() if name != "output" or found.problems} for found in outcomes]
+    (folder / "chaos.json").write_text(json.dumps({"pipeline": pipeline, "outcomes": rows}, indent=1), encoding="utf-8")
+    (folder / "chaos.md").write_text(as_table(outcomes), encoding="utf-8")
+
+
+def as_table(outcomes: list[Outcome]) -> str:
+    """A row for each fault, as Markdown."""
+    by_fault: dict[str, list[Outcome]] = defaultdict(list)
+    for found in outcomes:
+        by_fault[found.fault].append(found)
+    lines = ["| fault | count | recovered | median seconds to recover |", "| --- | ---: | ---: | ---: |"]
+    for name, some in [*sorted(by_fault.items()), ("**all**", outcomes)]:
+        recovered = sum(not found.problems for found in some)
+        lines.append(f"| {name} | {len(some)} | {recovered} | {statistics.median(found.seconds for found in some):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""One fault from beginning to end, all of it drawn from one seed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.chaos import invariants
+from tests.chaos.command import Command
+from tests.chaos.faults import ASKS, FAULTS, Fault
+from tests.chaos.world import World
+
+CHECKPOINTED = ("stepwise", "finetune")
+START_S = 1.0  # of a small pipeline, until it looks for its first stage
+START_WITH_PREFECT_S = 12.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fault. `problems` is empty if nothing was lost."""
+
+    seed: int
+    fault: str
+    moment: str
+    removed: list[str]
+    first_exit: int | None
+    seconds: float
+    problems: list[str]
+    output: str
+
+
+def usable(world: World) -> list[Fault]:
+    return [fault for fault in FAULTS if (world.mounting or not fault.mounts) and (world.pipeline.prefect or not fault.prefect)]
+
+
+def cycle(world: World, seed: int, only: str = "") -> Outcome:
+    """Let one fault strike, give the command again, and look.
+
+    Args:
+        only: a word in the fault's name.
+    """
+    rng = Random(seed)
+    world.restore()
+    fault = rng.choice([fault for fault in usable(world) if only in fault.name])
+    moment = rng.choice(fault.moments)
+    removed = _remove_some(world, rng, CHECKPOINTED if moment == "in checkpoints" else ())
+    fault.prepare(world)
+    if moment == "before":
+        fault.strike(world, None, rng)
+    first = world.start()
+    when: str = moment
+    if moment != "before":
+        when = _await(world, first, rng, moment, removed)
+        fault.strike(world, first, rng)
+    in_time = first.wait(world.pipeline.limit_s)
+    fault.undo(world)
+    problems = [] if in_time else ["the command that was disturbed did not end in time"]
+    problems += [] if fault.kills else list(invariants.said_plainly(first))
+    problems += list(invariants.shared(world, first, world.second)) if world.second else []
+    before = invariants.look(world, commands=3 if world.second else 2)  # that of the undisturbed run, and the one that was disturbed
+    world.teacher.requests.clear()
+    started = time.monotonic()
+    again = world.start()
+    in_time = again.wait(world.pipeline.limit_s)
+    seconds = time.monotonic() - started
+    problems += invariants.violations(world, before, again, in_time)
+    output = f"--- disturbed ({first.exit_code})\n{first.output}--- again ({again.exit_code})\n{again.output}"
+    return Outcome(seed, fault.name, when, removed, first.exit_code, round(seconds, 2), problems, output)
+
+
+def _remove_some(world: World, rng: Random, surely: tuple[str, ...]) -> list[str]:
+    """Remove some artefacts, so that there is something to compute: their kinds, in the order they are made in."""
+    made = [manifest for manifest in world.artefacts() if manifest.wall_s]
+    some = set(rng.sample(range(len(made)), rng.randint(1, max(1, len(made) // 2))))
+    removed = [manifest for number, manifest in enumerate(made) if number in some or manifest.kind in surely]
+    for manifest in removed:
+        shutil.rmtree(world.store / manifest.kind / manifest.key)
+    if {manifest.kind for manifest in removed} & set(ASKS) and rng.random() < 0.5:
+        shutil.rmtree(world.home / "teacher")
+    return [manifest.kind for manifest in removed]
+
+
+def _await(world: World, command: Command, rng: Random, moment: str, removed: list[str]) -> str:
+    """Wait for the moment, and say which it is: soon after the start, or so long after a stage began to compute."""
+    if moment == "in checkpoints":
+        found = rng.randint(1, 4)
+        while command.runs and len(_checkpoints(world)) < found:
+            time.sleep(0.01)
+        return f"checkpoint {found}"
+    stage = rng.choice(["", *removed])
+    known = [manifest.wall_s for manifest in world.reference.values() if manifest.kind == stage]
+    delay = rng.uniform(0, max(known, default=START_WITH_PREFECT_S if world.pipeline.prefect else START_S))
+    if stage and not world.await_stage(command, stage):
+        return f"{stage} did not begin"
+    time.sleep(delay)
+    return f"{stage or 'start'} + {delay:.2f} s"
+
+
+def _checkpoints(world: World) -> list[Path]:
+    return list((world.store / ".partial").glob("*/checkpoints/checkpoint-*/*"))

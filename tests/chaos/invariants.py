@@ -1,0 +1,202 @@
+"""What must hold after a fault, once the same command was given again. Each function says what is wrong, and nothing if all is well."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tasks.core.artifacts import MANIFEST, Store
+from tasks.teaching.log import AnswerLog
+from tests.chaos.command import REPOSITORY, Command
+from tests.chaos.world import World
+
+TOLERANCE = 0.05  # of a share that is measured twice, such as exact match
+GONE_WITHIN_S = 5
+TORCH = "torchinductor_"  # a folder that torch keeps for all programs of a user
+
+
+@dataclass
+class Before:
+    """What there was when the command was given again.
+
+    Attributes:
+        whole: artefacts that could be used, with the time their manifest was written.
+        answers: requests whose answers are in the teacher's log.
+        commands: how often the command had been given in this home.
+    """
+
+    whole: dict[Path, int] = field(default_factory=dict)
+    answers: frozenset[str] = frozenset()
+    commands: int = 0
+
+
+def look(world: World, commands: int) -> Before:
+    whole = {}
+    store = Store(world.store.as_uri(), world.home)
+    for path in world.store.glob(f"*/*/{MANIFEST}"):
+        kind, key = path.parts[-3:-1]
+        if store.find(kind, key)[0]:
+            whole[path] = path.stat().st_mtime_ns
+    return Before(whole, frozenset(logged(world)), commands)
+
+
+def logged(world: World) -> list[str]:
+    """The hashes of the teacher's log whose answers can be used, as the pipeline reads them."""
+    path = world.home / "teacher" / "answers.jsonl"
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            found.append(str(json.loads(line)["hash"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    with tempfile.TemporaryDirectory() as folder:  # a log that is opened is mended
+        copy = Path(shutil.copy(path, folder))
+        with AnswerLog(copy, found) as log:
+            return [name for name in found if log.get(name)]
+
+
+def violations(world: World, before: Before, again: Command, in_time: bool) -> list[str]:
+    """All that is wrong after the command was given again."""
+    checks = (completed(again, in_time), same(world), not_again(world, before), recorded(world, before), not_bought_twice(world, before))
+    found = [problem for check in checks for problem in check]
+    return found + list(left_behind(world)) + (list(champion_loads(world)) if world.pipeline.prefect else [])
+
+
+def said_plainly(first: Command) -> Iterator[str]:
+    """What stops a command is one message, not a traceback."""
+    if "Traceback" in first.output:
+        yield "the command that was disturbed ended with a traceback"
+
+
+def shared(world: World, first: Command, second: Command) -> Iterator[str]:
+    """Two runs at once: both end well, or one says that the other is running; what both need was made once."""
+    refused = "running already" in second.output
+    if second.exit_code and not refused:
+        yield f"the second of two runs at once ended with exit code {second.exit_code}: {second.output[-300:]}"
+    made = Counter(line.split("  ")[0] for run in (first, second) for line in re.findall(r"^done +(.*)$", run.output, re.MULTILINE))
+    for label, times in made.items():
+        if times > 1 and label.split()[0] not in world.pipeline.own:
+            yield f"two runs at once both made {label}"
+
+
+def completed(again: Command, in_time: bool) -> Iterator[str]:
+    if not in_time:
+        yield "the same command did not end in time"
+    elif again.exit_code:
+        yield f"the same command ended with exit code {again.exit_code}"
+
+
+def same(world: World) -> Iterator[str]:
+    """Every artefact of the undisturbed run is there, whole, and holds the same; so is every other one."""
+    store = Store(world.store.as_uri(), world.home)
+    there = {(path.parts[-3], path.parts[-2]) for path in world.store.glob(f"*/*/{MANIFEST}")}
+    for kind, key in sorted(there):
+        manifest, damage = store.find(kind, key)
+        expected = world.reference.get((kind, key))
+        if damage:
+            yield f"damaged: {damage}"
+        elif manifest and expected and kind not in world.pipeline.varies and manifest.digest != expected.digest:
+            yield f"{kind} {key} holds something else than without the fault"
+    for kind in sorted({kind for kind, _ in world.reference} - {kind for kind, _ in there}):
+        yield f"there is no {kind}"
+    if not world.pipeline.varies:
+        for kind, key in sorted(set(world.reference) - there):
+            yield f"{kind} {key} is missing"
+
+
+def not_again(world: World, before: Before) -> Iterator[str]:
+    """No stage that had finished was computed again."""
+    for path, written in before.whole.items():
+        if not path.exists() or path.stat().st_mtime_ns != written:
+            yield f"{path.parts[-3]} {path.parts[-2]} was whole and was made again"
+
+
+def recorded(world: World, before: Before) -> Iterator[str]:
+    """MLflow has one run for each try at most, one child for each stage of it, and none that is said to go on."""
+    with closing(sqlite3.connect(world.home / "mlflow.db")) as database:
+        runs = {
+            run: (name, status)
+            for run, name, status in database.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'")
+        }
+        tags = list(database.execute("select run_uuid, key, value from tags"))
+        versions = Counter(database.execute("select name, value from model_version_tags where key = 'cartwright.digest'").fetchall())
+        pending = database.execute("select count(*) from logged_models where status = 1 and lifecycle_stage = 'active'").fetchone()[0]
+    of: dict[str, dict[str, str]] = {run: {} for run in runs}
+    for run, key, value in tags:
+        if run in of:
+            of[run][key] = value
+    for name, status in runs.values():
+        if status in ("RUNNING", "SCHEDULED"):
+            yield f"MLflow's run {name} is left {status}"
+    children = Counter(
+        (found["mlflow.parentRunId"], found.get("cartwright.kind"), found.get("cartwright.key"))
+        for found in of.values()
+        if "mlflow.parentRunId" in found
+    )
+    for (_, kind, key), times in children.items():
+        if times > 1:
+            yield f"MLflow has {times} runs of the {kind} {key} in one parent"
+    parents = sum(found.get("cartwright.kind") == "pipeline" for found in of.values())
+    if parents > before.commands + 1:
+        yield f"MLflow has {parents} pipeline runs for {before.commands + 1} commands"
+    for (name, _), times in versions.items():
+        if times > 1:
+            yield f"{times} versions of {name} have the same content"
+    if pending:
+        yield f"{pending} logged models are left unfinished"
+
+
+def not_bought_twice(world: World, before: Before) -> Iterator[str]:
+    """Each answer is in the log once, and none that was there was asked for again."""
+    now = logged(world)
+    for name, times in Counter(now).items():
+        if times > 1:
+            yield f"the teacher's answer {name[:8]} was bought {times} times"
+    new = len(set(now) - before.answers)
+    if (asked := len(world.teacher.requests)) > new:
+        yield f"the teacher was asked {asked} times for {new} answers"
+
+
+def left_behind(world: World) -> Iterator[str]:
+    """No process, lock or temporary file."""
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while (alive := world.processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in alive:
+        yield f"a process is left: {process.pid}"
+    for path in world.home.rglob("*.lock"):
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield f"{path.name} is still held"
+    partial = world.store / ".partial"
+    unfinished = list(partial.iterdir()) if partial.is_dir() else []
+    names = [path for path in world.home.rglob("*") if path.name.endswith(".new") or path.name.startswith(".latest-")]
+    temporary = [path for path in world.temporary.iterdir() if not path.name.startswith(TORCH)]
+    for path in [*unfinished, *names, *temporary]:
+        yield f"a temporary file is left: {path.relative_to(world.disk)}"
+
+
+def champion_loads(world: World) -> Iterator[str]:
+    """Who follows the alias gets a model that answers."""
+    code = "from tasks.core.registry import champion_version; from tasks.core.settings import load_settings; from tasks.registered import problem_of\nname = 'shop-intent'\nfound = champion_version(load_settings(), name)\nprint(problem_of(name, found['version']) if found else 'there is none')"
+    variables = {**os.environ, "CARTWRIGHT_HOME": str(world.home)}
+    said = subprocess.run([sys.executable, "-c", code], env=variables, cwd=REPOSITORY, capture_output=True, text=True)
+    if said.returncode or said.stdout.strip():
+        yield f"the champion: {(said.stdout or said.stderr).strip()[-300:]}"

@@ -1,0 +1,45 @@
+"""How a command ends when something outside of it is in its way."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import httpx
+import pytest
+from mlflow.exceptions import MlflowException
+
+from flows import terminal
+from tasks.core.settings import load_settings
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/store/x"), "Error: Read-only file system: /store/x. Free space or mend"),
+        (MlflowException("API request failed\nwith a long story"), "Error: MLflow does not do what was asked (API request failed)"),
+        (httpx.ConnectError("All connection attempts failed"), "Error: Prefect's API does not do what was asked (All connection"),
+    ],
+)
+def test_a_server_or_disk_that_is_gone_is_one_message(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, terminal.one_message(load_settings()):
+        raise error
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.startswith(said) and "same command again" in message and len(message.splitlines()) == 1
+
+
+def test_a_full_disk_is_named_whatever_the_error_says(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.mkdir()
+    monkeypatch.setattr(terminal, "FULL", 10**18)  # more than is free here
+    with pytest.raises(SystemExit), terminal.one_message(load_settings()):
+        raise MlflowException("database or disk is full")
+    assert capsys.readouterr().err.startswith(f"Error: the disk is full: {home}")
+
+
+def test_an_error_of_ours_stays_one() -> None:
+    with pytest.raises(KeyError), terminal.one_message(load_settings()):
+        raise KeyError("a defect")
