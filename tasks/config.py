@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -166,6 +166,12 @@ def _model_at(root: type[BaseModel], location: list[str]) -> type[BaseModel] | N
     return model
 
 
+@lru_cache(maxsize=1)
+def _check_banks(data: SynthesizeConfig) -> None:
+    """Once a process: a command checks before it starts servers, and so does the flow, which may have been started elsewhere."""
+    make_generator(data)
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """Check what the configuration points at, before any work, and fill in the digests that make it exact.
 
@@ -177,13 +183,13 @@ def resolve(config: RunConfig) -> RunConfig:
     spec = load_spec(config.data.domain)
     _known("data.languages", config.data.languages, spec.languages)
     _known("data.intents", config.data.intents, list(spec.intents))
-    make_generator(config.data)
+    digest = digest_of(describe_files(domain_path(config.data.domain)))
+    _check_banks(config.data.model_copy(update={"domain_sha256": digest}))
     if config.api:
         check_apis(config.api)
     check_teacher(config.data, config.teacher)
     if config.benchmark.llama_bench:
         llama_bench_program()
-    digest = digest_of(describe_files(domain_path(config.data.domain)))
     for field, paths in (("data.extra", config.data.extra), ("registry.own_rows", config.registry.own_rows)):
         for path in paths:
             if not read_labelled(Path(path), spec)[0]:

@@ -14,7 +14,7 @@ from filelock import FileLock
 from tests.chaos.cycle import cycle
 from tests.chaos.faults import FAULTS
 from tests.chaos.invariants import look, violations
-from tests.chaos.pipelines import SMALL, SMOKE
+from tests.chaos.pipelines import SMALL
 from tests.chaos.world import World, a_world
 
 
@@ -67,12 +67,3 @@ def test_what_is_lost_is_found(small: World) -> None:
     lock = FileLock(small.home / "locks" / "run-small-0.lock")
     assert "still held" in problems(lock.acquire)
     lock.release()
-
-
-@pytest.mark.slow
-def test_a_killed_run_of_the_whole_dag_loses_nothing_and_no_artefact_knows_where_it_was_made(tmp_path: Path) -> None:
-    with a_world(SMOKE, tmp_path) as world:
-        files = [path for path in world.store.glob("*/*/**/*") if path.is_file()]
-        assert files and not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
-        found = cycle(world, 1, "kill the parent")
-        assert not found.problems, f"{found}\n{found.output}"

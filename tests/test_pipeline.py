@@ -127,6 +127,11 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
     assert report["sbom"] in (finished.home / "reports" / "latest" / "report.html").read_text()
 
 
+def test_no_artefact_knows_where_it_was_made(finished: Finished) -> None:
+    files = [path for path in finished.store.glob("*/*/**/*") if path.is_file()]
+    assert files and not [path for path in files if str(finished.home).encode() in path.read_bytes()]
+
+
 def test_mlflow_holds_every_stage_variant_and_the_champion(finished: Finished) -> None:
     """In a process of its own: MLflow keeps the tracking address for good."""
     code = """
