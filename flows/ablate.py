@@ -14,9 +14,10 @@ from prefect.artifacts import create_markdown_artifact
 from flows.session import alone, ending
 from tasks.ablation import SEED, Ablation, Arm, Outcome, figures, load_ablation, table
 from tasks.base_model import base_model
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import StageError
 from tasks.core.display import Display
+from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
 from tasks.core.tracking import as_params, open_parent

@@ -16,8 +16,9 @@ from prefect.runtime import deployment
 
 from flows.session import alone, ending, run_log, tell
 from tasks.champion import Champion, champion_with_dataset
-from tasks.core.artifacts import MANIFEST, Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.display import Display
+from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.registry import champion_files
 from tasks.core.runner import Runner

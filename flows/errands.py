@@ -18,7 +18,8 @@ from prefect import Flow
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flows.session import Run
-from tasks.core.artifacts import Store, canonical_json
+from tasks.core.artifacts import Store
+from tasks.core.manifests import canonical_json
 from tasks.domain.errors import UserError
 
 StageFlow = Flow[..., Any]

@@ -9,8 +9,8 @@ from prefect import flow
 from prefect.concurrency.sync import concurrency
 
 from flows.session import Run, runner, tell
-from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
+from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate

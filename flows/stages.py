@@ -13,8 +13,8 @@ from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.config import RunConfig
-from tasks.core.artifacts import Manifest
 from tasks.core.child import StageError
+from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.config import RunConfig, load_config, resolve
-from tasks.core.artifacts import Manifest, canonical_json
+from tasks.core.manifests import Manifest, canonical_json
 from tasks.core.markdown import escape_markdown
 from tasks.domain.errors import UserError
 from tasks.domain.spec import line_of, load_yaml

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.core.registry import find_champion
 from tasks.core.settings import Settings
 from tasks.domain.errors import UserError

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from tasks.core.artifacts import describe_files
+from tasks.core.manifests import describe_files
 
 logger = logging.getLogger("cartwright")
 

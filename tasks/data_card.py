@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.scoring import compact_json
 from tasks.plot_files import Plot, read_plots, write_plots

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.benchmark import pooled
-from tasks.core.artifacts import MANIFEST, Manifest
+from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.fidelity import UNUSABLE
 from tasks.paper import compare_with_paper

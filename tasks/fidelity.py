@@ -14,7 +14,7 @@ from pydantic import Field
 
 from tasks import runtimes
 from tasks.core import hardware, progress
-from tasks.core.artifacts import MANIFEST, Manifest, damage_of
+from tasks.core.manifests import MANIFEST, Manifest, damage_of
 from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.scoring import answer_text

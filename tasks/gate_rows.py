@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from tasks.core.artifacts import sha256_file
+from tasks.core.manifests import sha256_file
 from tasks.core.stage import stage
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled

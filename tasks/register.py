@@ -6,7 +6,8 @@ import json
 from typing import Any, Literal
 
 from tasks import gate
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
 from tasks.core.runner import Runner
 from tasks.core.tracking import Tracker, as_params, flatten

@@ -13,7 +13,7 @@ from typing import Any
 
 from tasks.config import RunConfig
 from tasks.core import hardware
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tasks.base_model import OFFLINE, TINY, BaseModelConfig
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.core.packages import Package, installed
 
 SBOM = "sbom.cdx.json"

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tasks.core import stage as seam
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.synthesize import SynthesizeConfig
 from tasks.teach import TeacherConfig, teach, teach_config
 

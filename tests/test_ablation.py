@@ -13,7 +13,7 @@ import pytest
 
 from tasks.ablation import Outcome, load_ablation, table
 from tasks.config import PROFILES
-from tasks.core.artifacts import FileEntry, Manifest
+from tasks.core.manifests import FileEntry, Manifest
 from tasks.domain.errors import UserError
 
 ABLATIONS = PROFILES.parent / "ablations"

@@ -18,7 +18,8 @@ import pytest
 
 from tasks.champion import champion_with_dataset
 from tasks.config import with_overrides
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.core.settings import load_settings
 from tasks.core.stage import run as run_stage
 from tasks.domain.errors import UserError

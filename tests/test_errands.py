@@ -10,7 +10,8 @@ from flows import releasing, stages
 from flows.errands import errand_for, read_errand
 from flows.session import Run
 from tasks.config import load_config
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.decide import Variant
 from tasks.domain.errors import UserError
 
@@ -86,7 +87,7 @@ def test_an_artefact_of_another_machine_is_fetched_when_it_is_needed(tmp_path: P
     folder = there.partial("merge", "k")
     folder.mkdir(parents=True)
     (folder / "weights").write_text("w")
-    from tasks.core.artifacts import describe_files, digest_of
+    from tasks.core.manifests import describe_files, digest_of
 
     files = describe_files(folder)
     made = manifest("k").model_copy(update={"files": files, "digest": digest_of(files)})

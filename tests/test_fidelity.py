@@ -16,8 +16,9 @@ from tasks import runtimes
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.benchmark import SAMPLES
 from tasks.config import load_config
-from tasks.core.artifacts import MANIFEST, Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import StageError
+from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.decide import DecideConfig, Variant, decide
 from tasks.domain.prompt import Message

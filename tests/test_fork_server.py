@@ -14,8 +14,9 @@ import pytest
 
 from tasks.core import child, hardware, settings
 from tasks.core import stage as seam
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import StageError
+from tasks.core.manifests import Manifest
 from tasks.domain.errors import UserError
 from tests.test_stage import read_until, start
 from tests.tiny_stages import CountConfig, count, forked, forked_count

@@ -119,7 +119,8 @@ MANIFESTS = st.dictionaries(st.sampled_from(NAMES), st.just(ENTRY), max_size=3).
 def test_manifest(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     from fsspec.implementations.memory import MemoryFile
 
-    from tasks.core.artifacts import MANIFEST, Store
+    from tasks.core.artifacts import Store
+    from tasks.core.manifests import MANIFEST
 
     top = tmp_path_factory.getbasetemp() / "manifests"
     there, here = Store("memory://fuzz", top / "a" / "home"), Store((top / "store").as_uri(), top / "home")

@@ -9,8 +9,9 @@ import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.core import hardware
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import run_isolated
+from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.domain.errors import UserError
 from tasks.fidelity import FidelityConfig, ReferenceLogitsConfig, fidelity, reference_logits

@@ -12,7 +12,8 @@ import pytest
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.calibration import calibration_examples
 from tasks.config import load_config
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.domain.errors import UserError
 from tasks.importance import IMPORTANCE, ImportanceConfig, gguf_names, importance

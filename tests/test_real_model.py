@@ -18,7 +18,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
         "data.train_rows": 320, "data.validation_rows": 24, "data.test_rows": 40, "data.hard_rows": 12, "base_few_shot": 0, "data.languages": "[en]", "data.patterns_per_intent": 4,
         "data.intents": "[add_to_cart,remove_from_cart,view_cart,track_order]",
         "train.compile": "false", "train.checkpoints": 2, "train.epochs": 1, "train.batch_size": 8, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "both", "gptq": "[]",
-        "evaluate.max_tokens": 40, "benchmark.requests": 5, "benchmark.batched_requests": 5, "benchmark.repeats": 1, "fidelity.rows": 12,
+        "evaluate.max_tokens": 32, "benchmark.max_tokens": 8, "benchmark.decode_tokens": 8, "benchmark.prefill_tokens": 64, "benchmark.requests": 5, "benchmark.batched_requests": 5, "benchmark.repeats": 1, "fidelity.rows": 12,
     }  # fmt: skip
     result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
     assert result.returncode == 0, result.stdout + result.stderr

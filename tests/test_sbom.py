@@ -14,7 +14,7 @@ import pytest
 
 from tasks.base_model import OFFLINE, BaseModelConfig
 from tasks.core import packages
-from tasks.core.artifacts import Manifest, describe_files, digest_of
+from tasks.core.manifests import Manifest, describe_files, digest_of
 from tasks.core.packages import Package, installed
 from tasks.sbom import SBOM, sbom, write_sbom
 

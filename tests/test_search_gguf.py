@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.fidelity import ReferenceLogitsConfig, read_reference, reference_logits
 from tasks.importance import ImportanceConfig, importance

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tasks.core import registry
-from tasks.core.artifacts import MANIFEST, Manifest, Store, damage_of, describe_files, digest_of
+from tasks.core.artifacts import Store
+from tasks.core.manifests import MANIFEST, Manifest, damage_of, describe_files, digest_of
 from tasks.core.registry import champion_files
 from tasks.core.settings import Settings, load_settings
 from tasks.core.tracking import Tracker, open_parent

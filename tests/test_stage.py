@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from tasks.core import stage as seam
-from tasks.core.artifacts import MANIFEST, Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import StageError
+from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
 from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed

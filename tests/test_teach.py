@@ -18,7 +18,7 @@ import pytest
 
 from tasks import api
 from tasks.config import load_config, resolve
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.domain.errors import UserError
 from tasks.synthesize import read_rows
 from tasks.teach import TeacherConfig, check_teacher, teach, teach_config

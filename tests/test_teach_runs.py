@@ -17,7 +17,7 @@ import pytest
 from flows.session import _free_port
 from tasks import api
 from tasks.base_model import offline_gguf
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tasks.core.artifacts import sha256_file
+from tasks.core.manifests import sha256_file
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
 from tasks.domain.errors import UserError

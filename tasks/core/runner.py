@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.core import stage as seam
-from tasks.core.artifacts import Manifest, Store
+from tasks.core.artifacts import Store
 from tasks.core.child import StageError
 from tasks.core.display import Display
+from tasks.core.manifests import Manifest
 from tasks.core.progress import Event
 from tasks.core.settings import Settings
 from tasks.core.stage import Stage, StageConfig

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from tasks.core import child, hardware
-from tasks.core.artifacts import Manifest, Store, canonical_json, damage_of, describe_files, digest_of
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest, canonical_json, damage_of, describe_files, digest_of
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
 
@@ -187,6 +188,6 @@ def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping
         child.StageError: something was damaged meanwhile.
     """
     for name, folder in folders.items():
-        if damage := damage_of(folder, inputs[name]):
+        if damage := damage_of(folder, inputs[name], only_touched=True):
             shutil.rmtree(out_dir, ignore_errors=True)
             raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")

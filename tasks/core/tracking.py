@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from tasks.core.artifacts import Manifest
+from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError

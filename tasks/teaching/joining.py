@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.core.artifacts import MANIFEST
+from tasks.core.manifests import MANIFEST
 from tasks.domain.bank import Pattern, Product
 from tasks.domain.utterances import Generator
 from tasks.teaching.validators import as_pattern, as_product

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from filelock import FileLock
 from pydantic import Field, TypeAdapter
 
-from tasks.core.artifacts import canonical_json
+from tasks.core.manifests import canonical_json
 
 
 def request_hash(request: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-from tasks.core.artifacts import MANIFEST
+from tasks.core.manifests import MANIFEST
 from tests.chaos.command import Command
 from tests.chaos.world import World
 

@@ -18,7 +18,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tasks.core.artifacts import MANIFEST, Store
+from tasks.core.artifacts import Store
+from tasks.core.manifests import MANIFEST
 from tasks.teaching.log import AnswerLog
 from tests.chaos.command import REPOSITORY, Command
 from tests.chaos.world import World

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from flows.session import _free_port
-from tasks.core.artifacts import MANIFEST, Manifest
+from tasks.core.manifests import MANIFEST, Manifest
 from tests.chaos.command import Command, Imported, start
 from tests.chaos.pipelines import Pipeline
 from tests.chaos.proxy import Proxy, serving
