@@ -12,6 +12,7 @@ from uuid import UUID
 import httpx
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -145,8 +146,13 @@ class Pools:
     def _check(self, machine: Machine) -> None:
         """Whether every stage flow of a machine is deployed, and a worker is there to run them."""
         mend = "`make up` deploys it and starts a worker" + (" (with ARGS=--gpu where no GPU is seen)" if machine == "gpu" else "")
+        wanted = sorted(stage_flows_on(machine))
         with get_client(sync_client=True) as client:
-            for name in sorted(stage_flows_on(machine)):
+            some = client.read_deployments(
+                flow_filter=FlowFilter(name=FlowFilterName(any_=wanted)),
+                deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[machine])),
+            )
+            for name in wanted if len(some) < len(wanted) else ():
                 try:
                     client.read_deployment_by_name(f"{name}/{machine}")
                 except ObjectNotFound:

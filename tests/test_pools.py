@@ -208,3 +208,11 @@ def test_cancelling_the_parent_leaves_no_process_behind(team: Home, tmp_path: Pa
         until(lambda: team.ask(f"flow_runs/{run}")["state"]["type"] == "CANCELLED", "the parent to be cancelled")
         until(lambda: not running_stages(tmp_path / "host" / "home") and not running_stages(team.folder), "processes to end")
         assert runs_of(team, "data")[0]["state"]["type"] == "CANCELLED"
+
+
+def test_a_missing_deployment_is_named_before_any_work(team: Home) -> None:
+    """The last test of the module: nothing deploys it again."""
+    team.ask(f"deployments/{deployment_of(team, 'check/cpu')}", method="DELETE")
+    asked = retrain(team, SMALL)
+    out = end_of(asked)
+    assert asked.returncode == 2 and "the deployment check/cpu is missing. `make up` deploys it" in out, out
