@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -45,10 +46,29 @@ def _told(error: Exception, settings: Settings) -> str:
         return f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and {AGAIN}."
     if settings.home.exists() and shutil.disk_usage(settings.home).free < FULL:
         return f"the disk is full: {settings.home}. Free space, and {AGAIN}."
-    if server := SERVERS.get(type(error).__module__.partition(".")[0]):
-        reason = next(iter(without_secrets(str(error)).splitlines()), "") or type(error).__name__
-        return f"{server} does not do what was asked ({reason[:300]}). See that it is there, and {AGAIN}."
+    for cause in _causes(error):
+        packages = [kind.__module__.partition(".")[0] for kind in type(cause).__mro__]
+        if server := next((SERVERS[package] for package in packages if package in SERVERS), ""):
+            reason = next(iter(without_secrets(str(cause)).splitlines()), "") or type(cause).__name__
+            return f"{server} does not do what was asked ({reason[:300]}). See that it is there, and {AGAIN}.{_where_told(settings)}"
     return ""
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__
+
+
+def _where_told(settings: Settings) -> str:
+    """For developers: it may as well be that what was asked is wrong."""
+    log = settings.home / "logs" / "error.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(without_secrets(traceback.format_exc()), encoding="utf-8")
+    except OSError:
+        return ""
+    return f" The traceback is in {log}."
 
 
 @contextmanager

@@ -310,7 +310,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     # What is saved says neither where this machine keeps the base model, nor in which order Python has a set.
     saved = model.peft_config["default"]
     saved.base_model_name_or_path, saved.target_modules = "base_model", sorted(saved.target_modules)
-    model.save_pretrained(out_dir)
+    model.save_pretrained(out_dir, save_embedding_layers=False)  # to decide it by itself, PEFT would ask the hub about the base model
     (out_dir / "README.md").unlink()  # PEFT's form for a model card: empty, but for the folder of the base model
     tokenizer.save_pretrained(out_dir)
     tokens = round(sum(example["length"] for example in train) * config.epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +32,14 @@ def write_plots(plots: Iterable[Plot], folder: Path) -> None:
 
 
 def read_plots(folder: Path) -> list[Plot]:
-    """What `write_plots` left."""
+    """What `write_plots` left.
+
+    Raises:
+        ValueError: a name that `write_plots` would not give, which might lead out of a folder.
+    """
     captions = json.loads((folder / CAPTIONS).read_text(encoding="utf-8"))
+    if strange := [name for name in captions if not re.fullmatch(r"\w+", name)]:
+        raise ValueError(f"{folder / CAPTIONS} names {strange[0]!r}")
     return [
         Plot(name, words["title"], words["caption"], (folder / f"{name}.png").read_bytes(), (folder / f"{name}.svg").read_text("utf-8"))
         for name, words in captions.items()

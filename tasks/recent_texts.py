@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -126,7 +127,8 @@ def _lines(uri: str, opener: Any) -> Iterator[bytes]:
     """Lines of a file; of one that is too long, its beginning alone."""
     size, is_new = 0, True
     try:
-        with opener as file:
+        with opener as opened:
+            file = io.BufferedReader(opened)  # the files of some storages read whole lines only
             while part := file.readline(LONGEST_LINE):
                 size += len(part)
                 if size > MOST_BYTES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,37 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             shutil.copytree(made.home / "store", made.store)
             output.write_text(done.stdout + done.stderr)
     return replace(made, output=output.read_text())
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment by which a server that speaks S3 is reached. It has a bucket `shop` and keeps all in memory."""
+    import boto3
+    from botocore.config import Config
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with (tmp_path_factory.mktemp("s3") / "log").open("wb") as log:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    reached = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "shop",
+        "AWS_SECRET_ACCESS_KEY": "shop-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        for name, value in reached.items():
+            os.environ[name] = value
+        boto3.client("s3", config=Config(retries={"total_max_attempts": 12, "mode": "standard"})).create_bucket(Bucket="shop")
+        for name in reached:
+            del os.environ[name]
+        yield reached
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture

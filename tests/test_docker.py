@@ -384,7 +384,7 @@ def test_mlflows_server_keeps_its_records_and_users_in_postgresql(postgres: int,
 
 
 @pytest.mark.slow
-def test_make_up_puts_both_servers_on_postgresql(postgres: int, secrets: Path, tmp_path: Path) -> None:
+def test_make_up_puts_records_on_postgresql_and_files_on_s3(postgres: int, secrets: Path, s3: dict[str, str], tmp_path: Path) -> None:
     def address(database: str, driver: str = "") -> str:
         password = (secrets / f"{database}_db_password").read_text()
         return f"postgresql{driver}://{database}:{password}@127.0.0.1:{postgres}/{database}"
@@ -396,7 +396,16 @@ def test_make_up_puts_both_servers_on_postgresql(postgres: int, secrets: Path, t
         "PYTHONPATH": str(REPOSITORY),
         "PREFECT_API_DATABASE_CONNECTION_URL": address("prefect", "+asyncpg"),
         "CARTWRIGHT_MLFLOW_BACKEND": address("mlflow"),
+        "CARTWRIGHT_MLFLOW_ARTIFACTS": f"s3://shop/{tmp_path.name}",
+        **s3,
     }
+    log = """
+import sys, boto3, mlflow
+client = mlflow.MlflowClient(sys.argv[1])
+client.log_text(client.create_run(client.create_experiment("shop")).info.run_id, "two shoes", "said.txt")
+found = boto3.client("s3").list_objects_v2(Bucket="shop", Prefix=sys.argv[2])["Contents"]
+print([file["Key"].rpartition("/")[2] for file in found])
+"""
 
     def cartwright(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, env=env, cwd=REPOSITORY)
@@ -405,7 +414,9 @@ def test_make_up_puts_both_servers_on_postgresql(postgres: int, secrets: Path, t
         started = cartwright("up", "--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
         assert started.returncode == 0, started.stdout + started.stderr
         assert status(f"http://127.0.0.1:{ports[0]}/api/health") == 200 and status(f"http://127.0.0.1:{ports[1]}/health") == 200
-        assert not list(home.rglob("*.db"))
+        logged = [sys.executable, "-c", log, f"http://127.0.0.1:{ports[1]}", tmp_path.name]
+        assert "said.txt" in subprocess.run(logged, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+        assert not list(home.rglob("*.db")) and not list(home.rglob("said.txt"))
     finally:
         cartwright("down")
 

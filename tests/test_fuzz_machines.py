@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tasks.core.manifests import MANIFEST, FileEntry, digest_of
 from tasks.domain.errors import UserError
 from tests.fuzzing import DEEP, JSON, answered, mutated
 
@@ -105,22 +106,27 @@ NAMES = [
     "w/w",
     "C:w",
 ]
-MANIFESTS = st.dictionaries(st.sampled_from(NAMES), st.just(ENTRY), max_size=3).map(
-    lambda files: json.dumps({**FACTS, "files": files}).encode()
-)
 
 
-@given(MANIFESTS | mutated(json.dumps({**FACTS, "files": {"w": ENTRY, "a/w": ENTRY}}).encode()))
-@example(json.dumps({**FACTS, "files": {"../../../../w": ENTRY}}).encode())
-@example(json.dumps({**FACTS, "files": {"w": ENTRY, "w/w": ENTRY}}).encode())
-@example(json.dumps({**FACTS, "files": {"x" * 300: ENTRY}}).encode())
+def of(files: dict[str, Any]) -> bytes:
+    """A manifest of these files, with a digest that fits them."""
+    return json.dumps({**FACTS, "files": files, "digest": digest_of({name: FileEntry(**entry) for name, entry in files.items()})}).encode()
+
+
+MANIFESTS = st.dictionaries(st.sampled_from(NAMES), st.just(ENTRY), max_size=3).map(of)
+
+
+@given(MANIFESTS | mutated(of({"w": ENTRY, "a/w": ENTRY})))
+@example(of({"w": ENTRY, "a/w": ENTRY}))
+@example(of({"../../../../w": ENTRY}))
+@example(of({"w": ENTRY, "w/w": ENTRY}))
+@example(of({"x" * 300: ENTRY}))
 @example(json.dumps({**FACTS, "files": {"w": {**ENTRY, "size": 10**30}}}).encode())
 @example(b"[" * DEEP)
 def test_manifest(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     from fsspec.implementations.memory import MemoryFile
 
     from tasks.core.artifacts import Store
-    from tasks.core.manifests import MANIFEST
 
     top = tmp_path_factory.getbasetemp() / "manifests"
     there, here = Store("memory://fuzz", top / "a" / "home"), Store((top / "store").as_uri(), top / "home")

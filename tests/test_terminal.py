@@ -15,18 +15,27 @@ from tasks.core.settings import load_settings
 pytestmark = pytest.mark.fast
 
 
+def unreachable() -> RuntimeError:
+    """As Prefect's client says it."""
+    error = RuntimeError("Failed to reach API at http://127.0.0.1:9/api/")
+    error.__cause__ = httpx.ConnectError("All connection attempts failed")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (OSError(errno.EROFS, "Read-only file system", "/store/x"), "Error: Read-only file system: /store/x. Free space or mend"),
         (MlflowException("API request failed\nwith a long story"), "Error: MLflow does not do what was asked (API request failed)"),
         (httpx.ConnectError("All connection attempts failed"), "Error: Prefect's API does not do what was asked (All connection"),
+        (unreachable(), "Error: Prefect's API does not do what was asked (All connection"),
     ],
 )
 def test_a_server_or_disk_that_is_gone_is_one_message(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, terminal.one_message(load_settings()):
         raise error
     message = capsys.readouterr().err
+    assert "traceback" not in message or type(error).__name__ in (load_settings().home / "logs" / "error.log").read_text()
     assert end.value.code == 2 and message.startswith(said) and "same command again" in message and len(message.splitlines()) == 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -17,6 +18,8 @@ from filelock import FileLock
 
 from tasks.core.manifests import LARGEST_NOTE, MANIFEST, NEW_MANIFEST, Manifest, damage_of, own_manifest, read_manifest, reason_of
 from tasks.domain.errors import UserError
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # no folders there; to make one would make a bucket of a mistyped name
 
 
 class Store:
@@ -29,11 +32,14 @@ class Store:
 
     def __init__(self, uri: str, local: Path) -> None:
         self.uri = uri
+        self._scheme = urlsplit(uri).scheme
+        self.is_local = self._scheme in ("", "file")
+        options = {} if self.is_local else {"use_listings_cache": False}  # others write to it, too
         try:
-            self.fs, root = fsspec.core.url_to_fs(uri)
+            self.fs, root = fsspec.core.url_to_fs(uri, **options)
         except (ImportError, ValueError) as error:  # a package for it is missing, or nobody knows it
-            raise UserError("CARTWRIGHT_STORE", uri, f"cannot be used ({error})", mend="For s3:// there is `pip install 's3fs'`") from None
-        self.is_local = urlsplit(uri).scheme in ("", "file")
+            mend = "For s3:// there is `pip install 'cartwright[s3]'`"
+            raise UserError("CARTWRIGHT_STORE", uri, f"cannot be used ({error})", mend=mend) from None
         self.root = unquote(urlsplit(uri).path) if self.is_local else root
         self._artefacts = Path(self.root) if self.is_local else local / "copies"
         self._local = local
@@ -115,7 +121,9 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def check_writable(self, needed: int = 0) -> None:
-        """Raise UserError unless this machine's part of the store takes a file and has `needed` bytes free."""
+        """Raise UserError unless the store takes a file, this machine's part of it too, and that has `needed` bytes free."""
+        if not self.is_local:
+            self._check_remote()
         folder = self._artefacts
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,12 +144,23 @@ class Store:
             mend = "Free space, make fewer formats, or set CARTWRIGHT_HOME to a larger disk"
             raise UserError("store", str(folder), problem, mend=mend)
 
+    def _check_remote(self) -> None:
+        probe = f"notes/probe-{socket.gethostname()}-{os.getpid()}"
+        try:
+            self.write_note(probe, probe)
+            self.fs.rm_file(str(PurePosixPath(self.root) / probe))
+        except Exception as error:  # each kind of storage has errors of its own
+            mend = (
+                "See that the address is right and the storage is there, and that the credentials (AWS_ACCESS_KEY_ID and others) may write"
+            )
+            raise UserError("CARTWRIGHT_STORE", self.uri, f"cannot be written ({type(error).__name__}: {error})", mend=mend) from None
+
     # Notes between machines --------------------------------------------------------------------------------------
 
     def write_note(self, name: str, text: str) -> None:
         """Leave a small text for another machine that uses the same store."""
         path = str(PurePosixPath(self.root) / name)
-        self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+        self._make_folder_of(path)
         if not self.is_local:
             self.fs.pipe_file(path, text.encode())
             return
@@ -164,13 +183,18 @@ class Store:
 
     # Remote storage ----------------------------------------------------------------------------------------------
 
+    def _make_folder_of(self, path: str) -> None:
+        if self._scheme not in OBJECT_STORES:
+            self.fs.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
+
     def _remote(self, kind: str, key: str, name: str) -> str:
         return str(PurePosixPath(self.root) / kind / key / name)
 
     def _upload(self, folder: Path, manifest: Manifest) -> None:
         for name in [*manifest.files, MANIFEST]:  # the manifest last: until then nobody sees the artefact
-            self.fs.makedirs(str(PurePosixPath(self._remote(manifest.kind, manifest.key, name)).parent), exist_ok=True)
-            self.fs.put_file(str(folder / name), self._remote(manifest.kind, manifest.key, name))
+            there = self._remote(manifest.kind, manifest.key, name)
+            self._make_folder_of(there)
+            self.fs.put_file(str(folder / name), there)
 
     def _download(self, kind: str, key: str) -> str | None:
         """Copy an artefact, if there is one, and say what is wrong with it there. Nothing is fetched that its manifest does not name,
@@ -178,9 +202,15 @@ class Store:
         there = self._remote(kind, key, MANIFEST)
         if not self.fs.exists(there):
             return None
-        partial, target = self.partial(kind, key), self.path(kind, key)
+        partial = self.partial(kind, f"{key}-copy")  # not where a stage would go on from its checkpoints
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        try:
+            return self._copy(there, partial, kind, key)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _copy(self, there: str, partial: Path, kind: str, key: str) -> str | None:
         size = self.fs.size(there)
         if size is not None and size > LARGEST_NOTE:
             return f"{there} has {size} bytes"
@@ -200,6 +230,7 @@ class Store:
             except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
                 return f"{source} is missing"
         (partial / NEW_MANIFEST).rename(partial / MANIFEST)
+        target = self.path(kind, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.remove(kind, key)
         partial.rename(target)

@@ -71,7 +71,7 @@ class Manifest(BaseModel):
         return self.sha256 == self._sum() if self.sha256 else self.digest == digest_of(self.files)
 
     def _sum(self) -> str:
-        plain = json.loads(self.model_dump_json(exclude={"sha256"}))
+        plain = json.loads(self.model_dump_json(exclude={"sha256"}, exclude_unset=True))
         return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 
     @property
@@ -91,7 +91,7 @@ def sha256_file(path: Path) -> str:
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
     """Every file below `folder` except the manifest, by POSIX path relative to it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, NEW_MANIFEST))
     return {path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size) for path in paths}
 
 

@@ -49,11 +49,11 @@ class Registry:
 
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
-                wanted = dict(tags)
+                wanted = {tag: value for tag, value in tags.items() if tag not in version.tags}  # of an earlier Cartwright
                 if not files_of(version.tags):
                     wanted |= self._files(f"models:/{name}/{version.version}", weights)
-                for tag in wanted.keys() - version.tags.keys():  # of an earlier Cartwright, which did not note it yet
-                    self.client.set_model_version_tag(name, str(version.version), tag, wanted[tag])
+                for tag, value in wanted.items():
+                    self.client.set_model_version_tag(name, str(version.version), tag, value)
                 return str(version.version), True
         uri = f"models:/{model_id}"
         tags = {**tags, **self._files(uri, weights), TAG + "digest": digest}
@@ -188,9 +188,12 @@ class Registry:
 
 
 def files_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of every file of a version by its name, from its tags; empty if it was registered without."""
+    """SHA-256 of every file of a version by its name, from its tags; empty if it was registered without, or a kill left a part of them."""
     parts = sorted((tag for tag in tags if tag.startswith(FILES)), key=lambda tag: int(tag.removeprefix(FILES)))
-    found: dict[str, str] = json.loads("".join(tags[part] for part in parts) or "{}")
+    try:
+        found: dict[str, str] = json.loads("".join(tags[part] for part in parts) or "{}")
+    except ValueError:
+        return {}
     return found
 
 
@@ -217,12 +220,13 @@ def check_files(folder: Path, model: str, tags: Mapping[str, str]) -> None:
 
 def _hashes(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path for path in files if path.suffix != ".pyc" and path.name not in MLFLOWS_OWN}
+    names = {path.relative_to(folder).as_posix(): path for path in files if path.parent.name != "__pycache__"}
+    names = {name: path for name, path in names.items() if name not in MLFLOWS_OWN}
     return {name: "a link" if path.is_symlink() else sha256_file(path) for name, path in sorted(names.items())}
 
 
 def _not_ours(model: str, file: str, problem: str) -> UserError:
-    mend = "Find out who writes to the registry's storage; `cartwright rollback`, or a new `cartwright run`"
+    mend = "Find out who writes to the registry's storage. `cartwright rollback` goes back; a retraining makes it anew after this version and its logged model are deleted in MLflow"
     return UserError("model", model, f"its file {file} {problem}", mend=mend)
 
 
