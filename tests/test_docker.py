@@ -402,7 +402,7 @@ def test_make_up_puts_records_on_postgresql_and_files_on_s3(postgres: int, secre
     log = """
 import sys, boto3, mlflow
 client = mlflow.MlflowClient(sys.argv[1])
-client.log_text(client.create_run(client.create_experiment("shop")).info.run_id, "two shoes", "said.txt")
+client.log_text(client.create_run(client.create_experiment(sys.argv[2])).info.run_id, "two shoes", "said.txt")
 found = boto3.client("s3").list_objects_v2(Bucket="shop", Prefix=sys.argv[2])["Contents"]
 print([file["Key"].rpartition("/")[2] for file in found])
 """
