@@ -15,11 +15,11 @@ from inspect import signature
 from typing import Any, get_type_hints
 
 from prefect import Flow
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from flows.session import Run
 from tasks.core.artifacts import Store
-from tasks.core.manifests import canonical_json
+from tasks.core.manifests import canonical_json, reason_of
 from tasks.domain.errors import UserError
 
 StageFlow = Flow[..., Any]
@@ -112,9 +112,8 @@ def _readable(store: Store, note: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        reason = f"{error.error_count()} problems" if isinstance(error, ValidationError) else str(error)
         mend = "Run the same command again; if it stays, look who else writes to the store, and whether all machines have this version"
-        raise UserError("CARTWRIGHT_STORE", f"{store.uri}/{note}", f"is no note of Cartwright ({reason})", mend=mend) from None
+        raise UserError("CARTWRIGHT_STORE", f"{store.uri}/{note}", f"is no note of Cartwright ({reason_of(error)})", mend=mend) from None
 
 
 def _types_of_arguments(stage_flow: StageFlow) -> dict[str, TypeAdapter[Any]]:

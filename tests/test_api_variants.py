@@ -21,6 +21,7 @@ from tasks.runtimes.litellm import GIVE_UP, LiteLlmRuntime
 from tasks.synthesize import read_rows, synthesize
 from tests.conftest import Finished
 from tests.fault_server import KEY, Faults
+from tests.lessons import holding
 
 ASK = [{"role": "user", "content": "2 milk"}]
 SPLITS = ("test", "hard")
@@ -111,11 +112,6 @@ def test_variants_are_named_by_their_model() -> None:
     names = ["api-openai-gpt-4.1", "api-openai-gpt-4.1-12-shot", "api-azure-gpt-4.1", "api-llama-free"]
     assert [variant.name for variant, _ in named] == names
     assert [config.few_shot for _, config in named] == [0, 12, 0, 0]
-
-
-def holding(folder: Path, text: str) -> list[Path]:
-    """Files below a folder that hold a text."""
-    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
 
 @pytest.mark.slow

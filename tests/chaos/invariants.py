@@ -24,7 +24,6 @@ from tasks.teaching.log import AnswerLog
 from tests.chaos.command import REPOSITORY, Command
 from tests.chaos.world import World
 
-TOLERANCE = 0.05  # of a share that is measured twice, such as exact match
 GONE_WITHIN_S = 5
 TORCH = "torchinductor_"  # a folder that torch keeps for all programs of a user
 
