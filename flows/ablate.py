@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.session import alone, ending
+from flows.stages import put_files
 from tasks.ablation import SEED, Ablation, Arm, Outcome, figures, load_ablation, table
 from tasks.base_model import base_model
 from tasks.core.artifacts import Store
@@ -72,7 +73,9 @@ def try_arm(call: Runner, ablation: Ablation, arm: Arm) -> Outcome:
     """Train one arm with every seed. What fails is noted, and the rest goes on."""
     outcome = Outcome(arm)
     try:
-        outcome.dataset = call(synthesize, arm.config.data, f"synthesize {arm.name}")
+        data = arm.config.data
+        extra = put_files(call, "data.extra", data.extra, data.extra_sha256)
+        outcome.dataset = call(synthesize, data, f"synthesize {arm.name}", **({"extra": extra} if extra else {}))
         base = call(base_model, arm.config.base_model, f"base_model {arm.name}")
     except (StageError, UserError) as error:
         outcome.problems.append(str(error))

@@ -31,17 +31,17 @@ def to_beat(run: Run, challenger: Manifest | None) -> Manifest | None:
 
 
 @flow(name="compare")
-def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison | str:
+def compare(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest, own: Manifest | None) -> Comparison | str:
     """Challenger and champion on the same rows, more of them than every variant was asked; or why that could not be done."""
     try:
-        return _compared(run, challenger, champion, dataset)
+        return _compared(run, challenger, champion, dataset, {"own": own} if own else {})
     except (StageError, UserError) as error:  # a champion that does not load any more must not end every retraining
         return str(error)
 
 
-def _compared(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest) -> Comparison:
+def _compared(run: Run, challenger: Manifest, champion: Manifest, dataset: Manifest, own: dict[str, Manifest]) -> Comparison:
     call, config = runner(run), run.config
-    rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset)
+    rows = call(gate_rows, gate_rows_config(config.data, config.registry), dataset=dataset, **own)
     asked = config.evaluate.model_copy(update={"splits": tuple(rows.metrics["rows"])})
     mine, theirs = (
         call(evaluate, asked.model_copy(update={"runtime": runtime_of(model)}), f"evaluate {who}, for the gate", model=model, dataset=rows)

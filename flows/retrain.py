@@ -61,7 +61,8 @@ def retrain(
     display = Display(run_log()) if deployment.id else Display()
     with open_run(config, load_settings(), display) as run:
         on = Pools(run, accelerator) if execution == "pools" else Here(run)
-        dataset, card = on(stages.make_data)
+        extra, own = stages.own_rows(run)
+        dataset, card = on(stages.make_data, extra)
         base, adapter, tuned, reference = on(stages.train, dataset)
         gptq, gptq_models, failed = on(stages.make_gptq, tuned, dataset)
         gguf, gguf_models, gguf_failed, converted = on(stages.make_gguf, tuned, dataset)
@@ -82,7 +83,7 @@ def retrain(
 
         challenger = models.get(recommended_cpu(decision) or "")
         champion = releasing.to_beat(run, challenger)
-        compared = on(releasing.compare, challenger, champion, dataset) if champion else releasing.NOT_ASKED
+        compared = on(releasing.compare, challenger, champion, dataset, own) if champion else releasing.NOT_ASKED
         verdict = releasing.judge(run, decision, compared)
         if config.registry.mode == "manual" and verdict["verdict"] == "promote":
             if approval.to_be_asked(verdict):  # registered and reported first: should nobody answer, nothing is lost

@@ -15,6 +15,7 @@ from tasks.benchmark import benchmark
 from tasks.config import RunConfig
 from tasks.core.child import StageError
 from tasks.core.manifests import Manifest
+from tasks.core.runner import Runner
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
 from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide
@@ -26,6 +27,7 @@ from tasks.finetune import finetune, has_compiler
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
+from tasks.own_files import OwnFilesConfig, own_files
 from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
@@ -37,12 +39,26 @@ Models = dict[str, Manifest]
 Failed = dict[str, str]
 
 
+def own_rows(run: Run) -> tuple[Manifest | None, Manifest | None]:
+    """The team's files of `data.extra` and of `registry.own_rows`, where there are any: in the store, workers that run elsewhere find them."""
+    data, registry = run.config.data, run.config.registry
+    named = (("data.extra", data.extra, data.extra_sha256), ("registry.own_rows", registry.own_rows, registry.own_rows_sha256))
+    extra, own = (put_files(runner(run), *files) for files in named)
+    return extra, own
+
+
+def put_files(call: Runner, field: str, paths: tuple[str, ...], sha256: tuple[str, ...]) -> Manifest | None:
+    """Files that a field of the configuration names, as an artefact; None without any."""
+    return call(own_files, OwnFilesConfig(field=field, paths=paths, sha256=sha256), f"files of {field}") if paths else None
+
+
 @flow(name="data")
-def make_data(run: Run) -> tuple[Manifest, Manifest]:
+def make_data(run: Run, extra: Manifest | None) -> tuple[Manifest, Manifest]:
     """Labelled utterances, split and checked for leaks, and their data card; a teacher, where one is named, is asked first."""
     call, data = runner(run), run.config.data
     lessons = {"teacher": ask_teacher(run)} if data.teacher != NO_TEACHER else {}
-    dataset = call(synthesize, data, **lessons)
+    given = {"extra": extra} if extra else {}
+    dataset = call(synthesize, data, **lessons, **given)
     card = call(data_card, DataCardConfig(), dataset=dataset)
     publish(call, Path(data.domain).name, dataset, card)
     return dataset, card

@@ -7,36 +7,32 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
-from tasks.core.manifests import sha256_file
 from tasks.core.stage import stage
-from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import Spec
 from tasks.domain.utterances import Split
 from tasks.gate import RegisterConfig
 from tasks.leakage import Admission, NearDuplicates, batched, rows_of
+from tasks.own_files import paths_in
 from tasks.synthesize import BLOCK, SynthesizeConfig, distinct_rows, make_generator
 
 SPLITS: tuple[Split, ...] = ("test", "hard")
 
 
 class GateRowsConfig(SynthesizeConfig):
-    """The data set's config with other numbers of rows, and the team's own files."""
+    """The data set's config with other numbers of rows, and the digests of the team's own files."""
 
-    not_in_key: ClassVar[frozenset[str]] = SynthesizeConfig.not_in_key | {"own"}
-    own: tuple[str, ...] = Field((), description="Labelled JSONL files of the team")
-    own_sha256: tuple[str, ...] = Field((), description="Digests of these files")
+    own_sha256: tuple[str, ...] = Field((), description="Digests of labelled JSONL files of the team")
 
 
 def gate_rows_config(data: SynthesizeConfig, registry: RegisterConfig) -> GateRowsConfig:
     """What to ask challenger and champion of a run."""
     rows = {"test_rows": registry.test_rows, "hard_rows": registry.hard_rows}
-    own = {"own": registry.own_rows, "own_sha256": registry.own_rows_sha256}
-    return GateRowsConfig.model_validate(data.model_dump() | rows | own)
+    return GateRowsConfig.model_validate(data.model_dump() | rows | {"own_sha256": registry.own_rows_sha256})
 
 
 @stage("gate_rows", version=1, libraries=("rapidfuzz", "scikit-learn"))
@@ -45,6 +41,9 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
 
     They depend on the domain and the seed, so they stay the same from one retraining to the next. What is in the challenger's
     training data, or nearly, is left out and counted; products of `test` are in no model's, whatever its seed.
+
+    Args:
+        inputs: `dataset`; and `own`, of the stage `own_files`, if the config has such files.
     """
     generator = make_generator(config)
     admission = Admission()
@@ -52,8 +51,8 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     for split in SPLITS:
         rows[split] = list(distinct_rows(generator, split, config.rows(split), admission))
         admission.hold_out(rows[split])
-    if config.own:
-        rows["own"], admission.rejected["own: cannot be used"] = _own_rows(config, generator.spec)
+    if config.own_sha256:
+        rows["own"], admission.rejected["own: cannot be used"] = _own_rows(paths_in(inputs["own"], config.own_sha256), generator.spec)
     learnt = _learnt(rows, inputs["dataset"] / "train.jsonl")
     for name, made in rows.items():
         kept = [row for number, row in enumerate(made) if number not in learnt[name]]
@@ -65,17 +64,11 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     return {"rows": {split: len(kept) for split, kept in rows.items()}, "rejected": dict(Counter(+admission.rejected))}
 
 
-def _own_rows(config: GateRowsConfig, spec: Spec) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the team's files, and how many lines cannot be used.
-
-    Raises:
-        UserError: a file cannot be read here, or has changed since the run began.
-    """
+def _own_rows(paths: list[Path], spec: Spec) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the team's files, and how many lines cannot be used."""
     found, bad = [], 0
-    for path, digest in zip(config.own, config.own_sha256, strict=True):
-        rows, problems = read_labelled(Path(path), spec)
-        if sha256_file(Path(path)) != digest:
-            raise UserError("registry.own_rows", path, "has changed since the run began", mend="Run again when it is complete")
+    for path in paths:
+        rows, problems = read_labelled(path, spec)
         found += [{"language": "?", **row} for row in rows]
         bad += len(problems)
     return found, bad

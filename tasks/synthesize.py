@@ -20,6 +20,7 @@ from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
 from tasks.leakage import ORDER, Admission, batched, check_leakage
+from tasks.own_files import paths_in
 from tasks.teaching import joining
 
 ATTEMPTS = 30  # rows tried for one turn before it is left out
@@ -90,6 +91,9 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
     A row that repeats another, or is nearly a row of an earlier split, is replaced. Splits are made in the order `ORDER`.
     Memory does not grow with `train_rows`; each evaluation row takes about 4 kB.
 
+    Args:
+        inputs: `extra`, of the stage `own_files`, if the config has such files; `teacher`, of the stage `teach`, if it names one.
+
     Raises:
         LeakError: splits share what they must not, as written.
     """
@@ -97,13 +101,14 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
     lessons = inputs.get("teacher")
     if lessons:
         joining.join_banks(generator, lessons)
-    taught = (str(lessons / "utterances.jsonl"),) if lessons else ()
+    taught = [lessons / "utterances.jsonl"] if lessons else []
+    extra = paths_in(inputs["extra"], config.extra_sha256) if config.extra else []
     admission, card = Admission(), DataCard(config.seed)
     total, done = sum(config.rows(split) for split in SPLITS), 0
     for split in ORDER:
         rows = distinct_rows(generator, split, config.rows(split), admission)
         if split == "train":
-            own = extra_rows(config.extra, generator.spec, admission)
+            own = extra_rows(extra, generator.spec, admission)
             rows = itertools.chain(rows, own, extra_rows(taught, generator.spec, admission, "teacher"))
         held_out = []
         with (out_dir / f"{split}.jsonl").open("w", encoding="utf-8") as file:
@@ -152,7 +157,7 @@ def _block(generator: Generator, split: Split, turns: Iterable[int], admission: 
     return [made[turn] for turn in sorted(made)]
 
 
-def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission, kind: str = "extra") -> Iterator[dict[str, Any]]:
+def extra_rows(paths: Iterable[Path], spec: Spec, admission: Admission, kind: str = "extra") -> Iterator[dict[str, Any]]:
     """Rows of labelled files as rows of `train`; what cannot be used, or is nearly an evaluation row, is counted.
 
     Args:
@@ -162,7 +167,7 @@ def extra_rows(paths: tuple[str, ...], spec: Spec, admission: Admission, kind: s
         UserError: a file cannot be read.
     """
     for path in paths:
-        rows, bad = read_labelled(Path(path), spec)
+        rows, bad = read_labelled(path, spec)
         for _, problem in bad:
             admission.rejected[f"{kind}: {problem.partition('. Allowed')[0]}"[:120]] += 1
         whole = [row for row in rows if "score" not in row]  # a label in part would teach the model to leave the rest out

@@ -23,6 +23,7 @@ from tasks.domain.scoring import normalise, text_contains_slots
 from tasks.domain.spec import DOMAINS_DIR, load_spec
 from tasks.domain.utterances import SPLITS, split_patterns, split_products
 from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthesize
+from tests.own import synthesize_with
 
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
@@ -133,8 +134,7 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in mine), encoding="utf-8")
     out = tmp_path / "out"
-    out.mkdir()
-    card = synthesize.function(SMALL.model_copy(update={"extra": (str(path),)}), {}, out)
+    card = synthesize_with(SMALL, path, out)
     assert card["origins"]["train"] == {"extra": 1, "generator": card["counts"]["train"] - 1}
     added = read_rows(out / "train.jsonl")[-1]
     assert (added["text"], added["origin"], added["product"]) == ("zwei Kisten Fritz-Kola", "extra:chat", None)

@@ -14,7 +14,8 @@ import pytest
 from tasks.data_card import SAMPLES, DataCard, DataCardConfig, as_markdown, data_card, origin_kind, read_card
 from tasks.domain.spec import load_spec
 from tasks.rendering import render
-from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
+from tasks.synthesize import SynthesizeConfig, read_rows
+from tests.own import synthesize_with
 from tests.test_rendering import EVIL, sample_report
 
 pytestmark = pytest.mark.fast
@@ -30,8 +31,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     card.mkdir()
     own = {"text": f"{EVIL} | zebra ![x](y)", "gold": {"intent": "search_product", "product": "zebra"}, "language": EVIL, "source": EVIL}
     mine.write_text(f"{json.dumps(own)}\n{json.dumps(own)}", encoding="utf-8")
-    config = SynthesizeConfig(train_rows=600, validation_rows=72, test_rows=72, hard_rows=72, extra=(str(mine),))
-    metrics = synthesize.function(config, {}, dataset)
+    config = SynthesizeConfig(train_rows=600, validation_rows=72, test_rows=72, hard_rows=72)
+    metrics = synthesize_with(config, mine, dataset)
     data_card.function(DataCardConfig(), {"dataset": dataset}, card)
     return dataset, metrics, card
 

@@ -57,7 +57,7 @@ def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None
             (manifest("a"),),
             tuple((manifest("b"), manifest("c"), manifest("d"), last) for last in (manifest("e"), "no memory")),
         ),
-        (releasing.compare, (manifest("a"), manifest("c"), manifest("b")), ((manifest("r"), manifest("m"), manifest("t")),)),
+        (releasing.compare, (manifest("a"), manifest("c"), manifest("b"), None), ((manifest("r"), manifest("m"), manifest("t")),)),
     ):
         errand = errand_for(RUN, stage_flow, given)
         for result in results:
@@ -76,7 +76,7 @@ def test_the_same_work_of_the_same_run_has_the_same_name() -> None:
 
 def test_a_worker_with_another_store_says_so(tmp_path: Path) -> None:
     theirs, mine = (Store((tmp_path / name).as_uri(), tmp_path / "home") for name in ("theirs", "mine"))
-    errand = errand_for(RUN, stages.make_data, ())
+    errand = errand_for(RUN, stages.make_data, (None,))
     errand.send(theirs, RUN)
     with pytest.raises(UserError, match=r"CARTWRIGHT_STORE = .*mine.*not the store of the flow that sent this work, .*theirs"):
         read_errand(mine, errand.name, stages.make_data, theirs.uri)

@@ -12,6 +12,7 @@ from tasks.config import load_config, resolve
 from tasks.domain.errors import UserError
 from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.synthesize import read_rows, synthesize
+from tests.own import put
 
 SMALL = {"data.train_rows": 48, "data.languages": ["en", "de"], "data.patterns_per_intent": 12, "registry.test_rows": 60}
 
@@ -21,9 +22,11 @@ def made(folder: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     config = resolve(load_config("smoke", {**SMALL, **changes}))
     for name in ("data", "rows"):
         (folder / name).mkdir(parents=True)
-    synthesize.function(config.data, {}, folder / "data")
+    named = {"extra": config.data.extra, "own": config.registry.own_rows}
+    inputs = {name: put(folder / name, *map(Path, paths))[0] for name, paths in named.items() if paths}
+    synthesize.function(config.data, inputs, folder / "data")
     asked = gate_rows_config(config.data, config.registry)
-    return folder / "rows", gate_rows.function(asked, {"dataset": folder / "data"}, folder / "rows")
+    return folder / "rows", gate_rows.function(asked, {**inputs, "dataset": folder / "data"}, folder / "rows")
 
 
 def texts(folder: Path, split: str) -> list[str]:
@@ -55,13 +58,3 @@ def test_a_file_without_usable_rows_is_found_before_any_work(tmp_path: Path) -> 
     (tmp_path / "own.jsonl").write_text('{"text": "hello"}\n')
     with pytest.raises(UserError, match=r"registry\.own_rows = .*no usable row"):
         resolve(load_config("smoke", {"registry.own_rows": [str(tmp_path / "own.jsonl")]}))
-
-
-def test_own_rows_that_change_during_a_run_are_refused(tmp_path: Path) -> None:
-    own = tmp_path / "own.jsonl"
-    own.write_text(json.dumps({"text": "show me my basket", "gold": {"intent": "view_cart"}}) + "\n")
-    config = resolve(load_config("smoke", {**SMALL, "registry.own_rows": [str(own)]}))
-    own.write_text(own.read_text() * 2)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"registry\.own_rows = .* has changed since the run began"):
-        gate_rows.function(gate_rows_config(config.data, config.registry), {"dataset": tmp_path}, tmp_path / "out")

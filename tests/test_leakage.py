@@ -19,6 +19,7 @@ from rapidfuzz import fuzz
 
 from tasks.leakage import NEAR_DUPLICATE, Admission, LeakError, NearDuplicates, SeenTexts, check_leakage, folded
 from tasks.synthesize import SynthesizeConfig, distinct_rows, make_generator, read_rows, synthesize
+from tests.own import synthesize_with
 
 pytestmark = pytest.mark.fast
 SMALL = SynthesizeConfig(train_rows=400, validation_rows=72, test_rows=144, hard_rows=72)
@@ -129,9 +130,7 @@ def test_rows_of_ones_own_are_refused_in_any_spelling(dataset: Path, tmp_path: P
     mine.write_text(
         json.dumps({"text": without_marks(victim["text"]).upper() + "!!", "gold": victim["gold"], "language": "en"}), encoding="utf-8"
     )
-    out = tmp_path / "out"
-    out.mkdir()
-    card = synthesize.function(SMALL.model_copy(update={"extra": (str(mine),)}), {}, out)
+    card = synthesize_with(SMALL, mine, tmp_path / "out")
     assert card["rejected"]["extra: near_duplicate_of_evaluation"] == 1
     assert "extra" not in card["origins"]["train"]
 
