@@ -17,7 +17,7 @@ write() {
 
 random() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 
-for name in postgres_password prefect_db_password mlflow_db_password mlflow_admin_password mlflow_session_key s3_access_key s3_secret_key serve_key; do
+for name in postgres_password prefect_db_password mlflow_db_password mlflow_admin_password mlflow_serve_password mlflow_session_key s3_access_key s3_secret_key serve_key; do
     write "$name" "$(random)"
 done
 write prefect_auth "admin:$(random)"

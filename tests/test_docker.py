@@ -24,11 +24,15 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.core.registry import Registry, champion_files
+from tasks.core.settings import load_settings
+from tasks.core.tracking import open_parent
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCKER = REPOSITORY / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-JOBS = {"bucket", "deploy"}
+JOBS = {"bucket", "deploy", "reader"}
 TARGETS = {"cpu", "gpu", "mlflow", "serve"}
 BIN = Path(sys.executable).parent
 WITHIN_S = 400  # how long a server may take on a machine that is busy
@@ -381,6 +385,75 @@ def test_mlflows_server_keeps_its_records_and_users_in_postgresql(postgres: int,
     with running(mlflow_command(port, tmp_path, postgres), env, tmp_path, f"http://127.0.0.1:{port}/health"):
         check_mlflow(f"http://127.0.0.1:{port}", (secrets / "mlflow_admin_password").read_text())
     assert not list(tmp_path.rglob("*.db"))
+
+
+@pytest.mark.fast
+def test_only_what_makes_models_may_change_them() -> None:
+    with_password = {name for name, service in SERVICES.items() if "mlflow_admin_password" in service.get("secrets", [])}
+    assert with_password == {"mlflow", "deploy", "orchestrator", "worker-cpu", "worker-gpu", "reader"}
+
+
+def test_serving_has_a_user_that_loads_the_champion_and_may_change_nothing(
+    secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+
+    def sign_in(service: str) -> None:
+        for variable in ("USERNAME", "PASSWORD"):
+            value = SERVICES[service]["environment"].get(f"MLFLOW_TRACKING_{variable}")
+            file = SERVICES[service]["environment"].get(f"MLFLOW_TRACKING_{variable}_FILE", "")
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{variable}", value or (secrets / Path(file).name).read_text())
+
+    def make_reader() -> str:
+        env = environment_of("reader", secrets, tmp_path, {"http://mlflow:5000": address})
+        command = [str(DOCKER / "with_secrets.sh"), "python", str(DOCKER / "make_reader.py")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    env = mlflow_environment(secrets, tmp_path, f"sqlite:///{tmp_path}/users.db")
+    with running(mlflow_command(port, tmp_path), env, tmp_path, f"{address}/health"):
+        sign_in("worker-cpu")
+        settings = load_settings()
+        tracker, registry = open_parent(settings, "domain/base", "key", "run", {}), Registry(settings)
+        file, spec = tmp_path / "model.gguf", tmp_path / "spec.yaml"
+        for written in (file, spec):
+            written.write_text("x")
+        run = tracker.child("gguf-F16", "key", "variant")
+        logged = tracker.log_model(run, "gguf-F16", "digest", {"model": file, "spec": spec}, "llama_cpp")
+        registry.register("shop", logged, "digest", {}, "")
+        registry.promote("shop", "1", lambda: "")
+        assert make_reader() == make_reader() == f"serve reads from {address}\n"
+
+        sign_in("serve")
+        client, source = registry.client, f"models:/{logged}"
+        into = tmp_path / "into"
+        into.mkdir()
+        assert champion_files(settings, "shop", into)[0].read_text() == "x"
+        for change in (
+            lambda: client.set_registered_model_alias("shop", "champion", "1"),
+            lambda: client.delete_registered_model_alias("shop", "champion"),
+            lambda: client.create_model_version("shop", source),
+            lambda: client.set_model_version_tag("shop", "1", "cartwright.files.0", "{}"),
+            lambda: client.delete_model_version("shop", "1"),
+            lambda: client.delete_registered_model("shop"),
+            lambda: client.log_text(run, "x", "said.txt"),
+            lambda: client.delete_logged_model(logged),
+            lambda: client.delete_run(run),
+            lambda: client.delete_experiment(client.get_run(run).info.experiment_id),
+        ):
+            with pytest.raises(Exception, match=r"(?i)permission.denied|403"):
+                change()
+        sign_in("worker-cpu")
+        assert registry.champion("shop") == {**registry.version("shop", None)}
+
+        (secrets / "mlflow_serve_password").chmod(0o644)  # a new secret is a new password
+        (secrets / "mlflow_serve_password").write_text("another-secret-of-serving")
+        assert status(f"{address}/api/2.0/mlflow/users/get?username=serve", "serve:another-secret-of-serving") == 401
+        make_reader()
+        assert status(f"{address}/api/2.0/mlflow/users/get?username=serve", "serve:another-secret-of-serving") == 200
 
 
 @pytest.mark.slow
