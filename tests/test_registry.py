@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from filelock import Timeout
 
 from tasks import register
+from tasks.core.manifests import sha256_file
 from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
 from tasks.core.tracking import open_parent
@@ -22,14 +25,16 @@ NAME = "shop-intent"
 
 @pytest.fixture
 def registry(home: Path) -> Registry:
-    """A registry with three versions of a model whose files are nowhere."""
+    """A registry with three versions of a model, each of one file."""
     home.mkdir()
     registry = Registry(load_settings())
     registry.client.create_registered_model(NAME)
     for variant in ("Q8_0", "Q4_0", "Q4_1"):
-        registry.client.create_model_version(
-            NAME, (home / variant).as_uri(), tags={"cartwright.variant": variant, "cartwright.digest": variant}
-        )
+        (home / variant).mkdir()
+        (home / variant / "model.gguf").write_text(variant)
+        written = json.dumps({"model.gguf": sha256_file(home / variant / "model.gguf")})
+        tags = {"cartwright.variant": variant, "cartwright.digest": variant, "cartwright.files.0": written}
+        registry.client.create_model_version(NAME, (home / variant).as_uri(), tags=tags)
     return registry
 
 
@@ -99,7 +104,38 @@ def test_rollback_swaps_and_says_what_it_did(registry: Registry) -> None:
     assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "Q8_0") and not registry.rolled_back(NAME, "Q4_0")
 
 
-def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda home, registry: (home / "Q8_0" / "model.gguf").write_text("another"),
+            r"model\.gguf has been changed since .*cartwright promote",
+        ),
+        (lambda home, registry: (home / "Q8_0" / "code.py").write_text("evil"), r"code\.py was not registered with it"),
+        (lambda home, registry: shutil.rmtree(home / "Q8_0"), r"model\.gguf is missing"),
+        (
+            lambda home, registry: (home / "Q8_0" / "more").symlink_to("/nowhere"),
+            "The files of version 1 cannot be read .*cartwright promote",
+        ),
+        (
+            lambda home, registry: registry.client.delete_model_version_tag(NAME, "1", "cartwright.files.0"),
+            "without the hashes .*cartwright run",
+        ),
+    ],
+)
+def test_a_rollback_to_what_nobody_would_load_is_refused_and_moves_nothing(
+    registry: Registry, home: Path, change: Callable[[Path, Registry], Any], says: str
+) -> None:
+    registry.promote(NAME, "1", lambda: "")
+    registry.promote(NAME, "2", lambda: "")
+    change(home, registry)
+    with pytest.raises(UserError, match=f"version 2 stays the champion.*{says}"):
+        registry.rollback(NAME, by="ana")
+    assert aliases(registry) == ("2", "1") and not decisions(registry, "1") and not registry.rolled_back(NAME, "Q4_0")
+
+
+def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry, home: Path) -> None:
+    shutil.rmtree(home / "Q8_0")
     problem = problem_of(NAME, "1")
     assert problem and "Traceback" not in problem
 

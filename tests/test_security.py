@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tasks.core import registry
+from tasks.core import registered_files, registry
 from tasks.core.artifacts import Store
 from tasks.core.manifests import MANIFEST, Manifest, damage_of, describe_files, digest_of
 from tasks.core.registry import champion_files
@@ -197,7 +197,7 @@ def test_a_registered_model_is_loaded_only_with_the_files_that_were_registered(
 
 def test_a_version_of_an_earlier_cartwright_is_loaded_once_its_files_were_noted(registered: tuple[Settings, Tracker]) -> None:
     settings, found = registered[0], registry.Registry(registered[0])
-    for tag in [tag for tag in found.client.get_model_version(NAME, "1").tags if tag.startswith(registry.FILES)]:
+    for tag in [tag for tag in found.client.get_model_version(NAME, "1").tags if tag.startswith(registered_files.FILES)]:
         found.client.delete_model_version_tag(NAME, "1", tag)
     with pytest.raises(UserError, match=r"without the hashes of its files.*cartwright run"):
         champion_files(settings, NAME)

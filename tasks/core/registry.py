@@ -13,17 +13,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from tasks.core.manifests import sha256_file
+from tasks.core.registered_files import TAG_LENGTH, check_files, files_of, hashes_as_tags
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
 from tasks.domain.errors import UserError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
-FILES = TAG + "files."  # tags that hold, one after the other, the SHA-256 of every file of a version as JSON
-MLFLOWS_OWN = ("registered_model_meta",)  # what MLflow adds to a model it hands out
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
-TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
 
 
 class Registry:
@@ -67,12 +64,7 @@ class Registry:
         import mlflow
 
         with TemporaryDirectory() as folder:
-            found = _hashes(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
-        for file, digest in found.items():
-            if weights and file.endswith((".gguf", ".safetensors")) and digest not in weights:
-                raise _not_ours(uri, file, "is not what was logged")
-        written = json.dumps(found)
-        return {f"{FILES}{number}": part for number, part in enumerate(_parts(written))}
+            return hashes_as_tags(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)), uri, weights)
 
     def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
         """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
@@ -158,11 +150,13 @@ class Registry:
     def rollback(self, name: str, by: str, why: str = "") -> tuple[dict[str, str], dict[str, str]]:
         """Let `champion` and `previous` of a registered model change places, and write down who did it and why.
 
+        The files of `previous` are compared with what was registered first: who loads the champion would refuse others.
+
         Returns:
             Version and tags of the champion now, and of the one until now.
 
         Raises:
-            UserError: one of the two is missing.
+            UserError: one of the two is missing, or the files of `previous` are not those that were registered. Nothing has moved.
         """
         with self.promoting(name):
             now, before = self._swap(name)
@@ -177,6 +171,7 @@ class Registry:
             missing = CHAMPION if not champion else PREVIOUS
             mend = "There is nothing to go back to before a second model was promoted"
             raise UserError("model", name, f"has no version with the alias {missing} in {shown_uri(self._settings.mlflow_uri)}", mend=mend)
+        self._check(name, previous["version"], champion["version"])
         self.client.set_registered_model_alias(name, CHAMPION, previous["version"])
         self.client.set_registered_model_alias(name, PREVIOUS, champion["version"])
         now = _now()
@@ -186,52 +181,17 @@ class Registry:
             self.client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
         return previous, champion
 
-
-def files_of(tags: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of every file of a version by its name, from its tags; empty if it was registered without, or a kill left a part of them."""
-    parts = sorted((tag for tag in tags if tag.startswith(FILES)), key=lambda tag: int(tag.removeprefix(FILES)))
-    try:
-        found: dict[str, str] = json.loads("".join(tags[part] for part in parts) or "{}")
-    except ValueError:
-        return {}
-    return found
-
-
-def check_files(folder: Path, model: str, tags: Mapping[str, str]) -> None:
-    """Compare the files of a version with what was noted when it was registered; before anything in them is looked at.
-
-    The registry's database and its storage are two places: who can write to the storage alone must not change what is loaded.
-
-    Raises:
-        UserError: a file is missing, changed or too many, or nothing was noted.
-    """
-    wanted, found = files_of(tags), _hashes(folder)
-    if not wanted:
-        mend = "Run `cartwright run` with its configuration once more, which notes them"
-        raise UserError("model", model, "was registered without the hashes of its files", mend=mend)
-    for file in sorted(wanted.keys() | found.keys()):
-        if file not in found:
-            raise _not_ours(model, file, "is missing")
-        if file not in wanted:
-            raise _not_ours(model, file, "was not registered with it")
-        if wanted[file] != found[file]:
-            raise _not_ours(model, file, "has been changed since it was registered")
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path for path in files if path.parent.name != "__pycache__"}
-    names = {name: path for name, path in names.items() if name not in MLFLOWS_OWN}
-    return {name: "a link" if path.is_symlink() else sha256_file(path) for name, path in sorted(names.items())}
-
-
-def _not_ours(model: str, file: str, problem: str) -> UserError:
-    mend = "Find out who writes to the registry's storage. `cartwright rollback` goes back; a retraining makes it anew after this version and its logged model are deleted in MLflow"
-    return UserError("model", model, f"its file {file} {problem}", mend=mend)
-
-
-def _parts(text: str) -> list[str]:
-    return [text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH)]
+    def _check(self, name: str, version: str, champion: str) -> None:
+        """Raise UserError unless the files of a version that is to be the champion are those that were registered."""
+        with TemporaryDirectory() as folder:
+            try:
+                checked_files(self._settings, name, Path(folder), version)
+            except UserError as error:
+                raise UserError("rollback", None, f"version {champion} stays the champion. {error}") from None
+            except Exception as error:  # files that are gone, or their storage does not answer: each kind has errors of its own
+                problem = f"version {champion} stays the champion. The files of version {version} cannot be read ({type(error).__name__}: {error})"
+                mend = "`cartwright promote VERSION` makes another version the champion, `cartwright run` makes a new one"
+                raise UserError("rollback", None, problem, mend=mend) from None
 
 
 def _now() -> str:
@@ -277,6 +237,16 @@ def champion_files(settings: Settings, name: str, into: Path | None = None, vers
         UserError: the registry has none, or not its files, or they are not those that were registered.
     """
     import mlflow
+
+    folder = checked_files(settings, name, into, version)
+    flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
+    files = flavor["artifacts"]
+    return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent
+
+
+def checked_files(settings: Settings, name: str, into: Path | None = None, version: str | None = None) -> Path:
+    """The folder of a version's files, of the champion's if None, after `check_files`; arguments and errors of `champion_files`."""
+    import mlflow
     from mlflow.exceptions import MlflowException
 
     client = client_of(settings)
@@ -289,9 +259,11 @@ def champion_files(settings: Settings, name: str, into: Path | None = None, vers
             raise UserError("MLFLOW_TRACKING_URI", shown_uri(settings.mlflow_uri), f"cannot be asked ({error.error_code})") from None
         missing = f"files of version {version}" if version else "champion"
         problem = f"the registry {shown_uri(settings.mlflow_uri)} has no {missing} of {name} ({error.error_code})"
-        mend = "`cartwright rollback`, or a new `cartwright run`" if version else "Run `cartwright run` first"
+        mend = (
+            "`cartwright promote VERSION` makes another version the champion, `cartwright run` a new one"
+            if version
+            else "Run `cartwright run` first"
+        )
         raise UserError("model", CHAMPION, problem, mend=mend) from None
     check_files(folder, f"{name} version {found.version}", found.tags)
-    flavor = mlflow.models.Model.load(str(folder)).flavors["python_function"]
-    files = flavor["artifacts"]
-    return folder / files["model"]["path"], flavor["config"]["runtime"], (folder / files["spec"]["path"]).parent
+    return folder
