@@ -41,12 +41,12 @@ def test_what_was_damaged_there_is_made_anew(reached: dict[str, str], tmp_path: 
     uri = f"s3://shop/{tmp_path.name}"
     one, two = Store(uri, tmp_path / "one"), Store(uri, tmp_path / "two")
     manifest, _ = seam.run(count, CountConfig(), {}, one, tmp_path / "logs")
-    one.fs.pipe_file(f"{one.root}/count/{manifest.key}/1.txt", b"7")
+    one.fs.pipe_file(f"{one.root}/count/{manifest.key}/{manifest.digest}/1.txt", b"7")
     found, state = seam.run(count, CountConfig(), {}, two, tmp_path / "logs")
     assert state == "computed" and found.digest == manifest.digest
     three = Store(uri, tmp_path / "three")
     assert three.find("count", manifest.key)[0] == found
-    two.fs.rm_file(f"{one.root}/count/{manifest.key}/1.txt")
+    two.fs.rm_file(f"{one.root}/count/{manifest.key}/{manifest.digest}/1.txt")
     assert "is missing" in str(Store(uri, tmp_path / "four").find("count", manifest.key)[1])
 
 

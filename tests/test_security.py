@@ -109,7 +109,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path: Path, name: 
     made = committed(there)
     written = there.fs.cat_file(f"{there.root}/merge/k/{MANIFEST}").decode().replace('"weights"', json.dumps(name))
     there.fs.pipe_file(f"{there.root}/merge/k/{MANIFEST}", written.encode())
-    loot = f"{there.root}/merge/k/{name}"
+    loot = f"{there.root}/merge/k/{made.digest}/{name}"
     there.fs.store.setdefault(loot, MemoryFile(there.fs, loot, b"w"))
     before = set(tmp_path.rglob("*"))
     manifest, damage = here.find("merge", "k")
@@ -135,8 +135,8 @@ def test_a_file_that_is_a_link_to_elsewhere_is_damage(tmp_path: Path) -> None:
 @pytest.mark.fast
 def test_no_more_is_fetched_than_a_manifest_says(tmp_path: Path) -> None:
     there, here = (Store(f"memory://sizes-{tmp_path.name}", tmp_path / machine) for machine in ("there", "here"))
-    committed(there)
-    there.fs.pipe_file(f"{there.root}/merge/k/weights", b"w" * 1000)
+    made = committed(there)
+    there.fs.pipe_file(f"{there.root}/merge/k/{made.digest}/weights", b"w" * 1000)
     assert "has 1000 bytes instead of 1" in (here.find("merge", "k")[1] or "")
     assert not list((tmp_path / "here").rglob("weights"))
 

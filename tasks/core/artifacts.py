@@ -2,6 +2,9 @@
 
 Storage is an fsspec URI: `file://` (used in place), or a remote such as `s3://`, whose artefacts are copied to and from
 a local folder. A failure of the storage raises; it is never taken for a missing artefact.
+
+Locks are of one machine. Of two machines that make the same artefact at once, the first to write its manifest to a remote store has
+made it, and the other takes that one. Files lie there below the digest of all of them, so that no artefact has files of two.
 """
 
 from __future__ import annotations
@@ -16,7 +19,17 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from filelock import FileLock
 
-from tasks.core.manifests import LARGEST_NOTE, MANIFEST, NEW_MANIFEST, Manifest, damage_of, own_manifest, read_manifest, reason_of
+from tasks.core.manifests import (
+    LARGEST_NOTE,
+    MANIFEST,
+    NEW_MANIFEST,
+    Manifest,
+    damage_of,
+    digest_of,
+    own_manifest,
+    read_manifest,
+    reason_of,
+)
 from tasks.domain.errors import UserError
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # no folders there; to make one would make a bucket of a mistyped name
@@ -57,10 +70,11 @@ class Store:
             UserError: neither here nor there, or by now another one is.
         """
         folder = self.path(manifest.kind, manifest.key)
-        if not self.is_local and not (folder / MANIFEST).exists():
+        found, damage = own_manifest(folder, manifest.kind, manifest.key)
+        if not self.is_local and (not found or found.digest != manifest.digest):
             with self.lock(manifest.kind, manifest.key):
                 self.find(manifest.kind, manifest.key)
-        found, damage = own_manifest(folder, manifest.kind, manifest.key)
+            found, damage = own_manifest(folder, manifest.kind, manifest.key)
         problem = damage if damage and folder.exists() else f"{manifest.kind} {manifest.key} is not in {self.uri}"
         if found and found.digest != manifest.digest:
             problem = f"{manifest.kind} {manifest.key} was made anew meanwhile and holds something else"
@@ -81,14 +95,16 @@ class Store:
     # Artefacts ---------------------------------------------------------------------------------------------------
 
     def find(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
-        """Look an artefact up and verify every file of it.
+        """Look an artefact up and verify every file of it. What is in a remote store replaces another one of the same key here.
 
         Returns:
             (manifest, None) if it is whole, (None, None) if there is none, (None, why) if it is damaged.
         """
-        if not self.is_local and self._find_here(kind, key)[0] is None and (damage := self._download(kind, key)):
-            return None, damage
-        return self._find_here(kind, key)
+        here, damage = self._find_here(kind, key)
+        if self.is_local or (here and not self._replaced_there(here)):
+            return here, damage
+        there, damage_there = self._download(kind, key)
+        return (there, None) if there else (here, None) if here else (None, damage_there or damage)
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         folder = self.path(kind, key)
@@ -98,8 +114,12 @@ class Store:
         damage = damage_of(folder, manifest)
         return (None, damage) if damage else (manifest, None)
 
-    def commit(self, folder: Path, manifest: Manifest) -> None:
-        """Turn a finished folder into an artefact: manifest written and flushed, folder renamed, copy uploaded."""
+    def commit(self, folder: Path, manifest: Manifest) -> Manifest:
+        """Turn a finished folder into an artefact: manifest written and flushed, copy uploaded, folder renamed.
+
+        Returns:
+            The artefact there is now: what another machine made of the same key meanwhile, if it was first.
+        """
         for name in manifest.files:
             _flush(folder / name)
         target = self.path(manifest.kind, manifest.key)
@@ -108,11 +128,15 @@ class Store:
         _flush(written)
         written.rename(folder / MANIFEST)
         if not self.is_local:  # first: what is whole here must be there, or other machines would never find it
-            self._upload(folder, manifest)
+            first = self._download(manifest.kind, manifest.key)[0] or self._upload(folder, manifest)
+            if first:
+                shutil.rmtree(folder)
+                return first
         target.parent.mkdir(parents=True, exist_ok=True)
         self.remove(manifest.kind, manifest.key)
         folder.rename(target)
         _flush(target.parent)
+        return manifest
 
     def remove(self, kind: str, key: str) -> None:
         """Remove an artefact: it stops existing before its files go."""
@@ -190,18 +214,41 @@ class Store:
     def _remote(self, kind: str, key: str, name: str) -> str:
         return str(PurePosixPath(self.root) / kind / key / name)
 
-    def _upload(self, folder: Path, manifest: Manifest) -> None:
-        for name in [*manifest.files, MANIFEST]:  # the manifest last: until then nobody sees the artefact
-            there = self._remote(manifest.kind, manifest.key, name)
-            self._make_folder_of(there)
-            self.fs.put_file(str(folder / name), there)
+    def _replaced_there(self, here: Manifest) -> bool:
+        """Whether another machine made the same artefact anew, with other files."""
+        try:
+            there = Manifest.model_validate_json(self.read_note(f"{here.kind}/{here.key}/{MANIFEST}"))
+        except (FileNotFoundError, ValueError):  # what is here is whole
+            return False
+        return there.digest != here.digest
 
-    def _download(self, kind: str, key: str) -> str | None:
-        """Copy an artefact, if there is one, and say what is wrong with it there. Nothing is fetched that its manifest does not name,
-        and of each file as much as it says."""
+    def _upload(self, folder: Path, manifest: Manifest) -> Manifest | None:
+        """Copy an artefact there, the manifest last: until then nobody sees it; or give what another machine was first with."""
+        for name in manifest.files:
+            self._put(folder / name, self._remote_file(manifest, name))
+        there, written = self._remote(manifest.kind, manifest.key, MANIFEST), (folder / MANIFEST).read_bytes()
+        self._make_folder_of(there)
+        try:
+            self.fs.pipe_file(there, written, mode="create")
+        except Exception:  # one is there; or the storage cannot write only what is new, and the last one is first
+            if first := self._download(manifest.kind, manifest.key)[0]:
+                return first
+            self.fs.pipe_file(there, written)
+        return None
+
+    def _put(self, file: Path, there: str) -> None:
+        self._make_folder_of(there)
+        self.fs.put_file(str(file), there)
+
+    def _remote_file(self, manifest: Manifest, name: str) -> str:
+        return self._remote(manifest.kind, manifest.key, f"{digest_of(manifest.files)}/{name}")
+
+    def _download(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
+        """Copy an artefact, if there is a whole one, or say what is wrong with it there. Nothing is fetched that its manifest does not
+        name, and of each file as much as it says."""
         there = self._remote(kind, key, MANIFEST)
         if not self.fs.exists(there):
-            return None
+            return None, None
         partial = self.partial(kind, f"{key}-copy")  # not where a stage would go on from its checkpoints
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -210,31 +257,35 @@ class Store:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _copy(self, there: str, partial: Path, kind: str, key: str) -> str | None:
+    def _copy(self, there: str, partial: Path, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         size = self.fs.size(there)
         if size is not None and size > LARGEST_NOTE:
-            return f"{there} has {size} bytes"
+            return None, f"{there} has {size} bytes"
         self.fs.get_file(there, str(partial / NEW_MANIFEST))
         try:
             manifest = read_manifest(partial / NEW_MANIFEST)
         except ValueError as error:
-            return f"{there} cannot be read ({reason_of(error)})"
+            return None, f"{there} cannot be read ({reason_of(error)})"
         for name, entry in manifest.files.items():
-            source = self._remote(kind, key, name)
+            source = self._remote_file(manifest, name)
             try:
                 size = self.fs.size(source)
                 if size is not None and size != entry.size:
-                    return f"{source} has {size} bytes instead of {entry.size}"
+                    return None, f"{source} has {size} bytes instead of {entry.size}"
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 self.fs.get_file(source, str(partial / name))
             except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
-                return f"{source} is missing"
+                return None, f"{source} is missing"
         (partial / NEW_MANIFEST).rename(partial / MANIFEST)
+        found, damage = own_manifest(partial, kind, key)
+        damage = damage_of(partial, found) if found else damage
+        if damage:
+            return None, damage.replace(str(partial), str(PurePosixPath(there).parent))
         target = self.path(kind, key)
         target.parent.mkdir(parents=True, exist_ok=True)
         self.remove(kind, key)
         partial.rename(target)
-        return None
+        return found, None
 
 
 def _flush(path: Path) -> None:

@@ -177,8 +177,7 @@ def _compute(
         peak_rss_mb=outcome.peak_rss_mb,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     ).sealed()
-    store.commit(out_dir, manifest)
-    return manifest
+    return store.commit(out_dir, manifest)
 
 
 def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping[str, Path], out_dir: Path) -> None:
