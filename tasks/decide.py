@@ -222,7 +222,8 @@ def _missing(performance: Mapping[str, Any]) -> dict[str, str]:
     if performance.get("vram_mb") is None:
         reasons["vram_mb_reason"] = "runs on the CPU" if performance["device"] == "cpu" else "NVML does not tell it here"
     if performance.get("energy_j_per_request") is None:
-        reasons["energy_j_per_request_reason"] = "this machine's energy counters (RAPL, NVML) cannot be read"
+        why = performance.get("energy_j_per_request_reason")
+        reasons["energy_j_per_request_reason"] = why or "it could not be told in each of the runs"
     return reasons
 
 

@@ -15,6 +15,7 @@ from tasks.templating import fill
 
 Json: TypeAlias = dict[str, Any]
 ROLES = {"base": "base model", "reference": "16-bit reference", "baseline": "baseline", "api": "API baseline"}
+ESTIMATE = "estimate"  # a source that begins so did not measure
 VERDICTS = {
     "promote": "Promote: the new model takes the champion's place.",
     "hold": "Hold: the champion stays.",
@@ -138,6 +139,7 @@ class Column(NamedTuple):
     form: str = "number"
     help: str = ""
     optional: bool = False  # without any value, it is named under "not run" instead of filling a column
+    source: str = ""  # beside the value: how it was come by, shown with it where that is an estimate
 
 
 class Table(NamedTuple):
@@ -165,7 +167,7 @@ VARIANT_COLUMNS = [
     Column("Speedup", "speedup_vs_fp16", "ratio", "Times as fast as the 16-bit reference"),
     Column("RAM reduction", "ram_reduction_vs_fp16", "percent", "Memory saved against the 16-bit reference"),
     Column("VRAM, MB", "performance.vram_mb", "number", "Memory on the GPU", optional=True),
-    Column("Energy, J per request", "performance.energy_j_per_request", optional=True),
+    Column("Energy, J per request", "performance.energy_j_per_request", "number", "One request at a time", True, "energy_source"),
     Column("USD per 1,000 requests", "performance.usd_per_1k_requests", optional=True),
 ]
 FIDELITY_COLUMNS = [
@@ -269,6 +271,12 @@ def quiet(measurement: Any) -> str:
     return f"The machine was not quiet: while a variant was measured, {busy}. Most disturbed: {measurement['most_disturbed']}. Speeds are too low by as much."
 
 
+def energy(variants: Iterable[Json]) -> str:
+    """A sentence on what tells the energy of requests: counters, or an estimate."""
+    sources = dict.fromkeys(_text(source) for v in variants if (source := (v.get("performance") or {}).get("energy_source")))
+    return f"Energy per request: {'; '.join(sources)}." if sources else ""
+
+
 class _Page:
     """What the templates print: tables of finished text, and the numbered reasons for what is missing."""
 
@@ -306,6 +314,7 @@ class _Page:
             "measured": self._measured(),
             "kernels": self._kernels(),
             "quiet": quiet(report.get("measurement")),
+            "energy": energy(self.variants),
             "breakdowns": [self._breakdown(head, key) for key, head in heads.items()],
             "paper": self._table("Claim of the paper", PAPER, report.get("paper") or [], "claim"),
             "counts": [self._counts(head, data, key) for key, head in counted.items()],
@@ -319,7 +328,7 @@ class _Page:
             "reasons": self.reasons,
         }
 
-    def _cell(self, node: Any, path: str | Sequence[str], form: str = "number", otherwise: str = "") -> Cell:
+    def _cell(self, node: Any, path: str | Sequence[str], form: str = "number", otherwise: str = "", source: str = "") -> Cell:
         value, around, reason = _look(node, path)
         if value is None:
             reason = reason or otherwise or "no reason was recorded"
@@ -328,6 +337,9 @@ class _Page:
             return Cell("not measured", hint=reason, note=self.reasons.index(reason) + 1)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return Cell(_text(value), _text(value))
+        if source:
+            told = _text(around.get(source) or "")
+            return Cell(FORMS.get(form, _number)(value), value, ESTIMATE if told.startswith(ESTIMATE) else "", told)
         show, ends = FORMS.get(form, _number), [around.get(end) for end in ("low", "high")]
         if None in ends or value not in (around.get("value"), around.get("delta")):  # not the figure the ends belong to
             return Cell(show(value), value)
@@ -346,7 +358,7 @@ class _Page:
         rows = []
         for variant in variants:
             name, role, error, notes = (variant.get(key) or "" for key in ("name", "role", "error", "notes"))
-            cells = [] if error else [self._cell(variant, c.path, c.form, " ".join(notes)) for c in kept]
+            cells = [] if error else [self._cell(variant, c.path, c.form, " ".join(notes), c.source) for c in kept]
             badges = ["recommended"] * (name in self.names) + ["Pareto"] * (name in (self.report.get("pareto") or []))
             sub = [_text(variant[key]) for key in ("format", "runtime", "device") if variant.get(key)]
             sub += [f"{variant['threads']} threads"] if variant.get("threads") else []

@@ -110,6 +110,7 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
         for figure in ("load_s", "prefill_tok_s", "decode_tok_s", "requests_s", "requests_s_batched", "rss_mb"):
             assert performance[figure] > 0, (variant["name"], figure)
         assert performance["latency_ms"]["p50"] <= performance["latency_ms"]["p95"] <= performance["latency_ms"]["p99"]
+        assert performance["energy_j_per_request"] > 0 and performance["energy_source"].startswith(("RAPL", "estimate (CodeCarbon "))
         assert performance["vram_mb"] is None and variant["size_mb"] > 0
         figures = {"mean_kld", "p99_kld", "top1_agreement", "weight_rel_error", "delta_retained", "prompt_ids_match", "verdict", "why"}
         assert figures <= set(variant["fidelity"]) if variant["role"] == "candidate" else variant["fidelity_reason"]

@@ -1,8 +1,9 @@
-"""Counters of GPUs and of energy: real code on a driver and a kernel interface that are imitated at their edge."""
+"""Counters of GPUs and of energy: real code on a driver and a kernel interface that are imitated at their edge, and the real CodeCarbon."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tasks.core import hardware
-from tasks.core.power import Energy, Gpu, first_gpu
+from tasks.core import hardware, tdp
+from tasks.core.power import Energy, Gpu, first_gpu, per_request
 
 pytestmark = pytest.mark.fast
 
@@ -100,9 +101,79 @@ def test_energy_of_gpu_and_processors_is_added_over_counters_that_wrap(driver: D
     assert energy.joules() == pytest.approx(3.1)
 
 
-def test_where_nothing_counts_energy_there_is_no_figure(tmp_path: Path) -> None:
+def test_where_energy_is_counted_nothing_is_estimated(tmp_path: Path) -> None:
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 100_000, 10**9)
+    energy = Energy(None, tmp_path)
+    package.write_text("8100000\n")
+    figures = per_request(energy, energy.joules(), cpu_s=1000.0, device="cpu", requests=4)
+    assert figures == {"energy_j_per_request": 2.0, "energy_source": "RAPL", "energy_j_per_request_reason": None}
+
+
+def test_where_nothing_counts_energy_it_is_estimated_from_cpu_time_and_called_so(tmp_path: Path) -> None:
     energy = Energy(None, tmp_path)
     assert energy.source is None and energy.joules() is None
+    short, long = (per_request(energy, None, cpu_s, "cpu", requests=5) for cpu_s in (1.0, 3.0))
+    assert short["energy_source"].startswith("estimate (CodeCarbon ") and short["energy_j_per_request_reason"] is None
+    assert 0.05 < short["energy_j_per_request"] < 200  # a CPU takes between 0.25 and 1,000 W
+    assert long["energy_j_per_request"] == pytest.approx(3 * short["energy_j_per_request"])
+    assert "codecarbon" not in sys.modules  # it was asked in another process: memory of this one is measured
+
+
+def test_of_a_gpu_that_counts_no_energy_the_processors_share_is_not_taken_for_all(tmp_path: Path) -> None:
+    figures = per_request(Energy(None, tmp_path), None, 1.0, "cuda", requests=5)
+    assert figures["energy_j_per_request"] is figures["energy_source"] is None and "GPU" in figures["energy_j_per_request_reason"]
+
+
+def test_a_gpu_that_stops_counting_gives_no_figure(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    energy = Energy(Gpu("1"), tmp_path)
+    monkeypatch.setattr(energy._gpu, "joules", lambda: None)
+    figures = per_request(energy, energy.joules(), 1.0, "cuda", requests=5)
+    assert figures["energy_j_per_request"] is figures["energy_source"] is None and figures["energy_j_per_request_reason"]
+
+
+def test_without_codecarbon_the_reason_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "codecarbon.py").write_text("raise ImportError('No module named codecarbon')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    figures = per_request(Energy(None, tmp_path), None, 1.0, "cpu", requests=5)
+    assert figures["energy_j_per_request"] is None and "No module named codecarbon" in figures["energy_j_per_request_reason"]
+
+
+def test_the_estimate_is_codecarbons_own() -> None:
+    """Its meter of a process, beside ours, in a process of their own that computes for a while."""
+    code = (
+        "import time; from codecarbon.external.hardware import CPU; from tasks.core import tdp\n"
+        "ours = tdp._look_up(); theirs = CPU('.', 'cpu_load', ours.name, ours.watts, tracking_mode='process')\n"
+        "theirs._get_power_from_cpus(); began, cpu = time.time(), time.process_time()\n"
+        "while time.process_time() < cpu + 1: pass\n"
+        "print(ours.joules(time.process_time() - cpu), theirs._get_power_from_cpus().W * (time.time() - began))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, theirs = map(float, asked.stdout.split())
+    assert ours == pytest.approx(theirs, rel=0.15)  # CodeCarbon reads CPU time in hundredths of a second
+
+
+def test_codecarbon_is_asked_without_network_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter whose sockets raise, with an empty home and working directory."""
+    home, guard = tmp_path / "home", tmp_path / "guard"
+    home.mkdir(), guard.mkdir()
+    (guard / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def watch(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        "        raise RuntimeError('network: ' + event)\n"
+        "sys.addaudithook(watch)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(guard), str(Path(tdp.__file__).parents[2])]))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(home))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.chdir(home)
+    probe = subprocess.run(
+        [sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))"], capture_output=True, text=True
+    )
+    assert "network: " in probe.stderr  # the guard works
+    assert tdp.ask().watts > 0
+    assert not list(home.rglob("*"))
 
 
 @pytest.mark.parametrize(("files", "cores"), [

@@ -201,6 +201,22 @@ def test_missing_figures_are_named_with_their_reason(rendered: Path) -> None:
     assert "not measured" in row
 
 
+def test_energy_that_was_estimated_is_called_so_wherever_it_is_shown_and_measured_energy_is_not(tmp_path: Path) -> None:
+    estimated, counted = "estimate (CodeCarbon 9: 8 W for all 2 CPUs of X, by CPU time)", "RAPL"
+    report = sample_report()
+    for variant, joules, source in zip(report["variants"], (1.2345, 56.789), (estimated, counted), strict=False):
+        variant["performance"] |= {"energy_j_per_request": joules, "energy_source": source}
+    render(report, tmp_path)
+    html, markdown = read(tmp_path, "report.html"), read(tmp_path, "report.md")
+    assert "1.23 (estimate)" in markdown and "56.8 |" in markdown and markdown.count("1.23 ") == 1
+    assert (
+        f'<span title="{estimated}">1.23</span> <small>estimate</small>' in html
+        and '<span title="RAPL">56.8</span></td>' in html.replace("\n", "")
+    )
+    for page in (html, markdown.replace("\\", "")):
+        assert f"Energy per request: {estimated}; {counted}." in page
+
+
 def test_a_failed_variant_is_a_row_with_its_error(rendered: Path) -> None:
     assert "| gguf-Q4_1 | failed: llama_decode returned -1" in read(rendered, "report.md")
     assert "gguf-Q4_1 gguf Failed: llama_decode returned -1" in squeezed(read(rendered, "report.html"))

@@ -1,4 +1,4 @@
-"""Counters of a GPU (NVML) and of the processor's energy (RAPL), read where the machine has them."""
+"""Counters of a GPU (NVML) and of the processor's energy (RAPL), read where the machine has them; else CodeCarbon's estimate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tasks.core import tdp
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -103,6 +105,34 @@ class Energy:
         if now_on_gpu is None:
             return None
         return now_on_gpu - (self._gpu_before or 0.0) + sum(domain.total for domain in self._domains) / 1e6
+
+
+def per_request(energy: Energy, joules: float | None, cpu_s: float, device: str, requests: int) -> dict[str, Any]:
+    """What one of `requests` used. Where nothing counts energy this starts a process: call it when all else is measured.
+
+    Args:
+        joules: what `energy` counted meanwhile.
+        cpu_s: CPU time of this process meanwhile, seconds of all its threads together.
+        device: where the model ran. The estimate knows the processor only, so for `cuda` there is none.
+
+    Returns:
+        `energy_j_per_request`, `energy_source` (one that begins with `estimate` was not measured), and why there is neither.
+    """
+    reason = None
+    source = energy.source
+    if joules is None and device == "cuda":
+        source, reason = None, "this machine's energy counters (NVML, RAPL) cannot be read, and CodeCarbon's estimate does not know the GPU"
+    elif joules is None:
+        try:
+            processor = tdp.ask()
+            source, joules = processor.source, processor.joules(cpu_s)
+        except OSError as error:
+            source, reason = None, f"this machine's energy counters (RAPL, NVML) cannot be read; {error}"
+    return {
+        "energy_j_per_request": None if joules is None else joules / requests,
+        "energy_source": source,
+        "energy_j_per_request_reason": reason,
+    }
 
 
 def _domain(zone: Path) -> _Domain | None:

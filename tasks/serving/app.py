@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -22,12 +22,24 @@ from tasks.serving.champion import Champion, Champions
 from tasks.serving.config import ServeConfig
 from tasks.serving.engine import Busy, Closing
 from tasks.serving.limits import Refused
-from tasks.serving.messages import ChatRequest, Error, IntentAnswer, IntentRequest, Text
+from tasks.serving.messages import Chat, ChatRequest, Error, Health, IntentAnswer, IntentRequest, Models, Ready, Text
 from tasks.serving.metrics import Metrics
 
 API = "1"
 CUT = "cut"  # the problem of an answer that was longer than allowed, beside those of `parse_answer`
 TEXT = TypeAdapter(Text)
+
+# What the OpenAPI document says that an endpoint may answer beside 200. Any request may have a body that is slow or large.
+ERRORS = {
+    400: "no JSON", 401: "no key", 404: "no such model", 408: "slow body", 413: "large body", 422: "wrong field", 429: "rate", 500: "failed",
+    503: "busy", 504: "slow",
+}  # fmt: skip
+ASKED = (400, 401, 408, 413, 422, 429, 500, 503, 504)
+READ = (401, 408, 413, 429, 500)
+PROBED = (408, 413, 500)
+# With `stream`. OpenAPI 3.1 cannot describe the events of a stream.
+EVENTS = {"text/event-stream": {"example": 'data: {"object": "chat.completion.chunk", ...}\n\ndata: [DONE]\n\n'}}
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Service:
@@ -86,16 +98,12 @@ class Service:
 
 def application(service: Service) -> FastAPI:
     """The endpoints of a service."""
-    codes = {401: "no key", 408: "slow body", 413: "large body", 422: "wrong field", 429: "rate", 500: "failed", 503: "busy", 504: "slow"}
-    errors: dict[int | str, dict[str, Any]] = {
-        code: {"model": Error, "description": text} for code, text in {400: "no JSON", **codes}.items()
-    }
-    app = FastAPI(title="Cartwright", version=API, docs_url=None, redoc_url=None, responses=errors)
+    app = FastAPI(title="Cartwright", version=API, docs_url=None, redoc_url=None)
     for kind in (Refused, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _error)
     config, champions = service.config, service.champions
 
-    @app.post("/intent", response_model=IntentAnswer)
+    @app.post("/intent", response_model=IntentAnswer, responses=_errors(*ASKED))
     async def intent(asked: IntentRequest) -> Response:
         """What a customer wants: the parsed answer, and the version of the model that gave it."""
         texts = [asked.text] if asked.text is not None else asked.texts or []
@@ -104,7 +112,7 @@ def application(service: Service) -> FastAPI:
         given = answers[0] if asked.texts is None else {"answers": answers}
         return JSONResponse({"model": config.name, "version": champion.version, **given})
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=Chat, responses={200: {"content": EVENTS}, **_errors(404, *ASKED)})
     async def chat(asked: ChatRequest) -> Response:
         """OpenAI's chat completions; the answer is a compact JSON object, or what the model wrote where that is none."""
         names = _names(config, champions.current)
@@ -128,18 +136,18 @@ def application(service: Service) -> FastAPI:
         choice = {"index": 0, "message": {"role": "assistant", "content": content}, "logprobs": None, "finish_reason": reason}
         return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(completion)})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=Models, responses=_errors(*READ))
     async def models() -> Response:
         """The champion, by its name and by its version."""
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "cartwright"} for name in _names(config, champions.current)]
         return JSONResponse({"object": "list", "data": listed})
 
-    @app.get("/health")
+    @app.get("/health", response_model=Health, responses=_errors(*PROBED))
     async def health() -> Response:
         """Whether the process answers."""
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", response_model=Ready, responses=_errors(*PROBED, 503))
     async def ready() -> Response:
         """Whether a champion takes questions."""
         current = champions.current
@@ -147,12 +155,16 @@ def application(service: Service) -> FastAPI:
             raise Refused(503, "not_ready", "No champion takes questions", retry_after_s=5)
         return JSONResponse({"status": "ready", "model": config.name, "version": current.version, "variant": current.variant})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(*READ))
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=PLAIN)
 
     return app
+
+
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": Error, "description": ERRORS[code]} for code in codes}
 
 
 def _names(config: ServeConfig, champion: Champion) -> list[str]:

@@ -71,8 +71,8 @@ class ChatRequest(BaseModel):
     """The last message of the role `user` is what the customer says; the model was trained on single messages, so others are not read.
     Decoding is greedy whatever `temperature` says; fields that are not named here are ignored."""
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    model: str = Field(examples=["shop-intent"])
+    messages: list[ChatMessage] = Field(min_length=1, examples=[[{"role": "user", "content": "two olive oils please"}]])
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -85,9 +85,62 @@ class ChatRequest(BaseModel):
         return "".join(part.text for part in said) if isinstance(said, list) else said
 
 
+class Reply(BaseModel):
+    role: Literal["assistant"]
+    content: str
+
+
+class Choice(BaseModel):
+    index: int
+    message: Reply
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Chat(BaseModel):
+    """What is answered without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int = Field(description="Seconds since 1970")
+    model: str
+    system_fingerprint: str = Field(description="The champion's name and version")
+    choices: list[Choice] = Field(min_length=1, max_length=1)
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Ready(BaseModel):
+    status: Literal["ready"]
+    model: str
+    version: str
+    variant: str
+
+
 class ErrorDetail(BaseModel):
     message: str
-    type: str
+    type: Literal["invalid_request_error", "server_error"]
     param: str | None
     code: str | None
 

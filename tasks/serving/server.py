@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import logging
 import signal
 import socket
 import sys
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tasks.core.settings import Settings, serve_key
 from tasks.domain.errors import UserError
 from tasks.serving.app import Service, application
 from tasks.serving.champion import Champions
 from tasks.serving.config import ServeConfig, check_key
-from tasks.serving.limits import Limits
+from tasks.serving.limits import Limits, Refused
 from tasks.serving.metrics import Metrics
 
 BACKLOG = 1024
@@ -49,6 +52,18 @@ def serve(settings: Settings, config: ServeConfig) -> None:
         champions.close()
 
 
+class _Http(H11Protocol):
+    """uvicorn's HTTP, whose answer to what is no HTTP has the form of every other error."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, or was given: there is no place for another
+            body = json.dumps(Refused(400, "invalid_http", msg).body()).encode()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+            for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """uvicorn that says so when it ends."""
 
@@ -59,6 +74,7 @@ class _Server(uvicorn.Server):
                 backlog=BACKLOG,
                 access_log=False,
                 log_config=None,
+                http=_Http,
                 lifespan="off",
                 proxy_headers=False,  # a client could call itself whatever it likes, and so have no rate
                 server_header=False,
