@@ -107,6 +107,8 @@ def run(
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
+    from tasks.overhead import since
+
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     computed = sum(stage["state"] == "computed" for stage in report["stages"])
     cached = sum(stage["state"] == "cached" for stage in report["stages"])
@@ -121,6 +123,8 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
         f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
     )
     print(f"Report: {folder / 'report.html'}")
+    if (after := since(report)) > 1:
+        print(f"After the report had counted the time: {after:.1f} s for its pages, MLflow, and the end of Prefect's server.")
     bin_dir = Path(sys.executable).parent
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")

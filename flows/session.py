@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from tasks.config import RunConfig
-from tasks.core import hardware
+from tasks.core import hardware, ledger
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
 from tasks.core.display import Display
@@ -119,6 +119,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
         _name_flow_run(tracker.run_name)
         started = now.isoformat(timespec="seconds")
         run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+        ledger.begin()
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run
 
@@ -188,6 +189,7 @@ def join_run(run: Run, settings: Settings, display: Display, pool: str) -> Itera
     """
     tracker = Tracker(settings, run.mlflow_run)
     joined = Runner(run.run_id, settings, Store(settings.store_uri, settings.home), tracker, display, pool)
+    ledger.begin()
     with _known(run, joined):
         yield joined
 

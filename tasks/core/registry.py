@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from tasks.core import ledger
 from tasks.core.manifests import sha256_file
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
@@ -29,6 +30,7 @@ TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
 class Registry:
     """The registered models of an MLflow."""
 
+    @ledger.charge("mlflow")
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.client = client_of(settings)
@@ -74,6 +76,7 @@ class Registry:
         written = json.dumps(found)
         return {f"{FILES}{number}": part for number, part in enumerate(_parts(written))}
 
+    @ledger.charge("mlflow")
     def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
         """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
         from mlflow.exceptions import MlflowException
@@ -108,6 +111,7 @@ class Registry:
             self.client.delete_model_version_tag(name, version, ROLLED_BACK)
         return ""
 
+    @ledger.charge("mlflow")
     def rolled_back(self, name: str, digest: str) -> str | None:
         """When the version with this content was taken out of service by `rollback`; None if it was not, or is not registered."""
         found = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.tags.get(TAG + "digest") == digest]
