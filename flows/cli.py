@@ -81,9 +81,9 @@ def run(
     from tasks.config import disk_needed, dump, load_config, parse_overrides, resolve
 
     overrides = parse_overrides(change)
-    config = resolve(load_config(profile, overrides))  # before anything starts
+    config = load_config(profile, overrides)  # before anything starts
     if show_config:
-        print(dump(config))
+        print(dump(resolve(config)))
         return
     settings = environment.load_settings()
     if execution is Execution.pools and not settings.prefect_api_url:
@@ -93,13 +93,14 @@ def run(
             "is not set, and pools have their workers at a standing server",
             mend="`cartwright up` starts one and says its address",
         )
+    from flows.session import prefect_api
     from tasks.core.artifacts import Store
 
-    Store(settings.store_uri, settings.home).check_writable(disk_needed(config))
-    from flows.session import prefect_api
+    def check() -> None:
+        Store(settings.store_uri, settings.home).check_writable(disk_needed(resolve(config)))
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
-    with prefect_api(settings), goes_on():
+    with prefect_api(settings, check), goes_on():
         from flows.retrain import retrain
 
         folder = retrain(profile=profile, overrides=overrides, execution=execution.value, accelerator=accelerator.value)

@@ -18,7 +18,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from flows import errands, pools
+from flows import errands
 from flows.errands import Errand, StageFlow
 from flows.session import Run, runner
 from tasks.core import ledger
@@ -179,6 +179,8 @@ def _workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
 
 def stage_flows_on(machine: Machine) -> set[str]:
     """The stage flows that a retraining may send to a machine."""
+    from flows import pools  # a run in one process has no use for them
+
     on_gpu = {*ACCELERATED, "measure", "check"}
     return on_gpu if machine == "gpu" else {flow.name for flow in vars(pools).values() if isinstance(flow, Flow)}
 
