@@ -338,6 +338,14 @@ def test_a_second_run_computes_nothing_and_prefect_says_cached(finished: Finishe
     assert spent["stages_s"] == spent["processes_s"] == 0 and spent["total_s"] == spent["wall_s"] > spent["start_s"] > 0
 
 
+def test_what_is_wrong_with_a_configuration_is_said_while_the_server_starts_and_ends_it(finished: Finished) -> None:
+    reports = set((finished.home / "reports").iterdir())
+    refused = run(finished.home, "--set", "data.languages=[en,xx]")
+    assert refused.returncode == 2 and "data.languages = 'xx': is unknown" in refused.stderr, refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr and processes_of(finished.home) == []
+    assert set((finished.home / "reports").iterdir()) == reports
+
+
 def test_changing_one_field_recomputes_exactly_what_depends_on_it(copy: Path) -> None:
     assert run(copy, "--set", "benchmark.requests=6", "--set", "gguf=[Q4_0]", "--set", "gptq=[]").returncode == 0
     computed = {name for name, state in states(copy).items() if state == "computed"}
