@@ -81,9 +81,9 @@ def run(
     from tasks.config import disk_needed, dump, load_config, parse_overrides, resolve
 
     overrides = parse_overrides(change)
-    config = resolve(load_config(profile, overrides))  # before anything starts
+    config = load_config(profile, overrides)  # before anything starts
     if show_config:
-        print(dump(config))
+        print(dump(resolve(config)))
         return
     settings = environment.load_settings()
     if execution is Execution.pools and not settings.prefect_api_url:
@@ -93,13 +93,14 @@ def run(
             "is not set, and pools have their workers at a standing server",
             mend="`cartwright up` starts one and says its address",
         )
+    from flows.session import prefect_api
     from tasks.core.artifacts import Store
 
-    Store(settings.store_uri, settings.home).check_writable(disk_needed(config))
-    from flows.session import prefect_api
+    def check() -> None:
+        Store(settings.store_uri, settings.home).check_writable(disk_needed(resolve(config)))
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
-    with prefect_api(settings), goes_on():
+    with prefect_api(settings, check), goes_on():
         from flows.retrain import retrain
 
         folder = retrain(profile=profile, overrides=overrides, execution=execution.value, accelerator=accelerator.value)
@@ -107,6 +108,8 @@ def run(
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
+    from tasks.overhead import since
+
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     computed = sum(stage["state"] == "computed" for stage in report["stages"])
     cached = sum(stage["state"] == "cached" for stage in report["stages"])
@@ -121,6 +124,8 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
         f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
     )
     print(f"Report: {folder / 'report.html'}")
+    if (after := since(report)) > 1:
+        print(f"After the report had counted the time: {after:.1f} s for its pages, MLflow, and the end of Prefect's server.")
     bin_dir = Path(sys.executable).parent
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")

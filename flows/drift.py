@@ -54,7 +54,7 @@ def drift(texts: str = "", model: str = "shop-intent", options: DriftOptions = U
         filled = {"texts": uri, "texts_sha256": digest, "model": str(path), "model_digest": champion.tags["cartwright.digest"]}
         config = DriftConfig(**dict(options), **filled, runtime=runtime)
         manifest = call(drift_stage, config, dataset=champion.dataset)
-        return call.act("publish", lambda: (publish(call, champion, config, manifest), False))
+        return call.act("publish", lambda: (publish(call, champion, config, manifest), False), "report")
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from flows import errands, pools
+from flows import errands
 from flows.errands import Errand, StageFlow
 from flows.session import Run, runner
+from tasks.core import ledger
 from tasks.core.child import StageError
 from tasks.decide import Variant
 from tasks.domain.errors import UserError
@@ -96,6 +97,14 @@ class Pools:
         where = machine or (self._accelerator if stage_flow.name in ACCELERATED else "cpu")
         errand = errands.errand_for(self._run, stage_flow, given)
         errand.send(self._runner.store, self._run)
+        with ledger.charge("processes"):
+            result, stages = self._result(stage_flow, where, errand)
+            ledger.waited_for({"stages": sum(stage.get("worked_s", 0.0) for stage in stages)})
+        self._runner.stages.extend(stages)
+        return result
+
+    def _result(self, stage_flow: StageFlow, where: Machine, errand: Errand) -> tuple[Any, list[dict[str, Any]]]:
+        """What came of an errand, once a run of it is completed, and how its stages went."""
         child: FlowRun | None = None
         try:
             for child in self._attempts(f"{stage_flow.name}/{where}", errand):
@@ -104,9 +113,7 @@ class Pools:
                 state = self._wait(child)
                 if state.is_completed():
                     with suppress(FileNotFoundError):  # who cleans up the store may have taken the note of an old one
-                        result, stages = errand.result(self._runner.store, stage_flow)
-                        self._runner.stages.extend(stages)
-                        return result
+                        return errand.result(self._runner.store, stage_flow)
                 if not known:
                     raise StageError(f"{stage_flow.name} on {where}-pool {_ended(state)}: {_reason(state)}")
         except StageError:
@@ -115,6 +122,7 @@ class Pools:
             if child:
                 _cancel(child)
             raise
+        raise AssertionError("there is always another attempt")
 
     def _attempts(self, deployment: str, errand: Errand) -> Iterator[FlowRun]:
         """The flow runs of an errand, one after the other: those that were started in an earlier life of this run, then new ones."""
@@ -171,6 +179,8 @@ def _workers(client: SyncPrefectClient, pool: str) -> list[Worker]:
 
 def stage_flows_on(machine: Machine) -> set[str]:
     """The stage flows that a retraining may send to a machine."""
+    from flows import pools  # a run in one process has no use for them
+
     on_gpu = {*ACCELERATED, "measure", "check"}
     return on_gpu if machine == "gpu" else {flow.name for flow in vars(pools).values() if isinstance(flow, Flow)}
 

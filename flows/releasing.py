@@ -57,14 +57,16 @@ def release(
     """Registry and report; the folder of the report."""
     call, config = runner(run), run.config
     with concurrency(PROMOTION):  # of all hosts, where the server knows the limit; MLflow's aliases have no compare-and-swap
-        verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict))
+        verdict = call.act("register", lambda: register_variants(call, config.registry, decision, dataset, models, verdict), "mlflow")
     tell(
         "gate.unchanged" if verdict["unchanged"] else f"gate.{verdict['verdict']}",
         config.registry.name,
         {"run": run.run_id, "mlflow_run": run.mlflow_run, **verdict},
     )
     plots = call(report_plots, ReportPlotsConfig(), decision=decision)
-    return call.act("report", lambda: write_report(call, run.config, run.started, decision, dataset, card, plots, adapter, models, verdict))
+    return call.act(
+        "report", lambda: write_report(call, run.config, run.started, decision, dataset, card, plots, adapter, models, verdict), "report"
+    )
 
 
 def judge(run: Run, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:

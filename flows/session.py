@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from tasks.config import RunConfig
-from tasks.core import hardware
+from tasks.core import hardware, ledger
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
 from tasks.core.display import Display
@@ -119,6 +120,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
         _name_flow_run(tracker.run_name)
         started = now.isoformat(timespec="seconds")
         run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+        ledger.begin()
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run
 
@@ -188,6 +190,7 @@ def join_run(run: Run, settings: Settings, display: Display, pool: str) -> Itera
     """
     tracker = Tracker(settings, run.mlflow_run)
     joined = Runner(run.run_id, settings, Store(settings.store_uri, settings.home), tracker, display, pool)
+    ledger.begin()
     with _known(run, joined):
         yield joined
 
@@ -254,14 +257,20 @@ def ending(tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def prefect_api(settings: Settings) -> Iterator[None]:
+def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """A Prefect API for this process: the one of `PREFECT_API_URL`, else a private one on loopback.
 
     Prefect's own ephemeral server outlives a parent that is killed; this one is killed with it by the kernel.
+
+    Args:
+        check: raises if there is nothing to do with it. Asked while it starts; before, where it has to make its database.
     """
     if settings.prefect_api_url:
+        check()
         yield
         return
+    if first := not (settings.prefect_home / "prefect.db").exists():
+        check()
     settings.prefect_home.mkdir(parents=True, exist_ok=True)
     log = settings.home / "logs" / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -285,6 +294,7 @@ def prefect_api(settings: Settings) -> Iterator[None]:
                 env={
                     **environment.child_environment(),
                     "PREFECT_UI_ENABLED": "false",
+                    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # who saves one registers its type; takes half a second
                     "PREFECT__SERVER_EPHEMERAL": "1",
                     "PREFECT__SERVER_FINAL": "1",
                 },
@@ -293,6 +303,8 @@ def prefect_api(settings: Settings) -> Iterator[None]:
         environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
         try:
             _import_meanwhile()
+            if not first:
+                check()
             _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log)
         except BaseException:
             server.kill()
@@ -327,10 +339,15 @@ def _send_what_is_queued() -> None:
 
 def _import_meanwhile() -> None:
     """What the run imports anyway takes as long as the server needs to start; with two cores the wait costs nothing."""
-    import flows.retrain  # noqa: F401
-    from tasks.core import tracking
+    gc.disable()  # next to nothing of what an import makes is garbage
+    try:
+        import flows.retrain  # noqa: F401
+        from tasks.core import tracking
 
-    tracking.preload()
+        tracking.preload()
+    finally:
+        gc.freeze()  # nor will it be; the interpreter would look through all of it once more at its end, for a second or more
+        gc.enable()
 
 
 def _free_port() -> int:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from tasks.core import hardware, power, progress, settings
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import MEASURED, StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import conversations, load_variant
@@ -71,7 +71,13 @@ class BenchmarkConfig(StageConfig):
         return value
 
 
-@stage("benchmark", version=5, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"), measures=True)
+@stage(
+    "benchmark",
+    version=5,
+    libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
+    measures=True,
+    varies=MEASURED,
+)
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))

@@ -71,7 +71,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=4, libraries=("scipy", "numpy"), isolated=False)
+@stage("decide", version=4, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 

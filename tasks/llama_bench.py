@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tasks.core import hardware, settings
 from tasks.core.lifetime import tied
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import MEASURED, StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.quantize_gguf import MODEL_FILE
 
@@ -40,7 +40,7 @@ def program() -> Path:
     return path
 
 
-@stage("llama_bench", version=1, libraries=("llama-cpp-python",), measures=True)
+@stage("llama_bench", version=1, libraries=("llama-cpp-python",), measures=True, varies=MEASURED)
 def llama_bench(config: LlamaBenchConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Run llama-bench on `inputs["model"]`, weights read and not mapped, as our runtime does; writes its own `llama-bench.json`."""
     lengths = ["-p", str(config.prefill_tokens), "-n", str(config.decode_tokens), "-r", str(config.repeats)]

@@ -6,6 +6,7 @@ import json
 from typing import Any, Literal
 
 from tasks import gate
+from tasks.core import ledger
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
@@ -157,7 +158,7 @@ def promote(registry: Registry, name: str, version: str, verdict: dict[str, Any]
         now = f"version {champion['version']}" if champion else None
         if now != verdict["champion"]:
             return gate.hold(verdict, f"it was compared with {verdict['champion'] or 'no champion'}, and the champion is {now} by now")
-        problem = registry.promote(name, version, lambda: problem_of(name, version))
+        problem = registry.promote(name, version, ledger.charge("stages")(lambda: problem_of(name, version)))
     if problem:
         return gate.hold(verdict, f"does not answer from the registry: {problem}")
     return {**verdict, "checks": [*verdict["checks"], {"name": "loads from the registry and answers", "passed": True}]}

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from tasks.data_card import read_card
+from tasks.overhead import rows as overhead_rows
 from tasks.plot_files import Plot, read_plots
+from tasks.reproducibility import sentences
 from tasks.teaching.joining import shown_summary
 from tasks.templating import fill
 
@@ -250,6 +252,7 @@ TRAINING = [
 ]  # fmt: skip
 MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"))]
 STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"), Column("Key", "key", "text")]
+OVERHEAD = [Column("Time", "seconds", "time"), Column("Share", "share", "percent")]
 PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]
 
 
@@ -322,6 +325,8 @@ class _Page:
             "teacher": self._facts(taught, [Column(name, name, "text") for name in _labels(taught)]),
             "training": self._facts(report.get("training"), TRAINING),
             "stages": self._table("Stage", STAGES, stages, "name"),
+            "overhead": self._table("Where", OVERHEAD, overhead_rows(report.get("overhead")), "where"),
+            "reproducibility": sentences(report.get("reproducibility")),
             "machine": self._facts(report.get("environment"), MACHINE),
             "wall": self._cell(report, "wall_s", "time"),
             "not_run": self._not_run(),

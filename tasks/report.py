@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import RunConfig
-from tasks.core import hardware
+from tasks.core import hardware, ledger
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.runner import Runner
@@ -21,7 +21,9 @@ from tasks.core.source import git_state
 from tasks.core.tracking import Tracker
 from tasks.domain.errors import UserError
 from tasks.gate import in_markdown
+from tasks.overhead import overhead
 from tasks.rendering import render
+from tasks.reproducibility import reproducibility
 from tasks.sbom import SBOM, write_sbom
 
 PICTURES = ("accuracy_memory", "accuracy_speed", "latency", "divergence", "languages")
@@ -61,17 +63,22 @@ def write_report(
         "dataset": {"sha256": dataset.digest, **dataset.metrics},
         "training": training_facts(adapter, config),
         **decided,
+        "reproducibility": reproducibility(run.stages, decided["variants"]),
         "gate": gate,
         "not_run": not_run(),
         "sbom": SBOM,
     }
     folder = run.settings.reports / run.run_id
-    render(report, folder, run.store.fetch(card), run.store.fetch(plots))
+    folder.mkdir(parents=True, exist_ok=True)
     write_sbom(folder / SBOM, report, config.base_model, dataset, adapter, models)
+    shown = run.store.fetch(card), run.store.fetch(plots)
+    report["overhead"] = overhead()  # as late as it can be and still be in the report
+    render(report, folder, *shown)
     point_latest(run.settings, folder)
     run.tracker.log_files(run.tracker.parent, folder, "report")
     run.tracker.log_summary(report)
-    show_in_prefect(report, folder, run.tracker)
+    with ledger.charge("prefect"):
+        show_in_prefect(report, folder, run.tracker)
     return folder, all(stage["state"] == "cached" for stage in run.stages)
 
 

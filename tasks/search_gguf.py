@@ -70,7 +70,14 @@ class Mixture:
     size_mb: float
 
 
-@stage("search_gguf", version=4, libraries=("llama-cpp-python",), measures=True, preloaded=True)
+@stage(
+    "search_gguf",
+    version=4,
+    libraries=("llama-cpp-python",),
+    measures=True,
+    preloaded=True,
+    varies="it tries as many mixtures as it has time for",
+)
 def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Look for the smallest mixture of 8, 5 and 4 bits a weight that diverges no more than is allowed.
 

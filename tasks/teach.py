@@ -102,7 +102,9 @@ def check_teacher(data: SynthesizeConfig, teacher: TeacherConfig) -> None:
         raise UserError(FIELD, model, "there is no key for it", mend=mend)
 
 
-@stage("teach", version=1, libraries=("rapidfuzz", "py3langid"))
+@stage(
+    "teach", version=1, libraries=("rapidfuzz", "py3langid"), varies="another model writes it; only answers that are in the log come again"
+)
 def teach(config: TeachConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Ask, check, and write `patterns.jsonl`, `products.jsonl`, `utterances.jsonl` and `rejected.jsonl`.
 

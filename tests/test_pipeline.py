@@ -18,8 +18,16 @@ from typing import Any
 import psutil
 import pytest
 
+import flows.releasing
+import flows.stages
 from tasks.asking import find_model
+from tasks.core import stage as seam
+from tasks.core.artifacts import Store
+from tasks.core.child import FORKS
+from tasks.core.ledger import ACCOUNTS
+from tasks.core.manifests import Manifest
 from tasks.core.settings import load_settings
+from tasks.core.stage import Stage
 from tests.conftest import REPOSITORY, Finished
 
 
@@ -128,6 +136,53 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
     assert report["sbom"] in (finished.home / "reports" / "latest" / "report.html").read_text()
 
 
+def test_the_report_says_where_the_time_went(finished: Finished) -> None:
+    report = latest(finished.home)
+    spent = report["overhead"]
+    parts = {name: spent[name] for name in (f"{account}_s" for account in ACCOUNTS)}
+    assert min(parts.values()) >= 0 and set(spent) == {*parts, "wall_s", "total_s", "share"}
+    assert sum(parts.values()) == pytest.approx(spent["wall_s"], abs=0.01)
+    assert spent["total_s"] == pytest.approx(spent["wall_s"] - spent["stages_s"], abs=0.01)
+    assert spent["share"] == pytest.approx(spent["total_s"] / spent["wall_s"], abs=0.001)
+    assert all(parts[f"{name}_s"] > 0 for name in ("start", "stages", "processes", "store", "prefect", "mlflow", "report"))
+    worked = {stage["name"]: stage["worked_s"] for stage in report["stages"]}
+    assert sum(worked.values()) == pytest.approx(spent["stages_s"], abs=0.001 * len(worked) + 0.01)
+    for stage in report["stages"]:
+        if stage["computed_in_s"]:
+            assert 0 < stage["worked_s"] <= stage["computed_in_s"] + 0.002, stage
+    assert worked["register"] > 0  # the model that was promoted had to answer
+    page = (finished.home / "reports" / "latest" / "report.html").read_text(encoding="utf-8")
+    assert "Where the time went" in page and "Prefect: flow runs" in page
+
+
+def test_what_is_declared_reproducible_is_the_same_bytes_in_another_home(finished: Finished, home: Path) -> None:
+    """The artefact of each kind that was made last, and all that it was made from, made once more."""
+    there = [Manifest.model_validate_json(path.read_bytes()) for path in finished.store.glob("*/*/manifest.json")]
+    stages = {
+        found.name: found for module in (flows.stages, flows.releasing) for found in vars(module).values() if isinstance(found, Stage)
+    }
+    store = Store((home / "store").as_uri(), home)
+    made: dict[str, Manifest] = {}
+
+    def again(old: Manifest) -> Manifest:
+        if old.digest not in made:
+            inputs = {name: again(next(m for m in there if m.digest == digest)) for name, digest in old.inputs.items()}
+            stage = stages[old.kind]
+            made[old.digest] = seam.run(stage, stage.config_type.model_validate(old.config), inputs, store, home / "logs")[0]
+        return made[old.digest]
+
+    newest = {m.kind: m for m in sorted(there, key=lambda m: m.created) if not stages[m.kind].varies}
+    report = latest(finished.home)["reproducibility"]
+    assert set(newest) == set(report["same"]) >= {"synthesize", "finetune", "merge", "quantize_gguf", "quantize_gptq", "evaluate"}
+    assert {m.kind for m in there} - set(newest) == set(report["varies"]) == {"benchmark", "decide", "report_plots"}
+    assert report["spread"] is None and "benchmark.runs" in report["spread_reason"]
+    try:
+        for kind, manifest in newest.items():
+            assert again(manifest).digest == manifest.digest, kind
+    finally:
+        FORKS.close()
+
+
 def test_no_artefact_knows_where_it_was_made(finished: Finished) -> None:
     files = [path for path in finished.store.glob("*/*/**/*") if path.is_file()]
     assert files and not [path for path in files if str(finished.home).encode() in path.read_bytes()]
@@ -147,6 +202,7 @@ for run in runs: kinds.setdefault(run.data.tags["cartwright.kind"], []).append(r
 assert {run.info.status for run in runs} == {"FINISHED"}
 assert len(kinds["pipeline"]) == 1
 parent = kinds["pipeline"][0]
+assert parent.data.metrics["overhead.wall_s"] > parent.data.metrics["overhead.stages_s"] > 0
 assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for kind in ("stage", "variant") for run in kinds[kind])
 names = [set(run.data.metrics) for run in kinds["variant"]]
 assert len(names) == 7 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
@@ -279,6 +335,16 @@ def test_a_second_run_computes_nothing_and_prefect_says_cached(finished: Finishe
     assert cached == len([name for name in states(home) if name not in ("register", "report")])
     assert logged == 4  # the same content is not logged twice
     assert "Gate: hold (the challenger is the champion already)" in result.stdout
+    spent = latest(home)["overhead"]
+    assert spent["stages_s"] == spent["processes_s"] == 0 and spent["total_s"] == spent["wall_s"] > spent["start_s"] > 0
+
+
+def test_what_is_wrong_with_a_configuration_is_said_while_the_server_starts_and_ends_it(finished: Finished) -> None:
+    reports = set((finished.home / "reports").iterdir())
+    refused = run(finished.home, "--set", "data.languages=[en,xx]")
+    assert refused.returncode == 2 and "data.languages = 'xx': is unknown" in refused.stderr, refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stderr and processes_of(finished.home) == []
+    assert set((finished.home / "reports").iterdir()) == reports
 
 
 def test_changing_one_field_recomputes_exactly_what_depends_on_it(copy: Path) -> None:

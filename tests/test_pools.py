@@ -148,6 +148,8 @@ def test_a_parent_that_was_killed_goes_on_with_the_children_it_had(team: Home, t
     report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
     pools = {stage["name"]: stage["pool"] for stage in report["stages"]}
     assert pools["finetune"] == pools["evaluate gguf-F16"] == "cpu" and pools["register"] == pools["decide"] == "local"
+    spent, worked = report["overhead"], {stage["name"]: stage["worked_s"] for stage in report["stages"]}
+    assert worked["finetune"] > 0 and spent["stages_s"] > 0 and spent["processes_s"] > 0  # what workers tell, and the rest of the wait
     # Stages ran in the worker's home, artefacts are in the store of both.
     logs = {path.name.split("-")[0] for path in (tmp_path / "host" / "home" / "logs").rglob("*.log")}
     assert {"synthesize", "finetune", "convert_gguf", "evaluate", "benchmark"} <= logs

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tasks.overhead import WORDS
 from tasks.rendering import json_safe, render
+from tasks.reproducibility import reproducibility
 
 EVIL = "<script>alert(1)</script>"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -289,6 +291,27 @@ def test_what_a_teacher_gave_is_shown_and_without_one_nothing_is(tmp_path: Path)
     render(report, tmp_path / "alone")
     page = (tmp_path / "alone" / "report.md").read_text(encoding="utf-8")
     assert "### Teacher" not in page and "- Teacher: none" in page
+
+
+@pytest.mark.fast
+def test_where_the_time_went_and_what_would_be_the_same_again_are_told(tmp_path: Path) -> None:
+    report = sample_report()
+    render(report, tmp_path / "plain")
+    assert not [words for words in ("Where the time went", "the same again") if words in read(tmp_path / "plain", "report.md")]
+    seconds = dict(zip((f"{account}_s" for account in WORDS), (900.0, 9.0, 30.0, 2.5, 4.0, 3.5, 0.5), strict=True))
+    report["overhead"] = {**seconds, "wall_s": 949.5, "total_s": 49.5, "share": 49.5 / 949.5}
+    stages = [{"kind": "synthesize", "varies": ""}, {"kind": "benchmark", "varies": f"it takes {EVIL} time"}, {"kind": None, "varies": ""}]
+    measured = [{"name": f"v{i}", "performance": {"spread": {"requests_s": 0.03 * i}}} for i in (1, 2)] + [
+        {"name": "failed", "performance": None}
+    ]
+    report["reproducibility"] = reproducibility(stages, measured)
+    render(report, tmp_path / "told")
+    for name in ("report.html", "report.md"):
+        page = squeezed(read(tmp_path / "told", name))
+        assert "Where the time went" in page and "15.0 min" in page and "94.8%" in page and "49.5 s" in page, name
+        assert "never on a GPU): synthesize." in page and "benchmark is not: it takes" in page and EVIL not in page, name
+    assert "up to 6.0% of the median apart (v2)" in squeezed(read(tmp_path / "told", "report.html"))
+    assert reproducibility(stages, [{"name": "v1", "performance": {"spread": None}}])["spread"] is None
 
 
 def test_what_was_measured_beside_the_usual_is_shown_and_otherwise_nothing_is(tmp_path: Path) -> None:

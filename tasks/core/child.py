@@ -15,13 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core import hardware, progress, settings
+from tasks.core import hardware, ledger, progress, settings
 from tasks.core.fork_server import Forked, ForkServer, serve
 from tasks.core.lifetime import die_with_parent
 from tasks.core.progress import Event
@@ -75,6 +76,7 @@ def run_isolated(
     if stage.measures and not stage.preloaded:
         FORKS.close()  # it would share pages of libraries with a benchmark, which would seem to need less memory
     last: Event = {}
+    started = time.monotonic()
     output = log.open("ab")
     asked, asking = os.pipe()
     reading, writing = os.pipe()
@@ -95,6 +97,7 @@ def run_isolated(
                 if "done" in last or ("metrics" in last and "step" in last):
                     on_event(last)
             code = process.wait()
+            ledger.waited_for({"stages": last.get("worked_s", time.monotonic() - started)})
         finally:
             _kill_group(process)
     if code == 0 and "outcome" in last:
@@ -141,6 +144,11 @@ def _work(descriptor: int, parent: int) -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
+    began = time.monotonic()
+
+    def end(event: Event) -> None:
+        send({**event, "worked_s": time.monotonic() - began})
+
     progress.listen(send)
     try:
         from tasks.core.stage import Stage
@@ -148,9 +156,11 @@ def _work(descriptor: int, parent: int) -> int:
         module = importlib.import_module(request["module"])
         stage = next(value for value in vars(module).values() if isinstance(value, Stage) and value.name == request["stage"])
         inputs = {name: Path(path) for name, path in request["inputs"].items()}
-        metrics = stage.function(stage.config_type.model_validate(request["config"]), inputs, Path(request["out_dir"]))
+        config = stage.config_type.model_validate(request["config"])
+        began = time.monotonic()  # what comes before is the start of the process
+        metrics = stage.function(config, inputs, Path(request["out_dir"]))
     except UserError as error:
-        send({"user_error": str(error), "field": error.field})
+        end({"user_error": str(error), "field": error.field})
         return 2
     except OSError as error:
         traceback.print_exc()
@@ -158,16 +168,16 @@ def _work(descriptor: int, parent: int) -> int:
             full = UserError(
                 "store", request["out_dir"], "the disk is full", mend="Free space and run the same command again; finished stages are kept"
             )
-            send({"user_error": str(full), "field": "store"})
+            end({"user_error": str(full), "field": "store"})
             return 2
-        send({"error": f"{type(error).__name__}: {error}"})
+        end({"error": f"{type(error).__name__}: {error}"})
         return 1
     except Exception as error:
         traceback.print_exc()
-        send({"error": f"{type(error).__name__}: {error}"})
+        end({"error": f"{type(error).__name__}: {error}"})
         return 1
     peak = hardware.peak_rss_mb() + metrics.get("workers_peak_rss_mb", 0)  # of a stage that shared its work among processes
-    send({"outcome": metrics, "peak_rss_mb": round(peak, 1)})
+    end({"outcome": metrics, "peak_rss_mb": round(peak, 1)})
     return 0
 
 

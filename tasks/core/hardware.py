@@ -114,13 +114,15 @@ def hardware_class() -> str:
 
 def versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     """Installed versions by name; `missing` for one that is not there."""
-    found = {}
-    for name in libraries:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    return {name: _version(name) for name in libraries}
+
+
+@functools.cache  # each look reads and parses the package's whole description, and every stage asks
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "missing"
 
 
 def environment() -> dict[str, Any]:

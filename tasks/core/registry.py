@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from tasks.core import ledger
 from tasks.core.registered_files import TAG_LENGTH, check_files, files_of, hashes_as_tags
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
@@ -26,6 +27,7 @@ MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  #
 class Registry:
     """The registered models of an MLflow."""
 
+    @ledger.charge("mlflow")
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.client = client_of(settings)
@@ -66,6 +68,7 @@ class Registry:
         with TemporaryDirectory() as folder:
             return hashes_as_tags(Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder)), uri, weights)
 
+    @ledger.charge("mlflow")
     def champion(self, name: str, alias: str = CHAMPION) -> dict[str, str] | None:
         """Version and tags of the registered model's champion, or of what another alias points at; None without one."""
         from mlflow.exceptions import MlflowException
@@ -100,6 +103,7 @@ class Registry:
             self.client.delete_model_version_tag(name, version, ROLLED_BACK)
         return ""
 
+    @ledger.charge("mlflow")
     def rolled_back(self, name: str, digest: str) -> str | None:
         """When the version with this content was taken out of service by `rollback`; None if it was not, or is not registered."""
         found = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.tags.get(TAG + "digest") == digest]

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.core import ledger
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.child import StageError
 from tasks.core.display import Display
+from tasks.core.ledger import Account
 from tasks.core.manifests import Manifest
 from tasks.core.progress import Event
 from tasks.core.settings import Settings
@@ -51,19 +53,25 @@ class Runner:
         """As a call, for inputs whose names are no identifiers."""
         return as_prefect_task(label, functools.partial(self._run, stage, config, label, inputs))
 
-    def act(self, label: str, action: Callable[[], tuple[Any, bool]]) -> Any:
-        """Run something that makes no artefact; `action` returns its result and whether there was nothing to do."""
+    def act(self, label: str, action: Callable[[], tuple[Any, bool]], account: Account) -> Any:
+        """Run something that makes no artefact; `action` returns its result and whether there was nothing to do.
+
+        Args:
+            account: what its time is charged to.
+        """
 
         def timed() -> tuple[Any, bool]:
-            started = time.monotonic()
-            result, nothing_to_do = action()
-            self._note(label, "", "cached" if nothing_to_do else "computed", time.monotonic() - started, None)
+            started, worked = time.monotonic(), ledger.split()["stages"]
+            with ledger.charge(account):
+                result, nothing_to_do = action()
+            self._note(label, "cached" if nothing_to_do else "computed", started, worked)
             return result, nothing_to_do
 
         return as_prefect_task(label, timed)
 
+    @ledger.charge("store")
     def _run(self, stage: Stage, config: StageConfig, label: str, inputs: Mapping[str, Manifest]) -> tuple[Manifest, bool]:
-        started = time.monotonic()
+        started, worked = time.monotonic(), ledger.split()["stages"]
         child_run: list[str] = []
 
         def on_start() -> None:
@@ -93,19 +101,26 @@ class Runner:
                 self.tracker.client.set_terminated(child_run[0], "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         self.tracker.log_stage(label, manifest, cached=state == "cached")
-        self._note(label, manifest.key, state, time.monotonic() - started, manifest)
+        self._note(label, state, started, worked, stage, manifest)
         return manifest, state == "cached"
 
-    def _note(self, label: str, key: str, state: str, wall_s: float, manifest: Manifest | None) -> None:
+    def _note(
+        self, label: str, state: str, started: float, worked: float, stage: Stage | None = None, manifest: Manifest | None = None
+    ) -> None:
+        """Note for the report how a stage went that `started` then, when all stages before it had `worked` so many seconds."""
+        wall_s = time.monotonic() - started
         self.stages.append(
             {
                 "name": label,
-                "key": key,
+                "kind": stage.name if stage else None,
+                "key": manifest.key if manifest else "",
                 "state": state,
                 "wall_s": round(wall_s, 3),
+                "worked_s": round(ledger.split()["stages"] - worked, 3),
                 "pool": self.pool,
                 "peak_rss_mb": manifest.peak_rss_mb if manifest else None,
                 "computed_in_s": manifest.wall_s if manifest else None,
+                "varies": stage.varies if stage else "",
             }
         )
         self.display.finish(label, state, wall_s)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from tasks.core import child, hardware
+from tasks.core import child, hardware, ledger
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest, canonical_json, damage_of, describe_files, digest_of
 from tasks.core.progress import Event
@@ -27,6 +27,7 @@ from tasks.domain.errors import UserError
 logger = logging.getLogger("cartwright")
 
 State = Literal["computed", "cached"]
+MEASURED = "it measures time and memory"  # why an artefact varies
 
 
 class StageConfig(BaseModel):
@@ -53,6 +54,8 @@ class Stage:
         measures: the result depends on the machine, so its class is part of the key.
         resumable: an interrupted attempt's files are kept in `out_dir` for the next one.
         isolated: runs in a child process of its own.
+        varies: why its artefact is not the same bytes each time it is made from the same inputs, by the same versions, on the same kind
+            of machine with as many cores; empty if it is. The report and the tests go by it.
         preloaded: the child begins with torch and transformers imported, see `fork_server`, and keeps the memory it frees, since it
             will want as much again a moment later. Not for what measures memory or the time to load.
     """
@@ -65,6 +68,7 @@ class Stage:
     resumable: bool = False
     isolated: bool = True
     preloaded: bool = False
+    varies: str = ""
 
     @property
     def config_type(self) -> type[StageConfig]:
@@ -92,11 +96,12 @@ def stage(
     resumable: bool = False,
     isolated: bool = True,
     preloaded: bool = False,
+    varies: str = "",
 ) -> Callable[[StageFunction], Stage]:
     """Turn a plain stage function into a `Stage`; the function stays reachable as `.function`."""
 
     def wrap(function: StageFunction) -> Stage:
-        return Stage(name, version, function, libraries, measures, resumable, isolated, preloaded)
+        return Stage(name, version, function, libraries, measures, resumable, isolated, preloaded, varies)
 
     return wrap
 
@@ -151,9 +156,11 @@ def _compute(
     try:
         if stage.isolated:
             log = log_dir / f"{stage.name}-{key[:8]}.log"
-            outcome = child.run_isolated(stage, config, folders, out_dir, log, on_event, secrets())
+            with ledger.charge("processes"):
+                outcome = child.run_isolated(stage, config, folders, out_dir, log, on_event, secrets())
         else:
-            outcome = child.Outcome(stage.function(config, folders, out_dir), None)
+            with ledger.charge("stages"):
+                outcome = child.Outcome(stage.function(config, folders, out_dir), None)
     except BaseException as error:
         if not stage.resumable:  # what is half made is of no use, and may be what filled the disk
             shutil.rmtree(out_dir, ignore_errors=True)

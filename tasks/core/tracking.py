@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
+from tasks.core import ledger
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
@@ -148,6 +149,7 @@ class Tracker:
     def _search(self, condition: str) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=1000))
 
+    @ledger.charge("mlflow")
     def tag(self, name: str) -> str | None:
         """A tag of ours on the parent run."""
         found: str | None = self.client.get_run(self.parent).data.tags.get(TAG + name)
@@ -163,6 +165,7 @@ class Tracker:
     def run_name(self) -> str:
         return str(self.client.get_run(self.parent).info.run_name)
 
+    @ledger.charge("mlflow")
     def child(self, name: str, key: str, kind: Kind, tags: Mapping[str, str] | None = None) -> str:
         """The id of the child run with this key, found or made."""
         known = self._children.get((kind, key))
@@ -176,6 +179,7 @@ class Tracker:
         self._without_params.add(made)
         return made
 
+    @ledger.charge("mlflow")
     def log(self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, step: int = 0) -> None:
         """Write metrics and parameters in one request; parameters that are there already stay."""
         from mlflow.entities import Metric, Param
@@ -187,6 +191,7 @@ class Tracker:
         wanted = [Param(name, value) for name, value in (params or {}).items() if name not in known]
         self.client.log_batch(run_id, [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
 
+    @ledger.charge("mlflow")
     def log_stage(self, label: str, manifest: Manifest, cached: bool) -> str:
         """Write a finished stage into its child run and end it."""
         run_id = self.child(label, manifest.key, "stage", {TAG + "cached": str(cached).lower(), TAG + "stage": manifest.kind})
@@ -199,9 +204,11 @@ class Tracker:
         self.client.set_terminated(run_id)
         return run_id
 
+    @ledger.charge("mlflow")
     def log_files(self, run_id: str, folder: Path, artifact_path: str | None = None) -> None:
         self.client.log_artifacts(run_id, str(folder), artifact_path)
 
+    @ledger.charge("mlflow")
     def log_dataset(self, run_id: str, name: str, digest: str, uri: str, profile: Mapping[str, Any]) -> None:
         """Show a data set as an input of a run; once, however often it is called.
 
@@ -221,16 +228,18 @@ class Tracker:
         )
         self.client.log_inputs(run_id, [DatasetInput(made, [InputTag("mlflow.data.context", "training")])])
 
+    @ledger.charge("mlflow")
     def log_summary(self, report: Mapping[str, Any]) -> None:
         """The run's main figures on the parent run, so that runs compare without opening children."""
         recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
         figures = flatten({**recommended["quality"], **recommended["performance"]}) if recommended else {}
-        self.log(self.parent, {**figures, "wall_s": report["wall_s"]})
+        self.log(self.parent, {**figures, "wall_s": report["wall_s"], **flatten(report["overhead"], "overhead.")})
         flow_run = self.tag("flow_run_url")
         note = escape_markdown(report["recommendation"]["why"]) + (f"\n\n[The flow run in Prefect]({flow_run})" if flow_run else "")
         self.client.set_tag(self.parent, "mlflow.note.content", note)
         self.client.set_tag(self.parent, TAG + "gate", report["gate"]["verdict"])
 
+    @ledger.charge("mlflow")
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """End the parent and every child that is still running; of two children with one key, one goes.
 
@@ -249,6 +258,7 @@ class Tracker:
 
     # Models ------------------------------------------------------------------------------------------------------
 
+    @ledger.charge("mlflow")
     def log_model(self, run_id: str, name: str, digest: str, artifacts: Mapping[str, Path], runtime: str) -> str:
         """Log a deployable model once per content, and show it as an output of `run_id`.
 
