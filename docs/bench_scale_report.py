@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -125,10 +126,10 @@ DIMENSIONS = {
             Series("merge_mb", "merge, peak RSS"),
             Series("convert_s", "convert to GGUF"),
             Series("quantize_s", "quantize to Q4_0"),
-            Series("gguf_mb", "Q4_0 file"),
+            Series("gguf_mb", "Q4_0 file", "file"),
             Series("request_ms", "a request, Q4_0", "read"),
             Series("decode_ms", "a written token, Q4_0", "read"),
-            Series("serve_mb", "RSS of Q4_0"),
+            Series("serve_mb", "RSS of Q4_0", "file"),
         ),
         {name: shape.x() for name, shape in BILLIONS.items()},
         "Random Llamas with the offline model's vocabulary; the largest has the shape of SmolLM2-135M. Training: QLoRA of rank 16, NF4 unpacked, batches of "
@@ -242,7 +243,7 @@ def reckoned() -> str:
         "layers in NF4 with double quantization (4.13 bits), GB": lambda s: s.linear * 4.127 / 8 / 1e9,
         "embeddings and head in 16 bits, GB": lambda s: (s.parameters - s.linear) * 2 / 1e9,
         "adapter of rank 16 with gradients and Adam's two means (16 bytes a weight), GB": lambda s: adapter(s, 16) * 16 / 1e9,
-        "Q4_0 file (4.5 bits a weight), GB": lambda s: s.parameters * 4.5 / 8 / 1e9,
+        "Q4_0 file (4.5 bits a weight, 6.56 in the head), GB": lambda s: s.file_mb / 1e3,
     }
     return "\n".join([*lines, *(f"| {name} | " + " | ".join(shown(of(s)) for s in BILLIONS.values()) + " |" for name, of in kinds.items())])
 
@@ -263,6 +264,7 @@ def adapter(shape: Shape, rank: int) -> int:
 def plot(name: str, records: Sequence[Record], path: Path) -> None:
     """Measured medians filled, what follows for targets hollow, and the law between them; one panel for each unit and kind of size."""
     from matplotlib.figure import Figure
+    from PIL import Image
 
     from tasks.plots import FORMATS, GRID, INK
 
@@ -270,10 +272,17 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
     panels: dict[tuple[str, str], list[Series]] = {}
     for series in dimension.series:
         panels.setdefault((series.unit, series.x), []).append(series)
-    figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
+    columns = min(2, len(panels))
+    grid = (-(-len(panels) // columns), columns)
+    figure = Figure(figsize=(5.2 * grid[1], 4.2 * grid[0]), layout="constrained")
     colours = [*FORMATS.values(), ("#56b4e9", "v")]
-    what = {"size": dimension.of, "layers": "weights of the layers", "read": "weights read for a token"}
-    for axes, ((unit, x_name), members) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    what = {
+        "size": dimension.of,
+        "layers": "weights of the layers",
+        "file": "MB of the Q4_0 file, reckoned",
+        "read": "MB read for a token, reckoned",
+    }
+    for axes, ((unit, x_name), members) in zip(figure.subplots(*grid, squeeze=False).flat, panels.items(), strict=False):
         for series, (colour, marker) in zip(members, colours, strict=False):
             samples = pooled(records, name, series)
             xs, ys = list(samples), [statistics.median(values) for values in samples.values()]
@@ -288,7 +297,11 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=what[x_name], ylabel=unit)
         axes.grid(color=GRID, linewidth=0.6)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8, labelcolor=INK)
-    figure.savefig(path, dpi=90)
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=90)
+    Image.open(image).convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(path, optimize=True)  # a third of the bytes
     if path.stat().st_size > LARGEST_PNG:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_PNG:,}")
 

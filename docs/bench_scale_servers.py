@@ -35,7 +35,7 @@ from tasks.synthesize import synthesize
 
 HOST, POOL = "127.0.0.1", "cpu-pool"
 START_S = 180
-SETTLE_S = 5.0  # workers that have just started all poll at once
+SETTLE_S = 3.0  # after the last worker's first poll: until then they start, and poll at once
 CHILDREN = 40  # of a pipeline run: about what `standard` has
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,7 +108,13 @@ async def polled(server: Server, process: psutil.Process, size: int, window_s: f
     """
     polls: list[float] = []
     writes: list[float] = []
-    async with _waiting_workers(size, polls):
+    begun: set[int] = set()
+    async with _waiting_workers(size, polls, begun):
+        deadline = time.monotonic() + START_S
+        while len(begun) < size:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{len(begun)} of {size} workers polled within {START_S} s")
+            await asyncio.sleep(0.1)
         await asyncio.sleep(SETTLE_S)
         polls.clear()
         started, cpu = time.perf_counter(), _cpu_s(process)
@@ -123,21 +129,22 @@ async def polled(server: Server, process: psutil.Process, size: int, window_s: f
         share = (_cpu_s(process) - cpu) / (time.perf_counter() - started)
         memory = sum(member.memory_full_info().pss for member in (process, *process.children(recursive=True))) / 1e6
         found = {"poll_ms": polls[:], "write_ms": writes, "server_cores": [share], "server_mb": [memory]}
-    if len(found["poll_ms"]) < size:
-        raise RuntimeError(f"{size} workers polled {len(polls)} times in {window_s:.0f} s")
+    if not found["poll_ms"]:
+        raise RuntimeError(f"No worker polled within {window_s:.0f} s")
     return found
 
 
 @contextlib.asynccontextmanager
-async def _waiting_workers(size: int, polls: list[float]) -> AsyncIterator[None]:
-    """Workers that poll; each poll adds its milliseconds to `polls`."""
+async def _waiting_workers(size: int, polls: list[float], begun: set[int]) -> AsyncIterator[None]:
+    """Workers that poll; each poll adds its milliseconds to `polls`, and the number of its worker to `begun`."""
     from prefect.workers.process import ProcessWorker
 
-    def timed(ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+    def timed(number: int, ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
         async def asked() -> Any:
             started = time.perf_counter()
             found = await ask()
             polls.append(1e3 * (time.perf_counter() - started))
+            begun.add(number)
             return found
 
         return asked
@@ -145,7 +152,7 @@ async def _waiting_workers(size: int, polls: list[float]) -> AsyncIterator[None]
     tasks = []
     for number in range(size):
         worker: Any = ProcessWorker(POOL, name=f"scale-{number}", create_pool_if_not_found=False, limit=1)
-        worker._get_scheduled_flow_runs = timed(worker._get_scheduled_flow_runs)
+        worker._get_scheduled_flow_runs = timed(number, worker._get_scheduled_flow_runs)
         tasks.append(asyncio.create_task(worker.start(printer=lambda said: None)))
     try:
         yield
@@ -213,7 +220,9 @@ def copy_runs(database: Path, wanted: int) -> None:
         tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         columns = {table: [column[1] for column in connection.execute(f"PRAGMA table_info({table})")] for table in tables}
         of_a_run = {table: [name for name in names if name != "run_uuid"] for table, names in columns.items() if "run_uuid" in names}
-        family = [run for (run,) in connection.execute(f"SELECT run_uuid FROM runs ORDER BY rowid LIMIT {CHILDREN + 1}")]
+        (first,) = connection.execute("SELECT run_uuid FROM runs ORDER BY rowid LIMIT 1").fetchone()
+        children = connection.execute("SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND value = ?", [first])
+        family = [first, *(run for (run,) in children)]
         while wanted > 0:
             copies = {run: uuid.uuid4().hex for run in family[:wanted]}
             for table, names in of_a_run.items():
@@ -221,7 +230,7 @@ def copy_runs(database: Path, wanted: int) -> None:
                 copy = f"INSERT INTO {table} (run_uuid, {listed}) SELECT ?, {listed} FROM {table} WHERE run_uuid = ?"
                 connection.executemany(copy, [(new, old) for old, new in copies.items()])
             to_new_parent = "UPDATE tags SET value = ? WHERE key = 'mlflow.parentRunId' AND run_uuid = ?"
-            connection.executemany(to_new_parent, [(copies[family[0]], new) for new in copies.values()])
+            connection.executemany(to_new_parent, [(copies[first], new) for new in copies.values()])
             wanted -= len(copies)
         connection.commit()
 

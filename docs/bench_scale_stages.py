@@ -82,9 +82,21 @@ class Shape(StageConfig):
     def parameters(self) -> int:
         return self.linear + (2 * self.layers + 1) * self.hidden + self.embedding * (1 if self.tied else 2)
 
+    @property
+    def read_mb(self) -> float:
+        """MB that a Q4_0 file has for layers and head, which are read for each token that is written. llama.cpp keeps the head, and embeddings
+        that are the same matrix, in Q6_K, or where 256 does not divide the rows, in Q8_0."""
+        head_bits = 8.5 if self.hidden % 256 else 6.5625
+        return (self.linear * 4.5 + self.embedding * head_bits) / 8e6
+
+    @property
+    def file_mb(self) -> float:
+        """MB of a Q4_0 file, but for its vocabulary."""
+        return self.read_mb + (0 if self.tied else self.embedding * 4.5 / 8e6)
+
     def x(self) -> dict[str, float]:
-        """What costs grow with: all weights, those of the layers, and those that are read for each token that is written."""
-        return {"size": self.parameters, "layers": self.linear, "read": self.linear + self.embedding}
+        """What costs grow with: all weights, those of the layers, MB of the Q4_0 file, and those that are read for each written token."""
+        return {"size": self.parameters, "layers": self.linear, "file": round(self.file_mb, 3), "read": round(self.read_mb, 3)}
 
 
 SMALLEST = Shape(hidden=64, intermediate=128, layers=2, heads=1, kv_heads=1)
@@ -188,8 +200,13 @@ def model(bench: Bench, size: int, repeat: int, shapes: Mapping[int, Shape] = SH
         raise ValueError(f"The model has {base.metrics['parameters']:,} weights, and its shape says {size:,}")
     data = bench.make(synthesize, tiny.data.model_copy(update={"train_rows": 16 * bench.scope.steps}))
     step_ends: list[float] = []
+
+    def step(event: Event) -> None:
+        if "done" in event:
+            step_ends.append(time.perf_counter())
+
     config = tiny.train.model_copy(update={"rank": 16, "alpha": 32, "checkpoints": 1})
-    trained = bench.time(finetune, config, lambda event: step_ends.append(time.perf_counter()), base_model=base, dataset=data)
+    trained = bench.time(finetune, config, step, base_model=base, dataset=data)
     tokens = trained.metrics["tokens"] / trained.metrics["steps"]
     # Batches differ in length, in the same order for every model. The first event is of the beginning.
     steps_s = [end - start for start, end in zip(step_ends[WARMUP_STEPS:-1], step_ends[WARMUP_STEPS + 1 :], strict=True)]

@@ -118,6 +118,8 @@ def test_extrapolated_points_are_hollow(tmp_path: Path, monkeypatch: pytest.Monk
 def test_models_of_a_billion_weights_have_the_numbers_they_are_known_by() -> None:
     assert BILLIONS["1B"].parameters == 1_235_814_400 and BILLIONS["8B"].parameters == 8_030_261_248
     assert list(SHAPES)[-1] == 134_515_008
+    # Layers in 4.5 bits, the head in 6.5625, and the embeddings of 8B once more in 4.5.
+    assert BILLIONS["1B"].file_mb == pytest.approx(763, abs=2) and BILLIONS["8B"].file_mb == pytest.approx(4653, abs=2)
     assert adapter(BILLIONS["8B"], 16) == 41_943_040 and adapter(list(SHAPES.values())[-1], 16) == 4_884_480
     assert [shown(figure) for figure in (0, 0.01234, 1.234, 123.4, 12_345.6)] == ["0", "0.0123", "1.23", "123", "12,346"]
 
@@ -163,22 +165,27 @@ def test_a_file_of_something_else_is_refused(line: str, words: str, tmp_path: Pa
     assert words in str(error.value)
 
 
-def test_stages_are_measured_at_tiny_sizes_anew_each_time(bench: Bench) -> None:
+@pytest.mark.slow
+def test_rows_and_models_are_measured_at_tiny_sizes(bench: Bench) -> None:
     once, twice = (bench_scale.measure(bench, "rows", size, 0)["samples"] for size in (48, 96))
     assert twice["file_mb"][0] == pytest.approx(2 * once["file_mb"][0], rel=0.25) and once["synthesize_mb"][0] > 50
+    model = bench_scale_stages.model(bench, SMALLEST.parameters, 0, {SMALLEST.parameters: SMALLEST})
+    assert len(model["train_ms"]) == 2 and all(min(values) > 0 for values in model.values())  # four steps, of which two warm up
+    assert SMALLEST.file_mb < model["gguf_mb"][0] < SMALLEST.file_mb + 3  # and the vocabulary
+
+
+@pytest.mark.slow
+def test_variants_and_languages_are_measured_at_tiny_sizes(bench: Bench) -> None:
     made = bench_scale_stages.variants(bench, 2, 0)
     assert [len(made[part]) for part in ("quantize_s", "check_s", "evaluate_s", "benchmark_s", "all_s", "disk_mb")] == [2, 2, 2, 2, 1, 1]
     assert made["all_s"][0] == pytest.approx(sum(sum(made[part]) for part in ("quantize_s", "check_s", "evaluate_s", "benchmark_s")))
-    model = bench_scale_stages.model(bench, SMALLEST.parameters, 0, {SMALLEST.parameters: SMALLEST})
-    assert len(model["train_ms"]) == 2 and all(min(values) > 0 for values in model.values())  # four steps, of which two warm up
-    assert model["gguf_mb"][0] == pytest.approx(SMALLEST.parameters * 4.5 / 8e6, rel=1)
-    languages = bench_scale_stages.languages(bench, 2, 0)
-    assert all(len(values) == 1 for values in languages.values())
+    assert all(len(values) == 1 for values in bench_scale_stages.languages(bench, 2, 0).values())
 
 
+@pytest.mark.slow
 def test_workers_that_poll_and_records_of_mlflow_are_measured_on_real_servers(bench: Bench) -> None:
     found = bench_scale_servers.workers(bench, 2, 0)
-    assert len(found["poll_ms"]) >= 2 and len(found["write_ms"]) >= 1 and found["server_mb"][0] > 50 and found["server_cores"][0] > 0
+    assert found["poll_ms"] and len(found["write_ms"]) >= 1 and found["server_mb"][0] > 50 and found["server_cores"][0] > 0
     for size in (4, 50):
         written = bench_scale_servers.mlflow(bench, size, 0)
         assert len(written["child_ms"]) == len(written["parent_ms"]) == 3
@@ -187,4 +194,6 @@ def test_workers_that_poll_and_records_of_mlflow_are_measured_on_real_servers(be
         metrics = {n for (n,) in connection.execute("SELECT count(*) FROM metrics GROUP BY run_uuid")}
         parents = "SELECT count(*) FROM tags t JOIN runs r ON r.run_uuid = t.value WHERE t.key = 'mlflow.parentRunId'"
         children = connection.execute("SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'").fetchone()
-        assert len(metrics) == 1 and connection.execute(parents).fetchone() == children and children[0] > 40
+        assert len(metrics) == 1 and connection.execute(parents).fetchone() == children == (
+            39,
+        )  # ten copies of the first three, and nine written
