@@ -14,7 +14,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train doctor audit licences clean
+.PHONY: install run test chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train bench-scale doctor audit licences clean
 install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
@@ -122,6 +122,10 @@ bench-serve: install
 bench-train: install
 	$(BIN)/pip install --quiet --no-deps $(LOCKED) $(TRL)
 	$(BIN)/python docs/bench_train.py $(ARGS)
+
+# How cost grows: docs/scaling.md and its plots. About a quarter of an hour on two cores with nothing else to do.
+bench-scale: install
+	$(BIN)/python -m docs.bench_scale $(ARGS)
 
 doctor: install
 	$(BIN)/cartwright doctor

@@ -175,7 +175,7 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if config.source == TINY:
-        model, tokenizer = _tiny()
+        model, tokenizer = random_llama()
     else:
         gguf_path = offline_gguf() if config.source == OFFLINE else Path(config.source) if config.source.endswith(".gguf") else None
         origin = gguf_path.parent if gguf_path else folder_of(config)
@@ -196,8 +196,18 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
     return {"parameters": sum(p.numel() for p in model.parameters()), "architecture": type(model).__name__}
 
 
-def _tiny() -> tuple[Any, Any]:
-    """A random Llama of 2 layers with the offline model's tokenizer; big enough for every quantizer's block size."""
+def random_llama(
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+    num_hidden_layers: int = 2,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+) -> tuple[Any, Any]:
+    """A random Llama with the offline model's tokenizer; without arguments as small as every quantizer's block size allows.
+
+    Returns:
+        Model (float32) and tokenizer.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -206,11 +216,11 @@ def _tiny() -> tuple[Any, Any]:
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
