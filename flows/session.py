@@ -302,9 +302,9 @@ def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) ->
             )
         environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
         try:
-            _import_meanwhile()
             if not first:
                 check()
+            _import_meanwhile()
             _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log)
         except BaseException:
             server.kill()

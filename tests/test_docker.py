@@ -365,7 +365,8 @@ def mlflow_environment(secrets: Path, folder: Path, database: str) -> dict[str, 
     text = (DOCKER / "mlflow_auth.ini").read_text().replace("postgresql://mlflow@postgres:5432/mlflow_auth", database)
     users.write_text(text)
     # Unlike the image, the project's environment has litellm: without a network, its import hangs while it asks for prices.
-    here = {"MLFLOW_AUTH_CONFIG_PATH": str(users), "MLFLOW_DISABLE_TELEMETRY": "true", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    image = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    here = {"MLFLOW_AUTH_CONFIG_PATH": str(users), "LITELLM_LOCAL_MODEL_COST_MAP": "True", **image}
     return environment_of("mlflow", secrets, folder, {}) | here
 
 

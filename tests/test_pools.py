@@ -200,6 +200,34 @@ def page(address: str) -> str:
     return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", found.stdout, flags=re.DOTALL).split())
 
 
+def is_benchmark(process: psutil.Process) -> bool:
+    """A new interpreter; other stages are forked."""
+    return "tasks.core.child" in process.cmdline() and "--fork-server" not in process.cmdline()
+
+
+def test_when_a_host_dies_the_parent_says_so_and_the_same_command_goes_on_elsewhere(team: Home, tmp_path: Path) -> None:
+    changes = {**SMALL, "benchmark.requests": 6}
+    with worker(team, tmp_path / "dies", team.folder / "store") as host:
+        asked = retrain(team, changes)
+        until(lambda: [p for p in running_stages(tmp_path / "dies" / "home") if is_benchmark(p)], "a benchmark")
+        for process in [psutil.Process(host.pid), *running_stages(tmp_path / "dies" / "home")]:
+            process.kill()
+        (lost,) = [run for run in runs_of(team, "measure") if run["state"]["type"] == "RUNNING"]
+        # As the automation zombie-run does when five minutes have passed without a heartbeat; tests/test_automations.py waits for one.
+        crashed = {"type": "CRASHED", "name": "Crashed", "message": "No heartbeat"}
+        team.ask(f"flow_runs/{lost['id']}/set_state", {"state": crashed, "force": True})
+        out = end_of(asked)
+        assert asked.returncode == 1 and "measure on cpu-pool crashed: No heartbeat" in out, out
+    with worker(team, tmp_path / "lives", team.folder / "store"):
+        again = retrain(team, changes)
+        out = end_of(again)
+    assert again.returncode == 0, out
+    report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
+    states = {stage["name"]: stage["state"] for stage in report["stages"]}
+    assert states["finetune"] == states["evaluate gguf-F16"] == "cached" and states["benchmark gguf-F16"] == "computed"
+    assert not list((team.folder / "store" / ".partial").iterdir())
+
+
 def test_cancelling_the_parent_leaves_no_process_behind(team: Home, tmp_path: Path) -> None:
     deployment = deployment_of(team, "retrain/pools")
     with worker(team, tmp_path / "host", team.folder / "store"):
