@@ -24,11 +24,11 @@ from tasks.evaluate import evaluate
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
 from tasks.finetune import finetune
 from tasks.merge import merge
-from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.synthesize import synthesize
 
 Samples = dict[str, list[float]]
-FORMATS = ("F16", "Q8_0", "Q4_0", "Q5_0", "Q4_1", "IQ4_NL")  # those that fit every model here; the first n are made
+FORMATS: tuple[GgufFormat, ...] = ("F16", "Q8_0", "Q4_0", "Q5_0", "Q4_1", "IQ4_NL")  # those that fit every model here; the first n are made
 VOCABULARY = 49_152  # of the offline model's tokenizer
 WARMUP_STEPS = 2
 
@@ -179,13 +179,10 @@ def variants(bench: Bench, size: int, repeat: int) -> Samples:
     adapter = bench.make(finetune, tiny.train, base_model=base, dataset=data)
     tuned = bench.make(merge, tiny.merge, base_model=base, adapter=adapter, dataset=data)
     reference = bench.make(reference_logits, tiny.fidelity, model=tuned, dataset=data)
-    before = {
-        "tuned": bench.make(convert_gguf, ConvertGgufConfig(), model=tuned),
-        "base": bench.make(convert_gguf, ConvertGgufConfig(), model=base),
-    }
+    tuned_gguf, base_gguf = (bench.make(convert_gguf, ConvertGgufConfig(), model=made) for made in (tuned, base))
     formats = FORMATS[:size]
-    files = [bench.time(quantize_gguf, QuantizeGgufConfig(format=name), gguf=before["tuned"]) for name in formats]  # type: ignore[arg-type]
-    checked = [bench.time(fidelity, FidelityConfig(), model=file, reference=reference, **before) for file in files]
+    files = [bench.time(quantize_gguf, QuantizeGgufConfig(format=name), gguf=tuned_gguf) for name in formats]
+    checked = [bench.time(fidelity, FidelityConfig(), model=file, reference=reference, tuned=tuned_gguf, base=base_gguf) for file in files]
     asked = [bench.time(evaluate, tiny.evaluate, model=file, dataset=data) for file in files]
     measured = [bench.time(benchmark, tiny.benchmark, model=file, dataset=data) for file in files]
     parts = {"quantize_s": files, "check_s": checked, "evaluate_s": asked, "benchmark_s": measured}
