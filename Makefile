@@ -14,7 +14,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train bench-scale doctor audit licences clean
+.PHONY: install run test test-thorough chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train bench-scale doctor audit licences clean
 install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
@@ -52,6 +52,10 @@ run: install
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TWO) $(ARGS)
+
+# What takes minutes and would make `make test` too long.
+test-thorough: install
+	$(BIN)/pytest $(TWO) -m thorough $(ARGS)
 
 # Faults at seeded moments, the same command again, and whether anything was lost. A seed is one fault:
 # make chaos ARGS='--pipeline smoke --seed 123 --faults 1'

@@ -41,7 +41,20 @@ def pytest_configure() -> None:
 
 
 # Files that take minutes, the longest first: begun last, one of them would keep one worker busy while the other has nothing left to do.
-LONG = ("pipeline", "gptqmodel", "pools", "fidelity", "real_model", "docker", "team", "serve_registry", "drift", "ablation")
+LONG = (
+    "pipeline",
+    "gptqmodel",
+    "pools",
+    "fidelity",
+    "real_model",
+    "docker",
+    "teach_runs",
+    "api_variants",
+    "team",
+    "serve_registry",
+    "drift",
+    "ablation",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

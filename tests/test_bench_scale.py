@@ -174,7 +174,7 @@ def test_rows_and_models_are_measured_at_tiny_sizes(bench: Bench) -> None:
     assert SMALLEST.file_mb < model["gguf_mb"][0] < SMALLEST.file_mb + 3  # and the vocabulary
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_variants_and_languages_are_measured_at_tiny_sizes(bench: Bench) -> None:
     made = bench_scale_stages.variants(bench, 2, 0)
     assert [len(made[part]) for part in ("quantize_s", "check_s", "evaluate_s", "benchmark_s", "all_s", "disk_mb")] == [2, 2, 2, 2, 1, 1]
@@ -182,7 +182,7 @@ def test_variants_and_languages_are_measured_at_tiny_sizes(bench: Bench) -> None
     assert all(len(values) == 1 for values in bench_scale_stages.languages(bench, 2, 0).values())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_workers_that_poll_and_records_of_mlflow_are_measured_on_real_servers(bench: Bench) -> None:
     found = bench_scale_servers.workers(bench, 2, 0)
     assert found["poll_ms"] and len(found["write_ms"]) >= 1 and found["server_mb"][0] > 50 and found["server_cores"][0] > 0
