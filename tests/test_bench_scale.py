@@ -165,7 +165,7 @@ def test_a_file_of_something_else_is_refused(line: str, words: str, tmp_path: Pa
     assert words in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_and_models_are_measured_at_tiny_sizes(bench: Bench) -> None:
     once, twice = (bench_scale.measure(bench, "rows", size, 0)["samples"] for size in (48, 96))
     assert twice["file_mb"][0] == pytest.approx(2 * once["file_mb"][0], rel=0.25) and once["synthesize_mb"][0] > 50
