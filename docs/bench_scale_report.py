@@ -133,7 +133,7 @@ DIMENSIONS = {
         ),
         {name: shape.x() for name, shape in BILLIONS.items()},
         "Random Llamas with the offline model's vocabulary; the largest has the shape of SmolLM2-135M. Training: QLoRA of rank 16, NF4 unpacked, batches of "
-        "16 rows of about 27 tokens, one process, not compiled (compiling makes it half as fast again, for any size), steps after the second. A request: 12 tokens written.",
+        "16 rows of about 27 tokens, one process, not compiled (`train.compile` would be quicker), steps after the second. A request: 12 tokens written.",
     ),
     "workers": Dimension(
         "polling workers",
