@@ -75,8 +75,9 @@ def retrain(
         unmeasured: stages.Failed = {}
         unchecked: stages.Failed = {}
         for machine, some in on.machines(variants):
-            measured, failed, missed = on(stages.measure, some, models, dataset, failed, machine=machine)
+            # Checked first: a measurement wants the machine without the process that stages are forked from, which then has to begin anew.
             sound, doubtful = on(stages.check, some, models, reference, base, tuned, converted, failed, machine=machine)
+            measured, failed, missed = on(stages.measure, some, models, dataset, failed, machine=machine)
             found, unmeasured, checked, unchecked = found | measured, unmeasured | missed, checked | sound, unchecked | doubtful
         apis, answered, unanswered = on(stages.ask_apis, dataset) if config.api else ([], {}, {})
         decision = stages.choose(run, [*variants, *apis], models, found | answered, checked, failed | unanswered, unchecked, unmeasured)

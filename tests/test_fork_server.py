@@ -109,6 +109,13 @@ def test_a_server_killed_between_two_stages_is_replaced(run: Run) -> None:
     assert run(forked, CountConfig(numbers=5)).metrics["torch"] and server_of(os.getpid()).pid != server.pid
 
 
+def test_what_a_stage_computes_is_the_owner_s_and_not_called_others(run: Run) -> None:
+    run(forked, CountConfig())
+    before = hardware.Disturbance._read()
+    run(forked, CountConfig(numbers=7))
+    assert hardware.Disturbance._read()[3] - before[3] >= 0.4
+
+
 def test_a_measurement_has_the_machine_without_the_server(run: Run) -> None:
     run(forked, CountConfig())
     server = server_of(os.getpid())

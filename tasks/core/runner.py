@@ -11,7 +11,7 @@ from typing import Any
 from tasks.core import ledger
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
-from tasks.core.child import StageError
+from tasks.core.child import FORKS, StageError
 from tasks.core.display import Display
 from tasks.core.ledger import Account
 from tasks.core.manifests import Manifest
@@ -75,6 +75,8 @@ class Runner:
         child_run: list[str] = []
 
         def on_start() -> None:
+            if self.pool == "local" and stage.isolated and not stage.preloaded and not stage.measures:
+                FORKS.warm()  # beside it, since stages that need torch most often follow
             self.display.start(label)
             child_run.append(self.tracker.child(label, stage.key(config, inputs), "stage", {"cartwright.stage": stage.name}))
 
