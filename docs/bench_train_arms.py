@@ -27,16 +27,21 @@ OPERATORS = {
 
 
 class Counted:
-    """A collator that notes of each batch how many tokens it holds, and how many with its padding."""
+    """A collator that notes of each batch how many tokens it holds, and how many are computed with padding.
 
-    def __init__(self, collate: Callable[..., Any]) -> None:
+    With `step` the padding is left out again, and only the number of tokens rounded up to a multiple of it.
+    """
+
+    def __init__(self, collate: Callable[..., Any], step: int | None = None) -> None:
         self.collate = collate
+        self.step = step
         self.batches: list[tuple[int, int]] = []
 
     def __call__(self, *arguments: Any) -> Any:
         batch = self.collate(*arguments)
         padded = math.prod(batch["input_ids"].shape)
-        self.batches.append((int(batch["attention_mask"].sum()) if "attention_mask" in batch else padded, padded))
+        tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else padded
+        self.batches.append((tokens, tokens + -tokens % self.step if self.step else padded))
         return batch
 
 
@@ -104,9 +109,10 @@ class Clock:
 def ours(config: FinetuneConfig, inputs: dict[str, Path], out_dir: Path, clock: Clock) -> dict[str, Any]:
     """The pipeline's stage as it stands; counted where it makes batches, timed where it says how far it is."""
     from tasks import finetune, gradient_workers
+    from tasks.completions import TOKENS_STEP
     from tasks.core import hardware, progress
 
-    counted = Counted(clock.phase(finetune.pad, "collation"))
+    counted = Counted(clock.phase(finetune.pad, "collation"), TOKENS_STEP)
     finetune.pad = counted
     finetune.completion_loss = clock.phase(finetune.completion_loss, "forward")
     gradient_workers.GradientWorkers.finish = clock.phase(gradient_workers.GradientWorkers.finish, "waiting for the other processes")  # type: ignore[method-assign]

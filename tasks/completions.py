@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from tasks import unpadded
 from tasks.domain import prompt
 from tasks.domain.scoring import answer_text
 from tasks.domain.spec import Spec
 from tasks.tokenization import encode_example
 
+# A CPU makes, and keeps, a kernel for every shape it meets: hundreds of different ones took gigabytes.
 LENGTH_STEP = 4  # lengths of batches are multiples of it
-LABELS_STEP = 64  # the output head is given a multiple of so many states; hundreds of different counts took gigabytes
+TOKENS_STEP = 16  # the layers are given a multiple of so many tokens
+LABELS_STEP = 64  # the output head is given a multiple of so many states
 IGNORED = -100  # label of a position without loss
 
 
@@ -28,7 +31,7 @@ def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_leng
 
 
 def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Right-padded tensors of shape (batch, longest), with the longest rounded up: a CPU makes, and keeps, a kernel for every shape it meets."""
+    """Right-padded tensors of shape (batch, longest), with the longest rounded up."""
     import torch
 
     longest = max(len(example["input_ids"]) for example in examples)
@@ -41,46 +44,55 @@ def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
 
 
+def lengths(inputs: dict[str, Any]) -> list[int]:
+    """Tokens of each row of a batch."""
+    counted: list[int] = inputs["attention_mask"].sum(1).tolist()
+    return counted
+
+
 def parts(inputs: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
-    """A batch in parts of `most_tokens` tokens at most and of about as many rows each; a part has one row at least.
+    """A batch in parts of `most_tokens` tokens at most; a part has one row at least.
 
     Products of a few hundred tokens compute as fast as longer ones, and what is kept for the backward pass grows with their number.
     """
-    rows, longest = inputs["labels"].shape
-    if not rows:
-        return
-    count = -(-rows // max(1, most_tokens // longest))
-    size = -(-rows // count)
-    for start in range(0, rows, size):
-        yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
+    start = tokens = 0
+    for row, length in enumerate(lengths(inputs)):
+        if row > start and tokens + length > most_tokens:
+            yield {name: tensor[start:row] for name, tensor in inputs.items()}
+            start, tokens = row, 0
+        tokens += length
+    if len(inputs["labels"]) > start:
+        yield {name: tensor[start:] for name, tensor in inputs.items()}
 
 
-def bucketed_order(lengths: list[int], batch_size: int, seed: int) -> list[int]:
-    """An order of rows whose batches hold rows of like length, while the batches themselves come in random order.
-
-    Sorting alone would show the model all short rows, then all long ones. Rows of one length are shuffled, so that batches differ
-    from epoch to epoch. The batch that is not full comes last: who cuts the order into batches again must find the same ones.
-    """
+def shuffled_order(rows: int, seed: int) -> list[int]:
+    """A random order of so many rows, the same for the same seed."""
     import numpy as np
 
-    draw = np.random.default_rng(seed)
-    ordered = np.argsort(np.asarray(lengths) + draw.random(len(lengths)))
-    left_over = len(ordered) % batch_size
-    start = int(draw.integers(len(ordered) - left_over + 1))  # which rows are left over is random
-    rest = ordered[start : start + left_over]
-    full = np.delete(ordered, np.arange(start, start + left_over)).reshape(-1, batch_size)
-    return [*draw.permutation(full).ravel().tolist(), *rest.tolist()]
+    order: list[int] = np.random.default_rng(seed).permutation(rows).tolist()
+    return order
 
 
 def completion_states(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """What the completion's logits are made of: the model; its last hidden states where there is a label, (labels, width); the labels;
     and where they stand, a mask of (batch, longest - 1). The output head is a fifth of a small model's arithmetic.
+
+    No padding is computed but in attention, which is little on rows this short: see `tasks/unpadded.py`.
     """
+    import torch
+
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal.get_decoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
+    decoder, mask = causal.get_decoder(), inputs["attention_mask"]
+    if unpadded.takes_lines(causal):
+        line = unpadded.in_line(mask, TOKENS_STEP)
+        ids, grid = inputs["input_ids"].flatten()[line.places][None], line.grid
+        hidden = decoder(input_ids=ids, use_cache=False, **line.arguments(causal)).last_hidden_state[0]
+    else:
+        grid = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+        hidden = decoder(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
     targets = inputs["labels"][:, 1:]
     wanted = targets != IGNORED
-    return causal, hidden[:, :-1][wanted], targets[wanted], wanted
+    return causal, hidden[grid[:, :-1][wanted]], targets[wanted], wanted
 
 
 def _rounded_up(states: Any, labels: Any) -> tuple[Any, Any]:

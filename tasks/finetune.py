@@ -11,12 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tasks.checkpoints import newest_whole, seal
-from tasks.completions import IGNORED, bucketed_order, completion_loss, completion_matches, encode_rows, pad, parts
+from tasks.completions import IGNORED, completion_loss, completion_matches, encode_rows, pad, parts, shuffled_order
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.spec import load_spec
 from tasks.synthesize import read_rows
 from tasks.tokenization import set_template
+from tasks.unpadded import let_in_line
 
 
 class FinetuneConfig(StageConfig):
@@ -95,23 +96,30 @@ def has_compiler() -> bool:
 
 
 def load_base(config: FinetuneConfig, base_model: Path, attention: str | None = None) -> Any:
-    """The base model as the config's method and precision hold it, before anything is unpacked; `attention` is transformers' name of a kernel."""
+    """The base model as the config's method and precision hold it, before anything is unpacked.
+
+    Args:
+        attention: transformers' name of a kernel; without one it is plain products, to which tokens can be given in a line.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = torch.float32 if resolve_precision(config) == "fp32" else torch.bfloat16
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base_model,
         dtype=dtype,
         device_map={"": device},
         quantization_config=nf4 if config.method == "qlora" else None,
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
-        attn_implementation=attention or ("eager" if device == "cpu" else "sdpa"),
+        attn_implementation=attention or "eager",
         trust_remote_code=False,
         use_safetensors=True,
     )
+    if attention is None:
+        let_in_line(model)
+    return model
 
 
 def add_adapter(config: FinetuneConfig, model: Any) -> Any:
@@ -172,7 +180,7 @@ def training_settings(config: FinetuneConfig, rows: int, device: str) -> dict[st
     }
 
 
-@stage("finetune", version=6, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
+@stage("finetune", version=7, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import numpy as np
@@ -206,8 +214,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     total_steps = settings["max_steps"]
     every = -(-total_steps // config.checkpoints)
 
-    class BucketSampler(Sampler[int]):
-        """Rows in bucketed order; Trainer sets the epoch, so that a resumed epoch has the order of the interrupted one."""
+    class ShuffledSampler(Sampler[int]):
+        """Rows in random order; Trainer sets the epoch, so that a resumed epoch has the order of the interrupted one."""
 
         epoch = 0
 
@@ -218,11 +226,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return len(train)
 
         def __iter__(self) -> Iterator[int]:
-            return iter(bucketed_order([example["length"] for example in train], config.batch_size, config.seed + self.epoch))
+            return iter(shuffled_order(len(train), config.seed + self.epoch))
 
     class CompletionTrainer(Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return BucketSampler()
+            return ShuffledSampler()
 
         def create_optimizer(self, *_: Any) -> Any:
             if self.optimizer is None:

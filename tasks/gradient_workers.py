@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import multiprocessing
 
-from tasks.completions import completion_loss, parts
+from tasks.completions import completion_loss, lengths, parts
 from tasks.core import hardware
 from tasks.core.lifetime import die_with_parent
 
@@ -68,6 +68,8 @@ class GradientWorkers:
         with torch.no_grad():
             torch._foreach_copy_(_views(self._values, parameters), [parameter.data for parameter in parameters])
         shares = len(self._pipes) + 1
+        order = even_order(lengths(inputs), shares)
+        inputs = {name: tensor[order] for name, tensor in inputs.items()}
         for number, pipe in enumerate(self._pipes, 1):
             self._send(pipe, ({name: tensor[number::shares].numpy() for name, tensor in inputs.items()}, items))
         return {name: tensor[0::shares] for name, tensor in inputs.items()}
@@ -104,6 +106,14 @@ class GradientWorkers:
             return pipe.recv()
         except (EOFError, OSError):
             raise WorkerError(GONE) from None
+
+
+def even_order(lengths: list[int], shares: int) -> list[int]:
+    """An order of rows in which every n-th row, from each of the first n on, makes shares of about as many tokens."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    rounds = [by_length[start : start + shares] for start in range(0, len(by_length), shares)]
+    # There and back: who had the longest row of one round has the shortest of the next. A round that is not full has the shortest.
+    return [row for number, found in enumerate(rounds) for row in (found[::-1] if number % 2 and len(found) == shares else found)]
 
 
 def _trainable(model: Any) -> list[torch.nn.Parameter]:

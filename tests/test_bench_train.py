@@ -66,6 +66,9 @@ def test_tokens_are_counted_without_padding_and_padding_beside_them() -> None:
     packed = Counted(lambda tokens: {"input_ids": np.zeros((1, tokens))})  # a packed batch has no mask, and nothing to mask
     packed(10)
     assert packed.batches == [(10, 10)]
+    line = Counted(collate, step=16)  # padded for the way, and computed without
+    line([5, 7, 9])
+    assert line.batches == [(21, 32)]
 
 
 def test_speed_is_of_the_steps_after_the_warm_up() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+from tasks.gradient_workers import even_order  # noqa: E402
 
 CONFIG = {"method": "lora", "precision": "fp32", "rank": 4, "compile": False, "tokens_at_a_time": 64}
 
@@ -77,31 +78,82 @@ def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "most_tokens", "sizes"), [(17, 64, [2] * 8 + [1]), (8, 200, [8]), (3, 8, [1, 1, 1]), (0, 64, [])])
-def test_a_batch_in_parts_is_the_whole_batch(rows: int, most_tokens: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "most_tokens", "sizes"),
+    [([20] * 7, 64, [3, 3, 1]), ([30, 30, 10, 60, 5], 64, [2, 1, 1, 1]), ([9, 9], 8, [1, 1]), ([9, 9], 800, [2]), ([], 64, [])],
+)
+def test_a_batch_in_parts_is_the_whole_batch(tokens: list[int], most_tokens: int, sizes: list[int]) -> None:
     from tasks.completions import parts
 
-    whole = {name: torch.arange(rows * 24).reshape(rows, 24) for name in ("input_ids", "labels")}
+    whole = {name: torch.arange(len(tokens) * 60).reshape(-1, 60) for name in ("input_ids", "labels")}
+    whole["attention_mask"] = torch.arange(60)[None] < torch.tensor(tokens, dtype=torch.long)[:, None]
     found = list(parts(whole, most_tokens))
     assert [len(part["labels"]) for part in found] == sizes
     for name, tensor in whole.items():
         assert torch.equal(torch.cat([part[name] for part in found] or [tensor]), tensor)
 
 
-def test_batches_hold_rows_of_like_length_also_when_they_do_not_come_out_even() -> None:
-    from random import Random
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_shares_of_a_batch_have_about_as_many_tokens(shares: int) -> None:
+    lengths = [15 + 7 * row % 40 for row in range(31)]
+    order = even_order(lengths, shares)
+    assert sorted(order) == list(range(31))
+    tokens = [sum(lengths[row] for row in order[number::shares]) for number in range(shares)]
+    assert max(tokens) - min(tokens) <= max(lengths)
 
-    from tasks.completions import bucketed_order
 
-    lengths = [Random(3).randint(10, 60) for _ in range(10)] + [Random(i).randint(10, 60) for i in range(997)]
-    order = bucketed_order(lengths, 32, 1)
-    assert sorted(order) == list(range(len(lengths)))
-    batches = [[lengths[row] for row in order[start : start + 32]] for start in range(0, len(order), 32)]
-    assert len(batches[-1]) == len(lengths) % 32
-    assert max(max(batch) - min(batch) for batch in batches) <= 6  # 1,007 rows of 51 lengths: a batch spans two or three
-    first = [batch[0] for batch in batches]
-    assert first != sorted(first) and order != bucketed_order(lengths, 32, 2)
-    assert sorted(bucketed_order([5, 3], 32, 1)) == [0, 1]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_in_a_line_are_learnt_like_each_by_itself(base: Path, compiled: bool) -> None:
+    """Loss and gradient of a batch of rows of different lengths, and those of the same rows one at a time by the model as transformers has it."""
+    from tasks.completions import IGNORED, completion_loss, completion_matches, pad
+    from tasks.finetune import FinetuneConfig, build_model, has_compiler
+
+    if compiled and not has_compiler():
+        pytest.skip("no C++ compiler")
+    rows = [list(range(5, 12 + 3 * number)) for number in range(6)]
+    batch = pad([{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows], 0)
+    found = {}
+    for way in ("line", "rows"):
+        model = build_model(FinetuneConfig(**{**CONFIG, "compile": compiled and way == "line"}), base)
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.05)
+        if way == "line":
+            loss = completion_loss(model, batch)
+            assert float(completion_matches(model, batch)[0].detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+        else:
+            model.get_base_model().set_attn_implementation("eager")
+            alone = [(model(input_ids=torch.tensor([row])).logits[0, 3:-1], torch.tensor(row[4:])) for row in rows]
+            loss = torch.nn.functional.cross_entropy(torch.cat([logits for logits, _ in alone]), torch.cat([labels for _, labels in alone]))
+        loss.backward()
+        found[way] = loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
+    for ours, theirs in zip(found["line"], found["rows"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_attention_takes_no_line_is_given_rows_with_padding() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from tasks.completions import IGNORED, completion_loss, pad
+    from tasks.unpadded import let_in_line, takes_lines
+
+    torch.manual_seed(3)
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)).eval()
+    let_in_line(model)
+    assert not takes_lines(model)
+    rows = [list(range(5, 12 + 3 * number)) for number in range(6)]
+    found = completion_loss(model, pad([{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows], 0))
+    alone = [(model(input_ids=torch.tensor([row])).logits[0, 3:-1], torch.tensor(row[4:])) for row in rows]
+    expected = torch.nn.functional.cross_entropy(torch.cat([logits for logits, _ in alone]), torch.cat([labels for _, labels in alone]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_of_rows_is_random_and_the_same_for_a_seed() -> None:
+    from tasks.completions import shuffled_order
+
+    assert sorted(shuffled_order(99, 1)) == list(range(99)) != shuffled_order(99, 1)
+    assert shuffled_order(99, 1) == shuffled_order(99, 1) != shuffled_order(99, 2)
 
 
 def test_workers_that_never_got_a_model_end_when_told_to(base: Path) -> None:
