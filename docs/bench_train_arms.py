@@ -29,7 +29,8 @@ OPERATORS = {
 class Counted:
     """A collator that notes of each batch how many tokens it holds, and how many are computed with padding.
 
-    With `step` the padding is left out again, and only the number of tokens rounded up to a multiple of it.
+    With `step` the padding is left out again, and only the number of tokens rounded up to a multiple of it: what the layers compute, less
+    the rounding of each process's share.
     """
 
     def __init__(self, collate: Callable[..., Any], step: int | None = None) -> None:

@@ -13,7 +13,7 @@ from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import base_model
 from tasks.benchmark import benchmark
 from tasks.config import RunConfig
-from tasks.core.child import StageError
+from tasks.core.child import FORKS, StageError
 from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
 from tasks.core.stage import Stage, StageConfig
@@ -58,7 +58,9 @@ def make_data(run: Run, extra: Manifest | None) -> tuple[Manifest, Manifest]:
     call, data = runner(run), run.config.data
     lessons = {"teacher": ask_teacher(run)} if data.teacher != NO_TEACHER else {}
     given = {"extra": extra} if extra else {}
-    dataset = call(synthesize, data, **lessons, **given)
+    # Where the data is made anew, everything is: torch is imported beside it. With pools, another process is going to need it.
+    making = replace(call, meanwhile=FORKS.warm) if call.pool == "local" else call
+    dataset = making(synthesize, data, **lessons, **given)
     card = call(data_card, DataCardConfig(), dataset=dataset)
     publish(call, Path(data.domain).name, dataset, card)
     return dataset, card

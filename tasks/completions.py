@@ -51,18 +51,22 @@ def lengths(inputs: dict[str, Any]) -> list[int]:
 
 
 def parts(inputs: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
-    """A batch in parts of `most_tokens` tokens at most; a part has one row at least.
+    """A batch in parts of `most_tokens` tokens at most, the longest rows first; a part has one row at least.
 
-    Products of a few hundred tokens compute as fast as longer ones, and what is kept for the backward pass grows with their number.
+    Products of a few hundred tokens compute as fast as longer ones, and what is kept for the backward pass grows with their number, in attention
+    with that of padded rows: twice `most_tokens` at most.
     """
-    start = tokens = 0
-    for row, length in enumerate(lengths(inputs)):
-        if row > start and tokens + length > most_tokens:
-            yield {name: tensor[start:row] for name, tensor in inputs.items()}
-            start, tokens = row, 0
-        tokens += length
-    if len(inputs["labels"]) > start:
-        yield {name: tensor[start:] for name, tensor in inputs.items()}
+    counted = lengths(inputs)
+    order = sorted(range(len(counted)), key=counted.__getitem__, reverse=True)
+    while order:
+        longest, tokens, rows = counted[order[0]], 0, 0
+        while rows < len(order) and (
+            not rows or (tokens + counted[order[rows]] <= most_tokens and (rows + 1) * longest <= 2 * most_tokens)
+        ):
+            tokens += counted[order[rows]]
+            rows += 1
+        yield {name: tensor[order[:rows]] for name, tensor in inputs.items()}
+        order = order[rows:]
 
 
 def shuffled_order(rows: int, seed: int) -> list[int]:
@@ -83,7 +87,7 @@ def completion_states(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any
 
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, mask = causal.get_decoder(), inputs["attention_mask"]
-    if unpadded.takes_lines(causal):
+    if unpadded.takes_lines(causal, mask.shape[1]):
         line = unpadded.in_line(mask, TOKENS_STEP)
         ids, grid = inputs["input_ids"].flatten()[line.places][None], line.grid
         hidden = decoder(input_ids=ids, use_cache=False, **line.arguments(causal)).last_hidden_state[0]

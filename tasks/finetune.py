@@ -84,7 +84,7 @@ def resolve_precision(config: FinetuneConfig) -> str:
 
 
 def tokens_at_a_time(config: FinetuneConfig, device: str) -> int:
-    """The most tokens, with padding, that a process computes at a time."""
+    """The most tokens that a process computes at a time."""
     if config.tokens_at_a_time is not None:
         return config.tokens_at_a_time
     return 768 if device == "cpu" else sys.maxsize
@@ -99,7 +99,7 @@ def load_base(config: FinetuneConfig, base_model: Path, attention: str | None = 
     """The base model as the config's method and precision hold it, before anything is unpacked.
 
     Args:
-        attention: transformers' name of a kernel; without one it is plain products, to which tokens can be given in a line.
+        attention: transformers' name of a kernel; without one it is what is quick for short rows, and tokens can be given to it in a line.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -113,7 +113,7 @@ def load_base(config: FinetuneConfig, base_model: Path, attention: str | None = 
         device_map={"": device},
         quantization_config=nf4 if config.method == "qlora" else None,
         # On a CPU the backward pass of fused attention took a fifth of a step; for rows this short, plain products are faster.
-        attn_implementation=attention or "eager",
+        attn_implementation=attention or ("eager" if device == "cpu" else "sdpa"),
         trust_remote_code=False,
         use_safetensors=True,
     )

@@ -1,6 +1,6 @@
 """Rows of different lengths computed without their padding.
 
-Everything in a transformer but attention treats each token by itself: it is given the tokens of all rows in one line. Attention is given
+Everything in a plain transformer but attention treats each token by itself: it is given the tokens of all rows in one line. Attention is given
 rows, in a grid of (rows, longest), and its result goes back into the line. So a batch may hold rows of any lengths, which learns better than
 rows of one length do, and costs what its tokens cost.
 """
@@ -10,7 +10,10 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-IN_LINE = "in_line."  # transformers' name of an attention of ours, before that of the module whose own it is made from
+IN_LINE = "in_line."  # transformers' name of an attention of ours, before that of what it is made from
+# Of transformers' model types those that were seen to compute the same in a line. Others have layers in which a token meets those before it
+# (convolutions, states), or do not hand on to attention where the rows are.
+PLAIN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "olmo2", "granite", "smollm3")
 
 
 class Line(NamedTuple):
@@ -51,23 +54,26 @@ def in_line(mask: Any, step: int) -> Line:
 
 
 def let_in_line(model: Any) -> None:
-    """Let a model's attention, by plain products, take tokens in a line too; some older models stay as they are."""
+    """Let the attention that a model was loaded with, `eager` or `sdpa`, take tokens in a line too, if the model is of a `PLAIN` type."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    module = type(model.get_decoder()).__module__
-    of_rows = getattr(sys.modules[module], "eager_attention_forward", None)
-    if of_rows is None:
+    if model.config.model_type not in PLAIN:
         return
-    name = f"{IN_LINE}{module}"
+    kernel = model.config._attn_implementation
+    module = type(model.get_decoder()).__module__
+    of_rows = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, sys.modules[module].eager_attention_forward)
+    name = f"{IN_LINE}{kernel}.{module}"
     AttentionInterface.register(name, _attention(of_rows))
-    AttentionMaskInterface.register(name, eager_mask)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
     model.set_attn_implementation(name)
 
 
-def takes_lines(model: Any) -> bool:
-    """Whether `let_in_line` could prepare a model."""
-    return str(model.config._attn_implementation).startswith(IN_LINE)
+def takes_lines(model: Any, longest: int) -> bool:
+    """Whether a model takes rows of so many tokens in a line: the mask of a line knows of no window that ends before."""
+    window = getattr(model.config, "sliding_window", None)
+    return str(model.config._attn_implementation).startswith(IN_LINE) and (not window or longest <= window)
 
 
 def _attention(of_rows: Any) -> Any:

@@ -80,17 +80,27 @@ def test_gradients_and_loss_are_those_of_the_whole_batch(trained: tuple[Any, Any
 
 @pytest.mark.parametrize(
     ("tokens", "most_tokens", "sizes"),
-    [([20] * 7, 64, [3, 3, 1]), ([30, 30, 10, 60, 5], 64, [2, 1, 1, 1]), ([9, 9], 8, [1, 1]), ([9, 9], 800, [2]), ([], 64, [])],
+    [
+        ([20] * 7, 64, [3, 3, 1]),
+        ([30, 30, 10, 60, 5], 64, [1, 2, 2]),
+        ([9, 9], 8, [1, 1]),
+        ([9, 9], 800, [2]),
+        ([60, *[2] * 9], 64, [2, 8]),  # with padding the first would be 600
+        ([], 64, []),
+    ],
 )
 def test_a_batch_in_parts_is_the_whole_batch(tokens: list[int], most_tokens: int, sizes: list[int]) -> None:
-    from tasks.completions import parts
+    from tasks.completions import lengths, parts
 
     whole = {name: torch.arange(len(tokens) * 60).reshape(-1, 60) for name in ("input_ids", "labels")}
     whole["attention_mask"] = torch.arange(60)[None] < torch.tensor(tokens, dtype=torch.long)[:, None]
     found = list(parts(whole, most_tokens))
     assert [len(part["labels"]) for part in found] == sizes
+    together = {name: torch.cat([part[name] for part in found] or [tensor]) for name, tensor in whole.items()}
+    assert lengths(together) == sorted(tokens, reverse=True)
+    rows = together["input_ids"][:, 0].argsort()
     for name, tensor in whole.items():
-        assert torch.equal(torch.cat([part[name] for part in found] or [tensor]), tensor)
+        assert torch.equal(together[name][rows], tensor)
 
 
 @pytest.mark.parametrize("shares", [1, 2, 3])
@@ -132,20 +142,40 @@ def test_rows_in_a_line_are_learnt_like_each_by_itself(base: Path, compiled: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_whose_attention_takes_no_line_is_given_rows_with_padding() -> None:
-    from transformers import BloomConfig, BloomForCausalLM
+KINDS = {
+    "llama": (True, {}),
+    "qwen3": (True, {}),
+    "gemma": (True, {"head_dim": 8}),
+    "phi3": (False, {"sliding_window": 6, "pad_token_id": 0}),  # some rows are longer than that
+    "lfm2": (False, {"layer_types": ["conv", "full_attention"]}),  # a convolution goes from row to row
+}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_learns_a_batch_as_its_rows_alone(kind: str, kernel: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from tasks.completions import IGNORED, completion_loss, pad
     from tasks.unpadded import let_in_line, takes_lines
 
     torch.manual_seed(3)
-    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)).eval()
-    let_in_line(model)
-    assert not takes_lines(model)
+    in_line, more = KINDS[kind]
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = AutoConfig.for_model(kind, vocab_size=64, **sizes, **more)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).float().eval()
     rows = [list(range(5, 12 + 3 * number)) for number in range(6)]
-    found = completion_loss(model, pad([{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows], 0))
     alone = [(model(input_ids=torch.tensor([row])).logits[0, 3:-1], torch.tensor(row[4:])) for row in rows]
     expected = torch.nn.functional.cross_entropy(torch.cat([logits for logits, _ in alone]), torch.cat([labels for _, labels in alone]))
+    let_in_line(model)
+    assert takes_lines(model, 24) == in_line
+    found = completion_loss(model, pad([{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows], 0))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -94,9 +94,9 @@ class ForkServer:
             raise ChildProcessError("the process from which stages are forked has ended, and so has the next one")
 
     def warm(self) -> None:
-        """Let the import begin beside what is done until the first process is asked for."""
+        """Let the import begin beside what is done until the first process is asked for. Who asks for one is told what is wrong, not who warms."""
         if self.usable():
-            with self._lock, Path(os.devnull).open("wb") as nowhere:
+            with self._lock, contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
                 self._running(nowhere.fileno())
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tasks.core import ledger
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
-from tasks.core.child import FORKS, StageError
+from tasks.core.child import StageError
 from tasks.core.display import Display
 from tasks.core.ledger import Account
 from tasks.core.manifests import Manifest
@@ -25,7 +25,8 @@ from tasks.core.tracking import Tracker
 class Runner:
     """Everything a stage call needs beside its config and inputs.
 
-    `secrets` gives environment variables for the child processes; it is asked only when something is computed.
+    `secrets` gives environment variables for the child processes; it is asked only when something is computed, and so is what is done
+    `meanwhile`.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class Runner:
     pool: str = "local"
     stages: list[dict[str, Any]] = field(default_factory=list)
     secrets: Callable[[], Mapping[str, str]] = dict
+    meanwhile: Callable[[], None] = lambda: None
 
     def __call__(self, stage: Stage, config: StageConfig, label: str = "", /, **inputs: Manifest) -> Manifest:
         """Run a stage, or find its artefact, as a Prefect task whose state is `Cached` if nothing was computed.
@@ -75,8 +77,7 @@ class Runner:
         child_run: list[str] = []
 
         def on_start() -> None:
-            if self.pool == "local" and stage.isolated and not stage.preloaded and not stage.measures:
-                FORKS.warm()  # beside it, since stages that need torch most often follow
+            self.meanwhile()
             self.display.start(label)
             child_run.append(self.tracker.child(label, stage.key(config, inputs), "stage", {"cartwright.stage": stage.name}))
 
