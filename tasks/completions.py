@@ -51,7 +51,7 @@ def lengths(inputs: dict[str, Any]) -> list[int]:
 
 
 def parts(inputs: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
-    """A batch in parts of `most_tokens` tokens at most, the longest rows first; a part has one row at least.
+    """A batch in parts of `most_tokens` tokens at most, the longest rows first, as wide as these are; a part has one row at least.
 
     Products of a few hundred tokens compute as fast as longer ones, and what is kept for the backward pass grows with their number, in attention
     with that of padded rows: twice `most_tokens` at most.
@@ -65,7 +65,8 @@ def parts(inputs: dict[str, Any], most_tokens: int) -> Iterator[dict[str, Any]]:
         ):
             tokens += counted[order[rows]]
             rows += 1
-        yield {name: tensor[order[:rows]] for name, tensor in inputs.items()}
+        width = longest + -longest % LENGTH_STEP
+        yield {name: tensor[order[:rows], :width] for name, tensor in inputs.items()}
         order = order[rows:]
 
 
