@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tasks.gradient_workers import even_order  # noqa: E402
+from tasks.unpadded import PLAIN  # noqa: E402
 
 CONFIG = {"method": "lora", "precision": "fp32", "rank": 4, "compile": False, "tokens_at_a_time": 64}
 
@@ -145,11 +146,10 @@ def test_rows_in_a_line_are_learnt_like_each_by_itself(base: Path, compiled: boo
 
 
 KINDS = {
-    "llama": (True, {}),
-    "qwen3": (True, {}),
-    "gemma": (True, {"head_dim": 8}),
-    "phi3": (False, {"sliding_window": 6, "pad_token_id": 0}),  # some rows are longer than that
-    "lfm2": (False, {"layer_types": ["conv", "full_attention"]}),  # a convolution goes from row to row
+    **{kind: (kind, True, {}) for kind in PLAIN},
+    "gemma": ("gemma", True, {"head_dim": 8}),
+    "phi3, window": ("phi3", False, {"sliding_window": 6}),  # some rows are longer than that
+    "lfm2": ("lfm2", False, {"layer_types": ["conv", "full_attention"]}),  # a convolution goes from row to row
 }
 
 
@@ -162,7 +162,7 @@ def test_every_kind_of_model_learns_a_batch_as_its_rows_alone(kind: str, kernel:
     from tasks.unpadded import let_in_line, takes_lines
 
     torch.manual_seed(3)
-    in_line, more = KINDS[kind]
+    model_type, in_line, more = KINDS[kind]
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -170,7 +170,7 @@ def test_every_kind_of_model_learns_a_batch_as_its_rows_alone(kind: str, kernel:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    config = AutoConfig.for_model(kind, vocab_size=64, **sizes, **more)
+    config = AutoConfig.for_model(model_type, vocab_size=64, pad_token_id=0, **sizes, **more)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).float().eval()
     rows = [list(range(5, 12 + 3 * number)) for number in range(6)]
     alone = [(model(input_ids=torch.tensor([row])).logits[0, 3:-1], torch.tensor(row[4:])) for row in rows]
