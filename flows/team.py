@@ -22,6 +22,7 @@ from flows.deploying import ORCHESTRATOR, SOURCE, Server, worker_command
 from tasks.core import hardware
 from tasks.core import settings as environment
 from tasks.core.settings import Settings
+from tasks.core.tracking import write_ahead
 from tasks.domain.errors import UserError
 
 HOST = "127.0.0.1"
@@ -75,6 +76,7 @@ class Team:
             self._check_ports(running)
             prefect_command = ["prefect", "server", "start", "--host", HOST, "--port", str(self._ports["Prefect"])]
             self._ensure(running, "Prefect", prefect_command)
+            write_ahead(environment.mlflow_storage(self.settings)[0])
             self._ensure(running, "MLflow", self._mlflow_command())
             self._wait(running["Prefect"], f"{self.prefect}/api/health")
             pools = [ORCHESTRATOR, "cpu-pool", *(["gpu-pool"] if gpu or hardware.gpu() else [])]

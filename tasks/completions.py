@@ -14,7 +14,7 @@ from tasks.tokenization import encode_example
 # A CPU makes, and keeps, a kernel for every shape it meets: hundreds of different ones took gigabytes.
 LENGTH_STEP = 4  # lengths of batches are multiples of it
 TOKENS_STEP = 16  # the layers are given a multiple of so many tokens
-LABELS_STEP = 64  # the output head is given a multiple of so many states
+LABELS_STEP = 64  # the output head computes a multiple of so many logits
 IGNORED = -100  # label of a position without loss
 
 
@@ -78,60 +78,48 @@ def shuffled_order(rows: int, seed: int) -> list[int]:
     return order
 
 
-def completion_states(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """What the completion's logits are made of: the model; its last hidden states where there is a label, (labels, width); the labels;
-    and where they stand, a mask of (batch, longest - 1). The output head is a fifth of a small model's arithmetic.
+def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """What a model expects where there is a label: logits, float32 of (labels or a few more, vocabulary); as many labels, `IGNORED` behind
+    the last; and where the labels stand, a mask of (batch, longest - 1). No other logits are computed: the output head is a fifth of a small
+    model's arithmetic.
 
     No padding is computed but in attention, which is little on rows this short: see `tasks/unpadded.py`.
     """
     import torch
 
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, mask = causal.get_decoder(), inputs["attention_mask"]
-    if unpadded.takes_lines(causal, mask.shape[1]):
-        line = unpadded.in_line(mask, TOKENS_STEP)
-        ids, grid = inputs["input_ids"].flatten()[line.places][None], line.grid
-        hidden = decoder(input_ids=ids, use_cache=False, **line.arguments(causal)).last_hidden_state[0]
-    else:
-        grid = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-        hidden = decoder(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state.flatten(0, 1)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     targets = inputs["labels"][:, 1:]
     wanted = targets != IGNORED
-    return causal, hidden[grid[:, :-1][wanted]], targets[wanted], wanted
-
-
-def _rounded_up(states: Any, labels: Any) -> tuple[Any, Any]:
-    """States and labels with as many ignored ones behind them as make their number a multiple of `LABELS_STEP`."""
-    from torch.nn.functional import pad
-
-    more = -len(labels) % LABELS_STEP
-    return pad(states, (0, 0, 0, more)), pad(labels, (0, more), value=IGNORED)
-
-
-def _logits(causal: Any, states: Any) -> Any:
-    import torch
-
-    logits = causal.get_output_embeddings()(states).float()
-    cap = getattr(causal.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    labels = targets[wanted]
+    if unpadded.takes_lines(causal, mask.shape[1]):
+        line = unpadded.in_line(mask, TOKENS_STEP)
+        more = -len(labels) % LABELS_STEP
+        kept = torch.nn.functional.pad(line.grid[:, :-1][wanted], (0, more))
+        arguments = {"input_ids": ids.flatten()[line.places][None], **line.arguments(causal)}
+        logits = causal(**arguments, use_cache=False, logits_to_keep=kept).logits[0]
+        labels = torch.nn.functional.pad(labels, (0, more), value=IGNORED)
+    else:
+        columns = wanted.any(0).nonzero()[:, 0]
+        arguments = {"input_ids": ids, "attention_mask": mask}
+        logits = causal(**arguments, use_cache=False, logits_to_keep=columns).logits[wanted[:, columns]]
+    return logits.float(), labels, wanted
 
 
 def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
     """Mean cross entropy of the completion tokens; `items` is the number of labels in the whole (accumulated) batch, if that is larger."""
     import torch
 
-    causal, states, labels, _ = completion_states(model, inputs)
-    count = items if items is not None else len(labels)
-    states, labels = _rounded_up(states, labels)
-    return torch.nn.functional.cross_entropy(_logits(causal, states), labels, reduction="sum", ignore_index=IGNORED) / count
+    logits, labels, wanted = completion_logits(model, inputs)
+    count = items if items is not None else wanted.sum()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / count
 
 
 def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """Loss, and for each row whether every completion token is the likeliest one: then greedy decoding writes the label."""
     import torch
 
-    causal, states, labels, wanted = completion_states(model, inputs)
-    logits = _logits(causal, _rounded_up(states, labels)[0])[: len(labels)]
+    logits, labels, wanted = completion_logits(model, inputs)
     right = torch.ones_like(wanted)
-    right[wanted] = logits.argmax(-1) == labels
-    return torch.nn.functional.cross_entropy(logits, labels), right.all(-1)
+    right[wanted] = (logits.argmax(-1) == labels)[labels != IGNORED]
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED), right.all(-1)

@@ -180,7 +180,7 @@ def training_settings(config: FinetuneConfig, rows: int, device: str) -> dict[st
     }
 
 
-@stage("finetune", version=7, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
+@stage("finetune", version=8, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import numpy as np

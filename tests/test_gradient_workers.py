@@ -145,9 +145,12 @@ def test_rows_in_a_line_are_learnt_like_each_by_itself(base: Path, compiled: boo
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-KINDS = {
+KINDS: dict[str, tuple[str, bool, dict[str, Any]]] = {
     **{kind: (kind, True, {}) for kind in PLAIN},
     "gemma": ("gemma", True, {"head_dim": 8}),
+    "granite": ("granite", True, {"logits_scaling": 4.0}),
+    "cohere": ("cohere", False, {"logit_scale": 0.3}),
+    "gemma3": ("gemma3_text", False, {"head_dim": 8, "final_logit_softcapping": 0.1}),
     "phi3, window": ("phi3", False, {"sliding_window": 6}),  # some rows are longer than that
     "lfm2": ("lfm2", False, {"layer_types": ["conv", "full_attention"]}),  # a convolution goes from row to row
 }

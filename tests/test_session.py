@@ -1,7 +1,9 @@
-"""Which interrupted run in MLflow a run may take up."""
+"""Which interrupted run in MLflow a run may take up, and how MLflow's records are kept."""
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from flows.session import _mine
 from tasks.config import load_config
 from tasks.core.settings import load_settings
-from tasks.core.tracking import open_parent
+from tasks.core.tracking import open_parent, write_ahead
 
 pytestmark = pytest.mark.fast
 HERE = {"mlflow.source.git.commit": "c1", "cartwright.opened_by": "host:/home", "cartwright.flow_run": "f2"}
@@ -62,3 +64,26 @@ def test_of_a_run_that_was_made_twice_since_an_answer_was_lost_one_stays(home: P
     taken.end("FINISHED")
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{taken.parent}'")
     assert [(run.info.run_id, run.info.status) for run in children] == [(stage, "FINISHED")]
+
+
+def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without(home: Path) -> None:
+    settings = load_settings()
+    home.mkdir()
+    database = home / "mlflow.db"
+    with closing(sqlite3.connect(database)) as made:
+        made.execute("create table older (id)")
+
+    def mode() -> str:
+        with closing(sqlite3.connect(database)) as reader:
+            return str(reader.execute("pragma journal_mode").fetchone()[0])
+
+    with closing(sqlite3.connect(database)) as busy:
+        busy.execute("begin exclusive")
+        write_ahead(settings.mlflow_uri)
+        busy.rollback()
+        assert mode() == "delete"  # in use: left as it is
+    write_ahead(settings.mlflow_uri)
+    assert mode() == "wal"
+    write_ahead("postgresql://mlflow@nowhere/mlflow")
+    write_ahead(f"sqlite:///{home}/nowhere/mlflow.db")
+    assert not (home / "nowhere").exists()

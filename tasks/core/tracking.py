@@ -6,8 +6,10 @@ which is local to a thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +61,15 @@ def client_of(settings: Settings) -> Any:
     return mlflow.MlflowClient(settings.mlflow_uri)
 
 
+def write_ahead(backend: str) -> None:
+    """Let MLflow's SQLite database, if it is one, have a write-ahead log: a run makes hundreds of commits, each waits for the disk once and not
+    three times, and who reads does not wait for who writes. SQLite remembers it; where the database is in use, another time will do."""
+    path = Path(backend.removeprefix("sqlite:///"))
+    if backend.startswith("sqlite:///") and path.parent.is_dir():
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+
+
 def open_parent(
     settings: Settings,
     experiment: str,
@@ -79,6 +90,7 @@ def open_parent(
     """
     settings.home.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.home / "mlflow.lock"):  # two first starts would race in the migration
+        write_ahead(settings.mlflow_uri)
         client = client_of(settings)
         found = client.get_experiment_by_name(experiment)
         location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
