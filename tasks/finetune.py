@@ -46,6 +46,12 @@ class FinetuneConfig(StageConfig):
     unpack: bool = Field(
         True, description="Hold the NF4 weights unpacked in 16 bits: the same values and faster, for four times their memory"
     )
+    finish_in_16bit: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="Share of the steps, the last ones, that are trained on the 16-bit weights the adapter is merged into, where they are unpacked",
+    )
     compile: bool = Field(
         True, description="Compile the layers with torch.compile where the machine has a C++ compiler: half as fast again on a CPU"
     )
@@ -180,7 +186,7 @@ def training_settings(config: FinetuneConfig, rows: int, device: str) -> dict[st
     }
 
 
-@stage("finetune", version=8, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
+@stage("finetune", version=9, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
     import numpy as np
@@ -189,14 +195,16 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     from torch.utils.data import Sampler
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+    from tasks.frozen import restore_16bit
     from tasks.gradient_workers import GradientWorkers
 
     precision = resolve_precision(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     workers = hardware.cores() if config.workers is None else config.workers
     workers = 1 if device != "cpu" else min(workers, config.batch_size)
-    pool = GradientWorkers(workers - 1, config, inputs["base_model"], precision != "fp32") if workers > 1 else None
-    tokenizer = AutoTokenizer.from_pretrained(inputs["base_model"], trust_remote_code=False)
+    base_model = inputs["base_model"]
+    pool = GradientWorkers(workers - 1, config, base_model, precision != "fp32") if workers > 1 else None
+    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     spec = load_spec(str(inputs["dataset"]))
     set_template(tokenizer, spec)
     rows = read_rows(inputs["dataset"] / "train.jsonl")
@@ -206,13 +214,14 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     most_tokens = tokens_at_a_time(config, device)
     threads = 1 if workers > 1 else hardware.cores()
     torch.set_num_threads(threads)
-    model = build_model(config, inputs["base_model"])
+    model = build_model(config, base_model)
     compiled = config.compile and has_compiler()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     settings = training_settings(config, len(train), device)
     total_steps = settings["max_steps"]
     every = -(-total_steps // config.checkpoints)
+    packed_steps = total_steps - round(total_steps * config.finish_in_16bit) if config.unpacks else total_steps
 
     class ShuffledSampler(Sampler[int]):
         """Rows in random order; Trainer sets the epoch, so that a resumed epoch has the order of the interrupted one."""
@@ -229,6 +238,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return iter(shuffled_order(len(train), config.seed + self.epoch))
 
     class CompletionTrainer(Trainer):
+        in_nf4 = config.unpacks
+
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return ShuffledSampler()
 
@@ -238,6 +249,11 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return self.optimizer
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            if self.in_nf4 and self.state.global_step >= packed_steps:
+                self.in_nf4 = False
+                if pool:
+                    pool.restore_16bit()
+                restore_16bit(model, base_model)
             items = (inputs["labels"][:, 1:] != IGNORED).sum()
             mine = pool.start(inputs, int(items)) if pool else inputs
             loss = sum(super(CompletionTrainer, self).training_step(model, part, items) for part in parts(mine, most_tokens))

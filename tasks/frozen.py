@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+BASE_LAYER = ".base_layer"  # PEFT's name of the layer that an adapter is on
 
 
 def unpack_nf4(model: Any, int8: bool) -> None:
@@ -38,6 +41,24 @@ def unpack_nf4(model: Any, int8: bool) -> None:
             delattr(model, attribute)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def restore_16bit(model: Any, base_model: Path) -> None:
+    """Give the unpacked layers of a model with an adapter the values of `base_model`'s files, of which theirs are the NF4 rounding.
+
+    In place: what was compiled stays compiled.
+    """
+    from transformers import AutoModelForCausalLM
+
+    causal = model.get_base_model()
+    exact = AutoModelForCausalLM.from_pretrained(base_model, dtype=causal.dtype, trust_remote_code=False, use_safetensors=True)
+    weights = dict(exact.named_parameters())
+    with torch.no_grad():
+        for name, layer in causal.named_modules():
+            if name.endswith(BASE_LAYER):
+                layer.weight.copy_(weights[f"{name.removesuffix(BASE_LAYER)}.weight"])
+                if isinstance(layer, Int8Linear):
+                    layer.round_weight()
 
 
 class Int8Linear(torch.nn.Linear):

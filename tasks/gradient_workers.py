@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tasks.finetune import FinetuneConfig
 
 
+RESTORE = "restore"  # a task without an answer
 GONE = "a process that shares the training ended; if memory ran out, train.workers=1 needs less"
 
 
@@ -83,6 +84,11 @@ class GradientWorkers:
             torch._foreach_add_(totals, _views(gradients, parameters))
         return loss
 
+    def restore_16bit(self) -> None:
+        """Let the processes go on with the base model's own weights, see `tasks/frozen.py`."""
+        for pipe in self._pipes:
+            self._send(pipe, RESTORE)
+
     def close(self) -> float:
         """End the processes; their peak resident memory in all, MB, 0 for those that were gone."""
         peak = 0.0
@@ -129,6 +135,7 @@ def _views(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch
 def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool, pipe: Any) -> None:
     """A worker: its parameters and their gradients are the shared memory itself."""
     from tasks.finetune import build_model, tokens_at_a_time
+    from tasks.frozen import restore_16bit
 
     die_with_parent(parent)
     torch.set_num_threads(1)
@@ -145,6 +152,9 @@ def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool,
     for parameter, value, gradient in zip(parameters, _views(values, parameters), _views(gradients, parameters), strict=True):
         parameter.data, parameter.grad = value, gradient
     while (task := pipe.recv()) is not None:
+        if task == RESTORE:
+            restore_16bit(model, base_model)
+            continue
         inputs, items = task
         gradients.zero_()
         total = 0.0

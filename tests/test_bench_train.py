@@ -18,7 +18,7 @@ CONFIG = FinetuneConfig(precision="fp32", batch_size=16, max_length=300)
 # What both trainers take from the config, and what is only how ours computes the same.
 SETTINGS = {"precision", "epochs", "batch_size", "learning_rate", "schedule", "warmup_ratio", "seed"}
 BUILT = {"method", "rank", "alpha", "dropout", "lora_plus_ratio", "adam_beta2", "weight_decay"}  # by the stage's own functions
-OURS_ALONE = {"checkpoints", "unpack", "compile", "workers", "tokens_at_a_time"}
+OURS_ALONE = {"checkpoints", "unpack", "finish_in_16bit", "compile", "workers", "tokens_at_a_time"}
 
 
 def test_every_field_of_the_config_is_for_both_trainers_or_says_only_how_ours_computes() -> None:

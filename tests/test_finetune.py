@@ -1,0 +1,124 @@
+"""On which weights an adapter is trained: NF4 values first, at last the 16-bit weights it is merged into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.core.artifacts import Store
+from tasks.core.manifests import Manifest
+from tasks.core.stage import run
+from tasks.finetune import FinetuneConfig, build_model, finetune, load_base
+from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
+from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
+
+TRAINING = {"precision": "fp32", "batch_size": 8, "learning_rate": 0.01, "rank": 4, "compile": False, "checkpoints": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    home = tmp_path_factory.mktemp("finetune")
+    return Store((home / "store").as_uri(), home)
+
+
+@pytest.fixture(scope="module")
+def inputs(store: Store) -> dict[str, Manifest]:
+    data = SynthesizeConfig(languages=("en",), train_rows=48, validation_rows=12, test_rows=12, hard_rows=12)
+    made = {
+        "base_model": run(base_model, BaseModelConfig(source=TINY), {}, store, Path(store.root) / "logs"),
+        "dataset": run(synthesize, data, {}, store, Path(store.root) / "logs"),
+    }
+    return {name: manifest for name, (manifest, *_) in made.items()}
+
+
+def validation_loss(store: Store, inputs: dict[str, Manifest], adapter: Manifest, packed: bool) -> float:
+    """Loss of an adapter on NF4 values, or on the 16-bit weights."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from tasks.completions import completion_loss, encode_rows, pad
+    from tasks.domain.spec import load_spec
+
+    base, data = (store.fetch(inputs[name]) for name in ("base_model", "dataset"))
+    model = load_base(FinetuneConfig(**TRAINING, method="qlora" if packed else "lora"), base)
+    if packed:
+        unpack_nf4(model, int8=False)
+    folder = store.fetch(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = encode_rows(read_rows(data / "validation.jsonl"), tokenizer, load_spec(str(data)), 256)
+    with torch.no_grad():
+        return float(completion_loss(PeftModel.from_pretrained(model, folder).eval(), pad(rows, tokenizer.pad_token_id)))
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_training_ends_on_the_weights_that_are_merged(store: Store, inputs: dict[str, Manifest], share: float) -> None:
+    config = FinetuneConfig(**TRAINING, epochs=4, finish_in_16bit=share, workers=2)
+    adapter, *_ = run(finetune, config, inputs, store, Path(store.root) / "logs")
+    said = adapter.metrics["validation_loss"]
+    trained_on, other = (validation_loss(store, inputs, adapter, packed) for packed in ((False, True) if share else (True, False)))
+    assert abs(said - trained_on) < abs(said - other) / 10
+
+
+def test_processes_that_share_a_batch_go_on_with_the_same_weights(store: Store, inputs: dict[str, Manifest]) -> None:
+    import torch
+
+    from tasks.completions import IGNORED, completion_loss, pad
+    from tasks.gradient_workers import GradientWorkers
+
+    folder, config = store.fetch(inputs["base_model"]), FinetuneConfig(**TRAINING)
+    pool = GradientWorkers(1, config, folder, autocast=False)
+    model = build_model(config, folder)
+    torch.manual_seed(3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data.normal_(std=0.05)
+    batch = pad([{"input_ids": list(range(5, 30 + row)), "labels": [IGNORED] * 4 + list(range(9, 30 + row))} for row in range(4)], 0)
+    labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+    pool.follow(model)
+
+    def gradient(shared: bool) -> torch.Tensor:
+        model.zero_grad()
+        completion_loss(model, pool.start(batch, labels) if shared else batch, labels).backward()
+        if shared:
+            pool.finish()
+        return torch.cat([parameter.grad.flatten() for parameter in trained if parameter.grad is not None])
+
+    try:
+        before = gradient(shared=True)
+        restore_16bit(model, folder)
+        expected = gradient(shared=False)
+        halfway = gradient(shared=True)
+        pool.restore_16bit()
+        torch.testing.assert_close(gradient(shared=True), expected, rtol=1e-4, atol=1e-6)
+        for other in (before, halfway):
+            assert (other - expected).norm() > 1e-3 * expected.norm()
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_restored_layers_hold_the_weights_of_the_files(store: Store, inputs: dict[str, Manifest], precision: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = store.fetch(inputs["base_model"])
+    model = build_model(FinetuneConfig(**{**TRAINING, "precision": precision}), folder).get_base_model()
+    wanted = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).named_parameters())
+    layers = {name.removesuffix(BASE_LAYER): layer for name, layer in model.named_modules() if name.endswith(BASE_LAYER)}
+    weights = {name: layer.weight for name, layer in layers.items()}
+
+    def differ() -> list[str]:
+        return [name for name, weight in weights.items() if not torch.equal(weight, wanted[f"{name}.weight"])]
+
+    assert len(layers) == 14 and len(differ()) == 14
+    before = {name: layer.forward_int8.clone() for name, layer in layers.items() if isinstance(layer, Int8Linear)}
+    holder = type("Adapted", (), {"get_base_model": lambda self: model})()
+    restore_16bit(holder, folder)
+    assert not differ()
+    assert len(before) == (14 if precision == "int8" else 0)
+    assert not [name for name, old in before.items() if torch.equal(layers[name].forward_int8, old)]
+    assert not [layer for layer in layers.values() if layer.weight.requires_grad]
