@@ -221,7 +221,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     settings = training_settings(config, len(train), device)
     total_steps = settings["max_steps"]
     every = -(-total_steps // config.checkpoints)
-    packed_steps = total_steps - round(total_steps * config.finish_in_16bit) if config.unpacks else total_steps
+    finishes = config.unpacks and config.finish_in_16bit > 0
+    in_nf4 = total_steps - round(total_steps * config.finish_in_16bit) if finishes else sys.maxsize  # steps
 
     class ShuffledSampler(Sampler[int]):
         """Rows in random order; Trainer sets the epoch, so that a resumed epoch has the order of the interrupted one."""
@@ -238,7 +239,14 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return iter(shuffled_order(len(train), config.seed + self.epoch))
 
     class CompletionTrainer(Trainer):
-        in_nf4 = config.unpacks
+        restored = False
+
+        def restore_when_due(self) -> None:
+            if not self.restored and self.state.global_step >= in_nf4:
+                self.restored = True
+                if pool:
+                    pool.restore_16bit()
+                restore_16bit(model, base_model)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return ShuffledSampler()
@@ -249,11 +257,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return self.optimizer
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            if self.in_nf4 and self.state.global_step >= packed_steps:
-                self.in_nf4 = False
-                if pool:
-                    pool.restore_16bit()
-                restore_16bit(model, base_model)
+            self.restore_when_due()
             items = (inputs["labels"][:, 1:] != IGNORED).sum()
             mine = pool.start(inputs, int(items)) if pool else inputs
             loss = sum(super(CompletionTrainer, self).training_step(model, part, items) for part in parts(mine, most_tokens))
@@ -265,6 +269,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return (loss, {}) if return_outputs else loss
 
         def evaluate(self, *arguments: Any, **more: Any) -> Any:
+            self.restore_when_due()  # of a training that was killed after its last step, nothing but this is left
             torch.set_num_threads(hardware.cores())  # the workers wait meanwhile
             try:
                 return super().evaluate(*arguments, **more)
@@ -327,6 +332,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         outcome = trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
     finally:
         workers_peak = pool.close() if pool else 0.0
+        pool = None
     # The last step's evaluation, if there was one at that step.
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     evaluation = last if last.get("step") == total_steps else trainer.evaluate()

@@ -51,7 +51,7 @@ def restore_16bit(model: Any, base_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     causal = model.get_base_model()
-    exact = AutoModelForCausalLM.from_pretrained(base_model, dtype=causal.dtype, trust_remote_code=False, use_safetensors=True)
+    exact = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=False, use_safetensors=True)
     weights = dict(exact.named_parameters())
     with torch.no_grad():
         for name, layer in causal.named_modules():
