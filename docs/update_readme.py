@@ -29,10 +29,11 @@ def table(report: dict[str, Any]) -> str:
             f"| {p['requests_s']:.1f} | {known(p['requests_s_batched'], '.1f')} | {known(v['speedup_vs_fp16'], '.1f', 'x')} | {known(v['ram_reduction_vs_fp16'], '.0%')} |"
         )
     e, t = report["environment"], report["training"]
+    speed = f"{t['tokens_per_s']:.0f} tokens/s, " if t["tokens_per_s"] else ""  # unknown of a training that was interrupted
     about = (
         f"Profile `{report['profile']}`, {report['started'][:10]}, {e['cpu']}, {e['cores']} cores, {e['gpu'] or 'no GPU'}; "
         f"{report['wall_s'] / 60:.0f} minutes in all, {t['wall_s'] / 60:.0f} of them training on {t['examples']:,} utterances "
-        f"({t['tokens_per_s']:.0f} tokens/s, peak {t['peak_rss_mb'] / 1000:.1f} GB). {exact_rows(report)}"
+        f"({speed}peak {t['peak_rss_mb'] / 1000:.1f} GB). {exact_rows(report)}"
     )
     return "\n".join([about, "", *lines, "", report["recommendation"]["why"], "", languages(report)])
 

@@ -79,30 +79,31 @@ def shuffled_order(rows: int, seed: int) -> list[int]:
 
 
 def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """What a model expects where there is a label: logits, float32 of (labels or a few more, vocabulary); as many labels, `IGNORED` behind
-    the last; and where the labels stand, a mask of (batch, longest - 1). No other logits are computed: the output head is a fifth of a small
-    model's arithmetic.
+    """What a model expects where there is a label: logits, float32 of (labels, vocabulary); the labels; and where they stand, a mask of (batch,
+    longest - 1). A few more are computed to make a multiple of `LABELS_STEP`, with `IGNORED` for a label, and no others: the output head is a
+    fifth of a small model's arithmetic.
 
     No padding is computed but in attention, which is little on rows this short: see `tasks/unpadded.py`.
     """
-    import torch
+    from torch.nn.functional import pad
 
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     targets = inputs["labels"][:, 1:]
     wanted = targets != IGNORED
     labels = targets[wanted]
+    more = -len(labels) % LABELS_STEP
     if unpadded.takes_lines(causal, mask.shape[1]):
         line = unpadded.in_line(mask, TOKENS_STEP)
-        more = -len(labels) % LABELS_STEP
-        kept = torch.nn.functional.pad(line.grid[:, :-1][wanted], (0, more))
+        kept = pad(line.grid[:, :-1][wanted], (0, more))  # the first token, once more
         arguments = {"input_ids": ids.flatten()[line.places][None], **line.arguments(causal)}
         logits = causal(**arguments, use_cache=False, logits_to_keep=kept).logits[0]
-        labels = torch.nn.functional.pad(labels, (0, more), value=IGNORED)
+        labels = pad(labels, (0, more), value=IGNORED)
     else:
-        columns = wanted.any(0).nonzero()[:, 0]
-        arguments = {"input_ids": ids, "attention_mask": mask}
-        logits = causal(**arguments, use_cache=False, logits_to_keep=columns).logits[wanted[:, columns]]
+        kept = pad(wanted, (0, 1))
+        kept.view(-1)[(~kept).flatten().nonzero()[:more, 0]] = True  # any others
+        logits = causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        labels = pad(targets, (0, 1), value=IGNORED)[kept]
     return logits.float(), labels, wanted
 
 

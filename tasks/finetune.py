@@ -269,7 +269,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             return (loss, {}) if return_outputs else loss
 
         def evaluate(self, *arguments: Any, **more: Any) -> Any:
-            self.restore_when_due()  # of a training that was killed after its last step, nothing but this is left
             torch.set_num_threads(hardware.cores())  # the workers wait meanwhile
             try:
                 return super().evaluate(*arguments, **more)
@@ -335,6 +334,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         pool = None
     # The last step's evaluation, if there was one at that step.
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    if last.get("step") != total_steps:
+        trainer.restore_when_due()  # a training that was killed behind its last step has taken none here
     evaluation = last if last.get("step") == total_steps else trainer.evaluate()
 
     # What is saved says neither where this machine keeps the base model, nor in which order Python has a set.

@@ -49,6 +49,7 @@ def restore_16bit(model: Any, base_model: Path) -> None:
     In place: what was compiled stays compiled.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     causal = model.get_base_model()
     exact = AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=False, use_safetensors=True)
@@ -56,7 +57,9 @@ def restore_16bit(model: Any, base_model: Path) -> None:
     with torch.no_grad():
         for name, layer in causal.named_modules():
             if name.endswith(BASE_LAYER):
-                layer.weight.copy_(weights[f"{name.removesuffix(BASE_LAYER)}.weight"])
+                name = name.removesuffix(BASE_LAYER)
+                weight = weights[f"{name}.weight"]
+                layer.weight.copy_(weight.t() if isinstance(exact.get_submodule(name), Conv1D) else weight)  # GPT-2's are transposed
                 if isinstance(layer, Int8Linear):
                     layer.round_weight()
 

@@ -496,7 +496,7 @@ print([file["Key"].rpartition("/")[2] for file in found])
         cartwright("down")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_install_steps_of_the_mlflow_image_give_a_server_that_wants_a_password(secrets: Path, tmp_path: Path) -> None:
     """The RUN lines of the build stage as they stand, with another folder for the virtual environment."""
     venv = tmp_path / "venv"

@@ -64,9 +64,10 @@ def client_of(settings: Settings) -> Any:
 def write_ahead(backend: str) -> None:
     """Let MLflow's SQLite database, if it is one, have a write-ahead log: a run makes hundreds of commits, each waits for the disk once and not
     three times, and who reads does not wait for who writes. SQLite remembers it; where the database is in use, another time will do."""
-    path = Path(backend.removeprefix("sqlite:///"))
-    if backend.startswith("sqlite:///") and path.parent.is_dir():
-        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
+    path = Path(backend.removeprefix("sqlite:///").partition("?")[0])
+    if backend.startswith("sqlite:///") and path.is_absolute() and path.parent.is_dir():
+        # What is wrong with a file that is no database, MLflow says.
+        with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
             database.execute("PRAGMA journal_mode = WAL")
 
 
