@@ -206,10 +206,14 @@ class Tracker:
 
     @ledger.charge("mlflow")
     def log_stage(self, label: str, manifest: Manifest, cached: bool) -> str:
-        """Write a finished stage into its child run and end it."""
+        """Write a finished stage into its child run and end it.
+
+        Figures of an evaluation's parts, such as `test.by_language.de.value`, are in the variant's run, and not here once more: they are most
+        of what a cached run would have to write.
+        """
         run_id = self.child(label, manifest.key, "stage", {TAG + "cached": str(cached).lower(), TAG + "stage": manifest.kind})
         metrics = {
-            **flatten(manifest.metrics),
+            **{name: value for name, value in flatten(manifest.metrics).items() if name.count(".") < 3},
             "wall_s": manifest.wall_s,
             **({"peak_rss_mb": manifest.peak_rss_mb} if manifest.peak_rss_mb else {}),
         }
