@@ -336,7 +336,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     if last.get("step") != total_steps:
         trainer.restore_when_due()  # a training that was killed behind its last step has taken none here
-    evaluation = last if last.get("step") == total_steps else trainer.evaluate()
+        last = trainer.evaluate()
 
     # What is saved says neither where this machine keeps the base model, nor in which order Python has a set.
     saved = model.peft_config["default"]
@@ -357,8 +357,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "resumed_from_step": int(resumed_from.name.split("-")[1]) if resumed_from else None,
         "trainable_params": trainable,
         "final_loss": report.loss,
-        "validation_loss": evaluation["eval_loss"],
-        "validation_exact_match": evaluation["eval_exact_match"],
+        "validation_loss": last["eval_loss"],
+        "validation_exact_match": last["eval_exact_match"],
         "precision": precision,
         "workers": workers,
         "workers_peak_rss_mb": round(workers_peak, 1),

@@ -35,6 +35,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_every_ablation_is_valid() -> None:
     arms = {path.stem: len(load_ablation(path).arms) for path in ABLATIONS.iterdir()}
     assert arms == {"quick": 3, "recipe": 14}
@@ -83,6 +84,7 @@ def test_a_bad_file_is_refused_with_file_line_and_field(tmp_path: Path, old: str
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_a_bad_file_stops_before_any_work(cartwright: Cartwright, home: Path, tmp_path: Path) -> None:
     for path in (write(tmp_path, GOOD.replace("rank: 8", "rang: 8")), tmp_path / "nowhere.yaml"):
         result = cartwright("ablate", str(path))

@@ -18,7 +18,7 @@ from tasks.synthesize import SynthesizeConfig, read_rows
 from tests.own import synthesize_with
 from tests.test_rendering import EVIL, sample_report
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.slow]
 SPLITS = ("test", "hard", "validation", "train")
 
 

@@ -388,6 +388,7 @@ def test_a_check_is_published_everywhere_and_promotes_nothing(shop: Shop, cartwr
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_what_cannot_be_checked_is_one_message_and_starts_nothing(cartwright: Cartwright, home: Path, tmp_path: Path) -> None:
     texts = str(write(tmp_path / "some.jsonl", ["my cart"]))
     for arguments, message in (

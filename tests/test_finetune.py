@@ -68,9 +68,9 @@ def test_training_ends_on_the_weights_that_are_merged(store: Store, inputs: dict
 
 
 def test_the_last_steps_are_taken_on_those_weights(store: Store, inputs: dict[str, Manifest]) -> None:
-    """The same training twice gives the same adapter, so that only those steps can make a difference."""
-    digests = [trained(store, inputs, share).files["adapter_model.safetensors"].sha256 for share in (0.5, 0.25, 0)]
-    assert len(set(digests)) == 3
+    digests = [trained(store, inputs, share).files["adapter_model.safetensors"].sha256 for share in (0.5, 0.25, 0.01, 0)]
+    assert len(set(digests[:3])) == 3
+    assert digests[2] == digests[3]  # of 24 steps, a hundredth is none: the same training twice gives the same adapter
 
 
 def test_processes_that_share_a_batch_go_on_with_the_same_weights(store: Store, inputs: dict[str, Manifest]) -> None:

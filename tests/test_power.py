@@ -14,7 +14,7 @@ import pytest
 from tasks.core import hardware, tdp
 from tasks.core.power import Energy, Gpu, first_gpu, per_request
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.slow]
 
 
 class NVMLError(Exception):

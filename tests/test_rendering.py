@@ -273,6 +273,7 @@ def test_the_same_report_gives_the_same_page(tmp_path: Path, rendered: Path) -> 
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_what_a_teacher_gave_is_shown_and_without_one_nothing_is(tmp_path: Path) -> None:
     report = sample_report()
     render(report, tmp_path / "taught")
@@ -294,6 +295,7 @@ def test_what_a_teacher_gave_is_shown_and_without_one_nothing_is(tmp_path: Path)
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_where_the_time_went_and_what_would_be_the_same_again_are_told(tmp_path: Path) -> None:
     report = sample_report()
     render(report, tmp_path / "plain")

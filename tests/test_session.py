@@ -42,6 +42,7 @@ def test_a_flow_run_that_begins_anew_finds_its_run_although_that_has_ended(home:
     assert not taken.resumed
 
 
+@pytest.mark.slow
 def test_of_a_run_that_was_made_twice_since_an_answer_was_lost_one_stays(home: Path) -> None:
     """MLflow's client sends a request once more when its answer was lost, and the server makes a second run."""
     tags = {"cartwright.opened_by": "me"}
