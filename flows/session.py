@@ -101,8 +101,11 @@ def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterato
     Raises:
         UserError: the home cannot be written, or the same configuration is running already.
     """
+    from tasks.report import latest_artefacts  # here: the Prefect server starts before all that a report needs is imported
+
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
+    store.read_ahead(latest_artefacts(settings, config.profile))  # while MLflow and Prefect are waited for
     running = UserError("run", config.profile, "the same configuration is running already", mend="Wait for it, or stop it first")
     with alone(settings, f"run-{config.key()}", running):
         now = datetime.now(UTC)

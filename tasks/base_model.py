@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.core.manifests import canonical_json, sha256_file
+from tasks.core.file_hash import sha256_file
+from tasks.core.manifests import canonical_json
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text

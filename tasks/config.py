@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.base_model import BaseModelConfig
 from tasks.benchmark import BenchmarkConfig
-from tasks.core.manifests import canonical_json, describe_files, digest_of, sha256_file
+from tasks.core.file_hash import sha256_file
+from tasks.core.manifests import canonical_json, describe_files, digest_of
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled

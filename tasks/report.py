@@ -143,6 +143,16 @@ def point_latest(settings: Settings, folder: Path) -> None:
     new.replace(link)
 
 
+def latest_artefacts(settings: Settings, profile: str) -> list[tuple[str, str]]:
+    """Kind and key of what the latest run used, if it was of this profile: the next one probably uses most of it too."""
+    try:
+        report = json.loads((settings.reports / "latest" / "report.json").read_text(encoding="utf-8"))
+        stages = report["stages"] if report["profile"] == profile else []
+        return [(stage["kind"], stage["key"]) for stage in stages if stage["kind"] and stage["key"]]
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or no longer what it was: nothing depends on it
+        return []
+
+
 def latest_report(settings: Settings, run_id: str = "latest") -> Path:
     """The folder of a finished report.
 

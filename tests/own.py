@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.core.manifests import sha256_file
+from tasks.core.file_hash import sha256_file
 from tasks.own_files import OwnFilesConfig, own_files
 from tasks.synthesize import SynthesizeConfig, synthesize
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -259,11 +259,11 @@ def test_nested_choices_parse() -> None:
     assert len(nodes) == 3
 
 
-def varied(bank: Bank, line: str, intent: str, variety: float = 1.0) -> list[tuple[str, dict[str, object]]]:
+def varied(bank: Bank, line: str, intent: str, variety: float = 1.0, drilled: bool = False) -> list[tuple[str, dict[str, object]]]:
     pattern = make_pattern(line, "en", intent)
     said = []
     for seed in range(200):
-        segments, values = expand(pattern, bank.products[seed], bank, SPEC, Random(seed), variety)
+        segments, values = expand(pattern, bank.products[seed], bank, SPEC, Random(seed), variety, drilled)
         written = {segment.slot: segment.text for segment in segments if segment.slot}
         said.append((" ".join("".join(segment.text for segment in segments).split()), {**written, **values}))
     return said
@@ -309,6 +309,27 @@ def test_another_number_is_no_label(varied_bank: Bank) -> None:
     for text, label in varied(varied_bank, "{product}: {digits} instead of {other}", "update_quantity", variety=0):
         said, other = text.rsplit(": ", 1)[1].split(" instead of ")
         assert said == str(label["quantity"]) != other
+
+
+def test_a_drilled_number_is_any_the_bank_has_a_word_for_and_said_in_words(varied_bank: Bank) -> None:
+    said = varied(varied_bank, "{product}: {quantity}", "update_quantity", variety=0, drilled=True)
+    for text, label in said:
+        assert text.rsplit(": ", 1)[1] in varied_bank.bare_numbers[cast(int, label["quantity"])]
+    assert len({label["quantity"] for _, label in said}) > 0.9 * len(varied_bank.numbers)
+    digits = varied(varied_bank, "{product}: {digits}", "update_quantity", variety=0, drilled=True)
+    assert all(text.endswith(f": {label['quantity']}") for text, label in digits)
+
+
+def test_training_meets_seldom_number_words_more_often_than_evaluation() -> None:
+    generator = make_generator(SMALL.model_copy(update={"languages": ("de",), "intents": ("update_quantity",)}))
+    seldom = {
+        split: sum(
+            "und" in row["text"] and str(row["gold"]["quantity"]) not in row["text"] and row["gold"]["quantity"] > 20
+            for row in (generator.row(split, index) for index in range(1000))
+        )
+        for split in ("train", "test")
+    }
+    assert seldom["train"] > 2 * seldom["test"]
 
 
 @pytest.mark.parametrize(

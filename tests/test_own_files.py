@@ -13,7 +13,7 @@ import pytest
 
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
-from tasks.core.manifests import sha256_file
+from tasks.core.file_hash import sha256_file
 from tasks.domain.errors import UserError
 from tasks.own_files import OwnFilesConfig, own_files, paths_in
 from tests.conftest import REPOSITORY

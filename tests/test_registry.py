@@ -12,7 +12,7 @@ import pytest
 from filelock import Timeout
 
 from tasks import register
-from tasks.core.manifests import sha256_file
+from tasks.core.file_hash import sha256_file
 from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
 from tasks.core.tracking import open_parent

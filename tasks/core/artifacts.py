@@ -9,16 +9,19 @@ made it, and the other takes that one. Files lie there below the digest of all o
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 import fsspec
 from filelock import FileLock
 
+from tasks.core.file_hash import read_ahead
 from tasks.core.manifests import (
     LARGEST_NOTE,
     MANIFEST,
@@ -105,6 +108,10 @@ class Store:
             return here, damage
         there, damage_there = self._download(kind, key)
         return (there, None) if there else (here, None) if here else (None, damage_there or damage)
+
+    def read_ahead(self, artefacts: Iterable[tuple[str, str]]) -> None:
+        """Let a thread verify artefacts, by kind and key, that are probably going to be looked up; which of them are whole is told then."""
+        read_ahead(functools.partial(self._find_here, kind, key) for kind, key in artefacts)
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         folder = self.path(kind, key)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from tasks.core.file_hash import sha256_file
+
 MANIFEST = "manifest.json"
 LARGEST_NOTE = 64_000_000  # bytes of a manifest, or of a note between machines
 
@@ -82,11 +84,6 @@ class Manifest(BaseModel):
 def canonical_json(value: Any) -> str:
     """One text for equal values: sorted keys, no spaces, no NaN. Keys and digests are made from it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

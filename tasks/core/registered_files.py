@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from tasks.core.manifests import sha256_file
+from tasks.core.file_hash import sha256_file
 from tasks.core.tracking import TAG
 from tasks.domain.errors import UserError
 

@@ -43,6 +43,7 @@ class _Utterance:
     attribute: str
     corrected: bool
     number: int
+    drilled: bool  # said in words wherever the pattern and the bank have words
     counts: bool = False  # the number was said, so it is a label
 
     def named(self, form: str | None) -> str:
@@ -50,16 +51,18 @@ class _Utterance:
 
 
 def expand(
-    pattern: Pattern, product: Product, bank: Bank, spec: Spec, rng: Random, variety: float = 0.0
+    pattern: Pattern, product: Product, bank: Bank, spec: Spec, rng: Random, variety: float = 0.0, drilled: bool = False
 ) -> tuple[list[Segment], dict[str, Any]]:
     """Expand one pattern into the segments of an utterance and the values of its integer slots.
 
     Args:
         variety: from 0 to 1; how readily products get attributes ("in blue"), and people correct themselves ("two, no, three").
+        drilled: a number is said in words, each word of the bank as likely as any other, not as often as people order so many.
     """
     attribute = _attribute(product, bank, rng) if rng.random() < variety * ATTRIBUTE_RATE else ""
     corrected = bool(bank.corrections) and rng.random() < variety * CORRECTION_RATE
-    said = _Utterance(product, bank, spec, rng, attribute, corrected, _number(spec, rng))
+    number = _number_with_a_word(spec, bank, rng) if drilled else _number(spec, rng)
+    said = _Utterance(product, bank, spec, rng, attribute, corrected, number, drilled)
     segments = [segment for node in list(_choose(pattern.nodes, rng)) for segment in _render(node, said)]
     return segments, {spec.slot_of_type("integer")[0]: said.number} if said.counts else {}
 
@@ -118,6 +121,13 @@ def _number(spec: Spec, rng: Random) -> int:
     return min(max(number, slots[0].minimum), slots[0].maximum) if slots else number
 
 
+def _number_with_a_word(spec: Spec, bank: Bank, rng: Random) -> int:
+    slots = [slot for slot in spec.slots.values() if isinstance(slot, IntegerSlot)]
+    numbers = [number for number, words in bank.numbers.items() for _ in words]
+    allowed = [number for number in numbers if all(slot.minimum <= number <= slot.maximum for slot in slots)]
+    return rng.choice(allowed) if allowed else _number(spec, rng)
+
+
 def _other_number(said: _Utterance) -> int:
     return said.rng.choice([number for number in QUANTITIES if number != said.number])
 
@@ -125,7 +135,7 @@ def _other_number(said: _Utterance) -> int:
 def _bare_number(number: int, said: _Utterance, words: list[str] | None = None) -> Segment:
     """A number on its own, as a word or in digits; `words` are those to choose from, else the bank's."""
     known = said.bank.bare_numbers.get(number) if words is None else words
-    if not known or said.rng.random() < 0.5:
+    if not known or (not said.drilled and said.rng.random() < 0.5):
         return Segment(str(number), protected=True)
     return Segment(said.rng.choice(known))
 
@@ -144,7 +154,7 @@ def _counted(said: _Utterance) -> list[Segment]:
         agreement, form = measure.agreement, bank.measured
         segments.append(Segment(" " + measure.form(category), protected=True))
     words = bank.numbers.get(said.number)
-    if words and rng.random() < 0.5:
+    if words and (said.drilled or rng.random() < 0.5):
         word = rng.choice(words)
         text = word if isinstance(word, str) else word.get(agreement, next(iter(word.values())))
         count = Segment(text)
