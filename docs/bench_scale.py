@@ -25,7 +25,7 @@ from docs.bench_scale_stages import QUICK, SHAPES, Bench, Samples, Scope
 from tasks.core import hardware, settings
 from tasks.core.child import FORKS, StageError
 from tasks.domain.errors import UserError
-from tasks.finetune import resolve_precision
+from tasks.qlora import resolve_precision
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "scaling.md"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks.finetune import FinetuneConfig
+from tasks.qlora import FinetuneConfig
 
 PROFILED_STEPS = 3
 # Operators by the first part of their name, for a profile. What is in no group is called other.
@@ -130,7 +130,7 @@ def trl_settings(arm: str, config: FinetuneConfig, rows: int, mean_length: float
     `trl-packed`, in which a packed row is as long as a batch of ours has tokens and stands alone in its batch: SFTTrainer packs without
     padding into one long row.
     """
-    from tasks.finetune import training_settings
+    from tasks.qlora import training_settings
 
     settings = {
         **training_settings(config, rows, device),
@@ -160,7 +160,7 @@ def trl(arm: str, config: FinetuneConfig, inputs: dict[str, Path], out_dir: Path
 
     from tasks.completions import IGNORED
     from tasks.core import hardware
-    from tasks.finetune import add_adapter, load_base, make_optimizer
+    from tasks.qlora import add_adapter, load_base, make_optimizer
 
     torch.set_num_threads(hardware.cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,8 +217,8 @@ def judge(config: FinetuneConfig, inputs: dict[str, Path], adapters: dict[str, s
 
     from tasks.completions import IGNORED, completion_loss, pad
     from tasks.core import hardware
-    from tasks.finetune import load_base, resolve_precision
     from tasks.frozen import unpack_nf4
+    from tasks.qlora import load_base, resolve_precision
 
     torch.set_num_threads(hardware.cores())
     tokenizer, rows = encoded(config, inputs, "validation")

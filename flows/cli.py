@@ -93,7 +93,7 @@ def run(
             "is not set, and pools have their workers at a standing server",
             mend="`cartwright up` starts one and says its address",
         )
-    from flows.session import prefect_api
+    from flows.prefect_server import prefect_api
     from tasks.core.artifacts import Store
 
     def check() -> None:
@@ -144,7 +144,7 @@ def ablate(
 
     settings = environment.load_settings()
     ablation = load_ablation(file)  # before anything starts
-    from flows.session import prefect_api
+    from flows.prefect_server import prefect_api
 
     print(f"Cartwright: ablation {ablation.name}, {len(ablation.arms)} arms, {len(ablation.seeds)} seeds each, home {settings.home}")
     with prefect_api(settings), goes_on():

@@ -23,8 +23,8 @@ from flows.errands import Errand, StageFlow
 from flows.session import Run, runner
 from tasks.core import ledger
 from tasks.core.child import StageError
-from tasks.decide import Variant
 from tasks.domain.errors import UserError
+from tasks.variants import Variant
 
 Machine = Literal["cpu", "gpu"]
 ACCELERATED = ("train", "quantize-gptq")  # stage flows that a GPU makes faster

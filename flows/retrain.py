@@ -15,9 +15,10 @@ from flows.session import open_run, run_log
 from tasks.config import load_config, profiles, resolve
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
-from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, REFERENCE, recommended_cpu
+from tasks.decide import recommended_cpu
 from tasks.gate import PromotionMode
 from tasks.quantize_gguf import GgufFormat
+from tasks.variants import BASE, BASE_FEW_SHOT, BASELINES, REFERENCE
 
 # The form in the Prefect UI is made from these types and from the docstring: a value that is not allowed is refused there.
 Profile = Annotated[str, Field(json_schema_extra={"enum": profiles()})]

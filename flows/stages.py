@@ -18,22 +18,24 @@ from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
 from tasks.core.stage import Stage, StageConfig
 from tasks.data_card import DataCardConfig, data_card, publish
-from tasks.decide import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant, decide
+from tasks.decide import decide
 from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.evaluate_api import api_variants, evaluate_api
 from tasks.fidelity import FidelityConfig, fidelity, reference_logits
-from tasks.finetune import finetune, has_compiler
+from tasks.finetune import finetune
 from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
 from tasks.own_files import OwnFilesConfig, own_files
+from tasks.qlora import has_compiler
 from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
 from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
 from tasks.teach import NO_TEACHER, teach, teach_config
+from tasks.variants import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant
 
 Models = dict[str, Manifest]
 Failed = dict[str, str]

@@ -160,7 +160,7 @@ def drift(
 
     Finds and tells; promotes nothing. Without --texts those of CARTWRIGHT_TEXTS, by default texts/*.jsonl in the home.
     """
-    from flows.session import prefect_api
+    from flows.prefect_server import prefect_api
     from tasks.champion import champion_with_dataset
     from tasks.config import parse_overrides, with_overrides
     from tasks.drift import FOUND, INCONCLUSIVE, DriftOptions, read_result

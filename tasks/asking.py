@@ -15,7 +15,6 @@ from tasks.api import is_model_id
 from tasks.core import hardware
 from tasks.core.artifacts import Store
 from tasks.core.settings import Settings
-from tasks.decide import MIXED
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import has_half_character, parse_json
@@ -25,6 +24,7 @@ from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report
 from tasks.runtimes import RuntimeName
 from tasks.synthesize import read_rows
+from tasks.variants import MIXED
 from tasks.weights import check_gguf
 
 MAX_TOKENS = 96

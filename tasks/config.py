@@ -24,11 +24,11 @@ from tasks.evaluate import EvaluateConfig
 from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
 from tasks.fidelity import ReferenceLogitsConfig
-from tasks.finetune import FinetuneConfig
 from tasks.gate import RegisterConfig
 from tasks.importance import ImportanceConfig
 from tasks.llama_bench import program as llama_bench_program
 from tasks.merge import MergeConfig
+from tasks.qlora import FinetuneConfig
 from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
 from tasks.quantize_gptq import QuantizeGptqConfig

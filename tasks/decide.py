@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from tasks.benchmark import pooled
-from tasks.core.manifests import MANIFEST, Manifest
+from tasks.core.manifests import Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.fidelity import UNUSABLE
+from tasks.paired import correct_rows, paired_difference
 from tasks.paper import compare_with_paper
-from tasks.runtimes import Dtype, RuntimeName
+from tasks.variant_figures import describe
+from tasks.variants import Variant
 
-BASE, BASE_FEW_SHOT, REFERENCE = "base-bf16", "base-bf16-few-shot", "tuned-fp16"
-BASELINES = {"float32": "tuned-fp32", "bfloat16": "tuned-bf16"}
-MIXED = "gguf-mixed"
-OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
-GPU_FORMATS = ("gptq", "awq")
 QUIET = 0.1  # cores that others may keep busy while a variant is measured; with more the machine was not quiet
-REPEATABLE = 0.1  # spread of a figure over runs from which a note says so
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
-ELSEWHERE = "the model runs on its provider's machines"
-
-
-class Variant(BaseModel):
-    """One way to deploy the model. `base` was not fine-tuned; `reference` is the 16-bit model all others are compared with.
-
-    `baseline` is the same model computed in another precision, which shows what that alone makes of the speed.
-    `api` is somebody else's model, asked for contrast: it is never recommended.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    format: Literal["hf", "gptq", "awq", "gguf", "api"]
-    bits: float | None
-    runtime: RuntimeName
-    dtype: Dtype = "float16"
-    role: Literal["base", "reference", "baseline", "candidate", "api"]
-    few_shot: int = 0
 
 
 class DecideConfig(StageConfig):
@@ -79,7 +55,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     `fidelity:<variant>` for the quantized ones; of a model behind an API, only `evaluate:<variant>`. GGUF variants may have
     `constrained:<variant>`, `constrained-benchmark:<variant>`, `mapped:<variant>` and `llama-bench:<variant>:<run>` too.
     """
-    variants = [_describe(variant, config, inputs) for variant in config.variants]
+    variants = [describe(variant, config, inputs) for variant in config.variants]
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
     for variant in variants:
         _compare(variant, reference, inputs)
@@ -117,164 +93,6 @@ def recommended_cpu(decision: Manifest) -> str | None:
     return decision.metrics["recommended_cpu"]
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "name": variant.name,
-        "role": variant.role,
-        "format": variant.format,
-        "bits": variant.bits,
-        "runtime": variant.runtime,
-        "few_shot": variant.few_shot,
-    }
-    if variant.name in config.failed:
-        return {**row, "error": config.failed[variant.name], "quality": None, "performance": None, "size_mb": None, "notes": []}
-    if variant.role == "api":
-        return row | _describe_api(variant, _manifest(inputs[f"evaluate:{variant.name}"]))
-    model = _manifest(inputs[f"model:{variant.name}"])
-    quality = _manifest(inputs[f"evaluate:{variant.name}"])["metrics"]
-    performance = pooled([(_manifest(folder)["metrics"], folder) for folder in _runs("benchmark", variant, inputs)])
-    weights = [entry["size"] for name, entry in model["files"].items() if name.endswith((".gguf", ".safetensors"))]
-    hard = quality.get("hard", {})
-    notes = []
-    if variant.role == "base":
-        examples = f" and {variant.few_shot} examples" if variant.few_shot else ", without examples"
-        notes.append(f"asked with long instructions{examples}, since it was not fine-tuned")
-    if performance["device"] == "cpu" and variant.format in GPU_FORMATS:
-        notes.append(f"{variant.format.upper()} is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")
-    if performance["spread"] and (spread := max(performance["spread"].values())) > REPEATABLE:
-        notes.append(
-            f"its {performance['runs']} runs differ by up to {spread:.0%}: the machine was not quiet, or the variant is not steady"
-        )
-    notes += [
-        f"{name.split(':')[0]} failed: {why}"
-        for name, why in config.unmeasured.items()
-        if name.split(":")[1] == variant.name and not name.startswith("kernel:")
-    ]
-    return {
-        **row,
-        "device": performance["device"],
-        "threads": performance["threads"],
-        "kernel": performance["kernel"],
-        "size_mb": sum(weights) / 1e6,
-        "sha256": model["digest"],
-        "key": model["key"],
-        "tensor_types": model["metrics"].get("tensor_types"),
-        "bits": model["metrics"].get("bits_per_weight", variant.bits),
-        "quality": {**quality["test"], "hard_exact_match": hard.get("exact_match"), "hard": hard},
-        **_fidelity(variant, config, inputs),
-        "constrained": _constrained(variant, inputs),
-        "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel")}
-        | {"mapped": _mapped(variant, inputs), "llama_bench": _llama_bench(variant, performance, inputs)}
-        | {"kernels": _kernels(variant, config, inputs)}
-        | _missing(performance)
-        | _price(performance, config),
-        "notes": notes,
-    }
-
-
-def _runs(kind: str, variant: Variant, inputs: Mapping[str, Path]) -> list[Path]:
-    """The artefacts of a measurement's runs, in their order."""
-    return [inputs[name] for run in range(len(inputs)) if (name := f"{kind}:{variant.name}:{run}") in inputs]
-
-
-def _constrained(variant: Variant, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """What constrained decoding brings and costs: figures of accuracy and speed with it, and the paired difference it makes."""
-    found, timed = (inputs.get(f"{kind}:{variant.name}") for kind in ("constrained", "constrained-benchmark"))
-    if not found or not timed:
-        return None
-    quality, speed = _manifest(found)["metrics"], _manifest(timed)["metrics"]
-    return {
-        "exact_match": quality["test"]["exact_match"],
-        "hard_exact_match": quality.get("hard", {}).get("exact_match"),
-        "json_valid": quality["test"]["json_valid"],
-        "vs_free": paired_difference(correct_rows(found), correct_rows(inputs[f"evaluate:{variant.name}"])),
-        "requests_s": speed["requests_s"],
-        "requests_s_batched": speed["requests_s_batched"],
-    }
-
-
-def _mapped(variant: Variant, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Load time, memory and speed with the file mapped into memory."""
-    if not (found := inputs.get(f"mapped:{variant.name}")):
-        return None
-    metrics = _manifest(found)["metrics"]
-    return {name: metrics[name] for name in ("load_s", "rss_mb", "pss_mb", "private_mb", "requests_s")}
-
-
-def _kernels(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Speed with each kernel that was tried, or why there is none."""
-    prefix = f"kernel:{variant.name}:"
-    figures = ("kernel", "requests_s", "requests_s_batched", "prefill_tok_s", "decode_tok_s")
-    found = {name: _manifest(folder)["metrics"] for name, folder in inputs.items() if name.startswith(prefix)}
-    measured = [{"name": name.removeprefix(prefix), **{figure: metrics[figure] for figure in figures}} for name, metrics in found.items()]
-    return measured + [
-        {"name": name.removeprefix(prefix), "error": why} for name, why in config.unmeasured.items() if name.startswith(prefix)
-    ]
-
-
-def _missing(performance: Mapping[str, Any]) -> dict[str, str]:
-    """Why figures are missing that a machine like this cannot give."""
-    reasons = {}
-    if performance.get("vram_mb") is None:
-        reasons["vram_mb_reason"] = "runs on the CPU" if performance["device"] == "cpu" else "NVML does not tell it here"
-    if performance.get("energy_j_per_request") is None:
-        why = performance.get("energy_j_per_request_reason")
-        reasons["energy_j_per_request_reason"] = why or "it could not be told in each of the runs"
-    return reasons
-
-
-def _llama_bench(variant: Variant, performance: Mapping[str, Any], inputs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Medians of llama-bench's figures over its runs, and ours as a share of them."""
-    theirs = [_manifest(folder)["metrics"] for folder in _runs("llama-bench", variant, inputs)]
-    if not theirs:
-        return None
-    medians = {name: statistics.median(found[name] for found in theirs) for name in ("prefill_tok_s", "decode_tok_s")}
-    ratios = {f"{name.split('_')[0]}_ratio": performance[name] / value for name, value in medians.items()}
-    return medians | ratios | {"build_commit": theirs[0]["build_commit"]}
-
-
-def _fidelity(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """What is known of a variant's fidelity, or why nothing is."""
-    if found := inputs.get(f"fidelity:{variant.name}"):
-        return {"fidelity": _manifest(found)["metrics"]}
-    usual = {
-        "baseline": "the reference's weights in another precision",
-        "base": "not made from the fine-tuned model",
-        "reference": "it is what the others are compared with",
-    }
-    return {"fidelity": None, "fidelity_reason": config.unchecked.get(variant.name) or usual.get(variant.role, "not measured")}
-
-
-def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """A model behind an API: what cannot be known of it is null, and says why."""
-    metrics, asked = evaluation["metrics"], evaluation["metrics"]["performance"]
-    hidden = dict.fromkeys(OF_OUR_MACHINE) | dict.fromkeys((f"{name}_reason" for name in OF_OUR_MACHINE), ELSEWHERE)
-    examples = f"{variant.few_shot} examples" if variant.few_shot else "no examples"
-    notes = [f"asked with long instructions and {examples}, {asked['parallel']} requests at a time; a latency includes the network."]
-    if asked["requests_failed"]:
-        failed, total = asked["requests_failed"], asked["requests"] + asked["requests_failed"]
-        notes.append(f"{failed} of {total} requests got no answer and count as wrong. The first: {asked['first_failure']}.")
-    priced = {} if asked["usd"] is not None else {"usd_per_1k_requests_reason": "LiteLLM has no price of this model"}
-    return {
-        "model": evaluation["config"]["model"],
-        "device": "api",
-        "threads": None,
-        "kernel": None,
-        **dict.fromkeys(("size_mb", "sha256", "tensor_types")),
-        **{f"{name}_reason": ELSEWHERE for name in ("size_mb", "bits", "threads", "sha256", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
-        "key": evaluation["key"],
-        "quality": {**metrics["test"], "hard_exact_match": metrics.get("hard", {}).get("exact_match"), "hard": metrics.get("hard", {})},
-        "fidelity": None,
-        "fidelity_reason": "another model: nothing of ours was quantized into it",
-        "performance": {name: value for name, value in asked.items() if name != "device"} | hidden | priced,
-        "notes": notes,
-    }
-
-
 def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: Mapping[str, Path]) -> None:
     variant["speedup_vs_fp16"] = variant["ram_reduction_vs_fp16"] = None
     if not reference or not variant["quality"]:
@@ -297,33 +115,6 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
             }
         if fidelity["verdict"] != "ok":
             variant["notes"].append(f"{fidelity['verdict']}: {fidelity['why']}")
-
-
-def correct_rows(folder: Path) -> list[bool]:
-    """Which rows of `test` an evaluation got right."""
-    with (folder / "test.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line)["correct"] for line in file]
-
-
-def paired_difference(mine: Sequence[bool], theirs: Sequence[bool], draws: int = 2000) -> dict[str, float]:
-    """Difference of two shares on the same rows: bootstrap 95% interval, and McNemar's exact test (1947).
-
-    Returns:
-        `delta` (mine - theirs), `low`, `high`, `mcnemar_p`.
-    """
-    import numpy as np
-    from scipy.stats import binomtest
-
-    difference = np.asarray(mine, dtype=float) - np.asarray(theirs, dtype=float)
-    drawn = np.random.default_rng(0).choice(difference, (draws, len(difference))).mean(axis=1)
-    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return {
-        "delta": float(difference.mean()),
-        "low": float(np.quantile(drawn, 0.025)),
-        "high": float(np.quantile(drawn, 0.975)),
-        "mcnemar_p": p,
-    }
 
 
 def measured(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -404,16 +195,6 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
         if limit is not None and (value is None or value > limit)
     ]
     return over[0] if over else ""
-
-
-def _price(performance: Mapping[str, Any], config: DecideConfig) -> dict[str, Any]:
-    """What 1,000 requests cost on a machine that is busy with them all the time."""
-    if config.machine_usd_per_hour is None:
-        return {
-            "usd_per_1k_requests": None,
-            "usd_per_1k_requests_reason": "decide.machine_usd_per_hour, what the machine costs, is not set",
-        }
-    return {"usd_per_1k_requests": config.machine_usd_per_hour / 3600 * 1000 / performance["requests_s_batched"]}
 
 
 def _why_cpu(v: dict[str, Any] | None, second: dict[str, Any] | None, reference: dict[str, Any], config: DecideConfig) -> str:

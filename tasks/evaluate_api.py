@@ -19,11 +19,11 @@ from pydantic import Field
 from tasks.benchmark import percentiles
 from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
-from tasks.decide import Variant
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
 from tasks.evaluate import EvaluateConfig, conversations, score_and_keep
 from tasks.synthesize import read_rows
+from tasks.variants import Variant
 
 ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price: the raw samples
 Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row

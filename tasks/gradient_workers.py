@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import multiprocessing
@@ -18,10 +18,8 @@ from torch import multiprocessing
 from tasks.completions import completion_loss, lengths, parts
 from tasks.core import hardware
 from tasks.core.lifetime import die_with_parent
-
-if TYPE_CHECKING:
-    from tasks.finetune import FinetuneConfig
-
+from tasks.frozen import restore_16bit
+from tasks.qlora import FinetuneConfig, build_model, tokens_at_a_time
 
 RESTORE = "restore"  # a task without an answer
 GONE = "a process that shares the training ended; if memory ran out, train.workers=1 needs less"
@@ -134,9 +132,6 @@ def _views(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch
 
 def _work(parent: int, config: FinetuneConfig, base_model: Path, autocast: bool, pipe: Any) -> None:
     """A worker: its parameters and their gradients are the shared memory itself."""
-    from tasks.finetune import build_model, tokens_at_a_time
-    from tasks.frozen import restore_16bit
-
     die_with_parent(parent)
     torch.set_num_threads(1)
     memory = hardware.memory_mb()

@@ -11,7 +11,7 @@ import pytest
 from docs import bench_train
 from docs.bench_train_arms import Counted, trl_settings
 from tasks.domain.errors import UserError
-from tasks.finetune import FinetuneConfig, training_settings
+from tasks.qlora import FinetuneConfig, training_settings
 
 pytestmark = pytest.mark.fast
 CONFIG = FinetuneConfig(precision="fp32", batch_size=16, max_length=300)

@@ -18,9 +18,10 @@ from tasks.config import load_config
 from tasks.core import hardware
 from tasks.core.child import StageError
 from tasks.core.stage import Stage
-from tasks.decide import QUIET, Variant, measurement
+from tasks.decide import QUIET, measurement
 from tasks.domain.errors import UserError
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
+from tasks.variants import Variant
 
 pytestmark = pytest.mark.fast
 

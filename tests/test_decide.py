@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tasks.decide import DecideConfig, paired_difference, pareto_front, recommend
+from tasks.decide import DecideConfig, pareto_front, recommend
+from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
 
 pytestmark = pytest.mark.fast

@@ -12,8 +12,8 @@ from flows.session import Run
 from tasks.config import load_config
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
-from tasks.decide import Variant
 from tasks.domain.errors import UserError
+from tasks.variants import Variant
 
 pytestmark = pytest.mark.fast
 RUN = Run(run_id="r", mlflow_run="m", config=load_config("smoke"), started="2026-01-01T00:00:00+00:00", resumed=False)

@@ -20,7 +20,7 @@ from tasks.core.artifacts import Store
 from tasks.core.child import StageError
 from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.stage import Stage, StageConfig, run
-from tasks.decide import DecideConfig, Variant, decide
+from tasks.decide import DecideConfig, decide
 from tasks.domain.prompt import Message
 from tasks.fidelity import (
     ASKED,
@@ -36,6 +36,7 @@ from tasks.fidelity import (
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.runtimes.llama_cpp import LlamaCppRuntime
 from tasks.synthesize import SynthesizeConfig, synthesize
+from tasks.variants import Variant
 from tasks.weights import BrokenFileError, Comparison, Weights, compare, folder_weights, gguf_weights, layer_weights
 
 

@@ -11,8 +11,9 @@ from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.stage import run
-from tasks.finetune import FinetuneConfig, build_model, finetune, load_base
+from tasks.finetune import finetune
 from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
+from tasks.qlora import FinetuneConfig, build_model, load_base
 from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
 
 TRAINING = {"precision": "fp32", "batch_size": 8, "learning_rate": 0.01, "rank": 4, "compile": False, "checkpoints": 1}

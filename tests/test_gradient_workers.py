@@ -29,8 +29,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(base: Path) -> Iterator[tuple[Any, Any]]:
     """A model whose adapter is no longer zero, and a pool of two more processes."""
-    from tasks.finetune import FinetuneConfig, build_model
     from tasks.gradient_workers import GradientWorkers
+    from tasks.qlora import FinetuneConfig, build_model
 
     config = FinetuneConfig(**CONFIG)
     pool = GradientWorkers(2, config, base, autocast=False)
@@ -119,7 +119,7 @@ def test_shares_of_a_batch_have_about_as_many_tokens(shares: int) -> None:
 def test_rows_in_a_line_are_learnt_like_each_by_itself(base: Path, compiled: bool) -> None:
     """Loss and gradient of a batch of rows of different lengths, and those of the same rows one at a time by the model as transformers has it."""
     from tasks.completions import IGNORED, completion_loss, completion_matches, pad
-    from tasks.finetune import FinetuneConfig, build_model, has_compiler
+    from tasks.qlora import FinetuneConfig, build_model, has_compiler
 
     if compiled and not has_compiler():
         pytest.skip("no C++ compiler")
@@ -192,8 +192,8 @@ def test_the_order_of_rows_is_random_and_the_same_for_a_seed() -> None:
 
 
 def test_workers_that_never_got_a_model_end_when_told_to(base: Path) -> None:
-    from tasks.finetune import FinetuneConfig
     from tasks.gradient_workers import GradientWorkers
+    from tasks.qlora import FinetuneConfig
 
     pool = GradientWorkers(1, FinetuneConfig(**CONFIG), base, autocast=False)
     assert pool.close() > 0

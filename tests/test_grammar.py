@@ -44,7 +44,8 @@ class Reader:
     def __init__(self, gguf: Path, spec: Spec) -> None:
         import llama_cpp.llama_cpp as api
 
-        from tasks.runtimes.llama_cpp import Grammar, LlamaCppRuntime
+        from tasks.runtimes.llama_cpp import LlamaCppRuntime
+        from tasks.runtimes.llama_grammar import Grammar
 
         self._api = api
         self._model = LlamaCppRuntime(gguf, 1)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tasks.runtimes.llama_cpp import FEW, Guesses, LlamaCppRuntime
+from tasks.runtimes.guesses import Guesses
+from tasks.runtimes.llama_cpp import FEW, LlamaCppRuntime
 
 QUESTIONS = ["two olive oils please", "where is order 4711", "dvije boce maslinovog ulja, molim", "bye", "two olive oils please"]
 

@@ -66,7 +66,8 @@ parents = load_settings()
 prepare_environment(parents)
 from flows import releasing, stages
 from flows.errands import errand_for, read_errand
-from flows.session import join_run, open_run, prefect_api
+from flows.prefect_server import prefect_api
+from flows.session import join_run, open_run
 from tasks.config import load_config, resolve
 from tasks.core.artifacts import Store
 from tasks.core.display import Display

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flows.session import _free_port
+from flows.prefect_server import free_port
 from tasks import api
 from tasks.base_model import offline_gguf
 from tasks.core.manifests import Manifest
@@ -92,7 +92,7 @@ import sys
 from tasks.core.settings import load_settings, prepare_environment
 settings = load_settings()
 prepare_environment(settings)
-from flows.session import prefect_api
+from flows.prefect_server import prefect_api
 with prefect_api(settings):
     from prefect.blocks.system import Secret
     Secret(value=sys.argv[1]).save("teacher")
@@ -168,7 +168,7 @@ def test_a_real_model_behind_a_real_server_is_a_teacher(
     """The offline model is too small to teach much; its answers are real, and none of them is believed unchecked."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    port = _free_port()
+    port = free_port()
     command = [
         "-m",
         "llama_cpp.server",

@@ -17,10 +17,11 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion, common_prefix
+from tasks.runtimes.guesses import Guesses
+from tasks.runtimes.llama_grammar import Grammar
 
 BATCH = 2048  # most tokens one call of llama_decode takes
 FEW = 4  # sequences; with more of them the processor is busy without guesses
-REMEMBERED = 20_000  # pairs of tokens of earlier answers
 
 
 @api.llama_log_callback
@@ -78,91 +79,6 @@ class _Sequence:
     written: list[int] = field(default_factory=list)
     ended: bool = False  # with the end of a turn
     state: Any = None  # of the grammar, where there is one
-
-
-class Guesses:
-    """What may come next, from the prompt, which products are copied from, and from earlier answers, which are built alike.
-
-    Speculative decoding without a second model (prompt lookup): the model reads guessed tokens in the same pass as the last one it
-    wrote, and those are kept that it would have written: fewer passes for the same greedy answer, but for near ties, since a pass
-    over several tokens rounds differently.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._followed: dict[tuple[int, ...], list[int]] = {}
-
-    def after(self, prompt: list[int], written: list[int]) -> list[int]:
-        """Up to `most` tokens that may follow `written`."""
-        if not self._most:
-            return []
-        pair = tuple(written[-2:])
-        return (len(pair) > 1 and self._copied(prompt, pair)) or self._followed.get(pair) or self._copied(prompt, pair[-1:])
-
-    def _copied(self, prompt: list[int], last: tuple[int, ...]) -> list[int]:
-        for end in range(len(prompt) - 1, len(last) - 1, -1):
-            if tuple(prompt[end - len(last) : end]) == last:
-                return prompt[end : end + self._most]
-        return []
-
-    def learn(self, written: list[int]) -> None:
-        """Remember what followed what in an answer."""
-        for at in range(len(written) - 1):
-            if len(self._followed) < REMEMBERED:
-                self._followed[tuple(written[max(0, at - 1) : at + 1])] = written[at + 1 : at + 1 + self._most]
-
-
-class Grammar:
-    """A grammar that answers keep to, see `tasks.domain.grammar`.
-
-    Raises:
-        ValueError: llama.cpp cannot read it.
-    """
-
-    def __init__(self, vocab: Any, text: str, vocab_size: int) -> None:
-        self._start = api.llama_sampler_init_grammar(vocab, text.encode(), b"root")
-        if not self._start:
-            raise ValueError(f"llama.cpp cannot read the grammar {text[:200]!r}")
-        self._all = (api.llama_token_data * vocab_size)()
-        self._view = np.ctypeslib.as_array(self._all)
-        self._view["id"] = np.arange(vocab_size)
-
-    def begin(self) -> Any:
-        """The state before an answer, to be given back by `end`."""
-        return api.llama_sampler_clone(self._start)
-
-    @staticmethod
-    def end(state: Any) -> None:
-        api.llama_sampler_free(state)
-
-    def choose(self, state: Any, logits: Any) -> int:
-        """The likeliest token that the grammar allows. Most often that is the likeliest of all, which alone is tried first: whether
-        the grammar allows each token of a whole vocabulary takes milliseconds."""
-        likeliest = int(np.argmax(logits))
-        one = (api.llama_token_data * 1)(api.llama_token_data(likeliest, 0.0, 0.0))
-        if self._allowed(state, one)[0].logit == 0.0:
-            return likeliest
-        self._view["logit"] = logits
-        self._allowed(state, self._all)
-        return int(np.argmax(self._view["logit"]))
-
-    @staticmethod
-    def _allowed(state: Any, candidates: Any) -> Any:
-        """The candidates, those that are not allowed with a logit of minus infinity."""
-        array = api.llama_token_data_array(candidates, len(candidates), -1, False)
-        api.llama_sampler_apply(state, ctypes.byref(array))
-        return candidates
-
-    @staticmethod
-    def accept(state: Any, token: int) -> None:
-        """Go on from a token that was chosen."""
-        api.llama_sampler_accept(state, token)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        if self._start:
-            api.llama_sampler_free(self._start)
-            self._start = None
 
 
 class LlamaCppRuntime:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from flows.session import _free_port
+from flows.prefect_server import free_port
 from tasks.core.manifests import MANIFEST, Manifest
 from tests.chaos.command import Command, Imported, start
 from tests.chaos.pipelines import Pipeline
@@ -161,7 +161,7 @@ class World:
         self.through_server = True
         if self._mlflow:
             return
-        port = _free_port()
+        port = free_port()
         command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--no-serve-artifacts"]
         variables = {
             **os.environ,
