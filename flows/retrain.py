@@ -60,7 +60,7 @@ def retrain(
     overrides = {name: value for name, value in named.items() if value not in (None, "", [])} | (overrides or {})
     config = resolve(load_config(profile, overrides))
     display = Display(run_log()) if deployment.id else Display()
-    with open_run(config, load_settings(), display) as run:
+    with open_run(config, load_settings(), display, here=execution == "local") as run:
         on = Pools(run, accelerator) if execution == "pools" else Here(run)
         extra, own = stages.own_rows(run)
         dataset, card = on(stages.make_data, extra)

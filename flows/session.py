@@ -25,6 +25,7 @@ from tasks.core.settings import Settings
 from tasks.core.source import git_state
 from tasks.core.tracking import Tracker, open_parent
 from tasks.domain.errors import UserError
+from tasks.report import latest_artefacts
 
 
 class Run(BaseModel):
@@ -88,17 +89,19 @@ def experiment_name(config: RunConfig) -> str:
 
 
 @contextmanager
-def open_run(config: RunConfig, settings: Settings, display: Display) -> Iterator[Run]:
+def open_run(config: RunConfig, settings: Settings, display: Display, here: bool = True) -> Iterator[Run]:
     """Open a run of a resolved configuration, or take one up again that was interrupted.
+
+    Args:
+        here: its stages run in this process, and not on workers.
 
     Raises:
         UserError: the home cannot be written, or the same configuration is running already.
     """
-    from tasks.report import latest_artefacts  # here: the Prefect server starts before all that a report needs is imported
-
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
-    store.read_ahead(latest_artefacts(settings, config.profile))  # while MLflow and Prefect are waited for
+    if here:
+        store.read_ahead(latest_artefacts(settings, config.profile))  # while MLflow and Prefect are waited for
     running = UserError("run", config.profile, "the same configuration is running already", mend="Wait for it, or stop it first")
     with alone(settings, f"run-{config.key()}", running):
         now = datetime.now(UTC)

@@ -311,6 +311,14 @@ def test_another_number_is_no_label(varied_bank: Bank) -> None:
         assert said == str(label["quantity"]) != other
 
 
+def test_another_number_may_be_any_where_numbers_are_drilled(varied_bank: Bank) -> None:
+    said = varied(varied_bank, "{product}: {quantity} instead of {other}", "update_quantity", variety=0, drilled=True)
+    others = {text.rsplit(" instead of ", 1)[1] for text, _ in said}
+    assert {"seventeen", "twenty-two"} & others
+    for text, label in said:
+        assert text.rsplit(" instead of ", 1)[1] not in varied_bank.bare_numbers[cast(int, label["quantity"])]
+
+
 def test_a_drilled_number_is_any_the_bank_has_a_word_for_and_said_in_words(varied_bank: Bank) -> None:
     said = varied(varied_bank, "{product}: {quantity}", "update_quantity", variety=0, drilled=True)
     for text, label in said:

@@ -9,11 +9,11 @@ made it, and the other takes that one. Files lie there below the digest of all o
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -59,6 +59,7 @@ class Store:
         self.root = unquote(urlsplit(uri).path) if self.is_local else root
         self._artefacts = Path(self.root) if self.is_local else local / "copies"
         self._local = local
+        self._ahead = threading.Event()
 
     # Folders of this machine -------------------------------------------------------------------------------------
 
@@ -110,8 +111,17 @@ class Store:
         return (there, None) if there else (here, None) if here else (None, damage_there or damage)
 
     def read_ahead(self, artefacts: Iterable[tuple[str, str]]) -> None:
-        """Let a thread verify artefacts, by kind and key, that are probably going to be looked up; which of them are whole is told then."""
-        read_ahead(functools.partial(self._find_here, kind, key) for kind, key in artefacts)
+        """Let a thread read artefacts, by kind and key, that are probably going to be looked up, until something has to be made."""
+        self._ahead = read_ahead(path for kind, key in artefacts for path in self._files_of(kind, key))
+
+    def stop_reading_ahead(self) -> None:
+        """Leave the machine to what is being made or measured."""
+        self._ahead.set()
+
+    def _files_of(self, kind: str, key: str) -> list[Path]:
+        folder = self.path(kind, key)
+        manifest, _ = own_manifest(folder, kind, key)
+        return [folder / name for name in manifest.files] if manifest else []
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
         folder = self.path(kind, key)

@@ -8,7 +8,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -17,59 +17,78 @@ AT_ONCE = 8_000_000  # bytes; for so long Python's lock is free for others
 SETTLED_NS = 2_000_000_000
 
 _Identity = tuple[int, int, int, int, int]
-_read: dict[_Identity, Future[str]] = {}  # what this process has read, or is reading
+_read: dict[_Identity, Future[str | None]] = {}  # what this process has read, or is reading; None of what it gave up
 _lock = threading.Lock()
 
 
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content. What this process has read once, and nothing has been done to since, is not read again."""
+class Stopped(Exception):
+    """Nobody wants to know any more."""
+
+
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """Hexadecimal SHA-256 of a file's content. What this process has read once, and nothing has been done to since, is not read again.
+
+    Args:
+        stop: where it is set, reading ends early.
+
+    Raises:
+        OSError: the file cannot be read.
+        Stopped: `stop` was set.
+    """
     with path.open("rb", buffering=0) as file:
-        identity = _identity(os.fstat(file.fileno()))
-        if not _is_settled(identity):
-            return _digest(file)
-        with _lock:
-            mine = identity not in _read
-            reading = _read.setdefault(identity, Future())
-        if not mine:
-            return reading.result()
+        identity = _identity(file)
+        if time.time_ns() - identity[-1] <= SETTLED_NS:
+            return _digest(file, identity, stop)
+        while not (reading := _begin(identity)):
+            other = _read.get(identity)
+            if other and (found := other.result()):
+                return found  # what another thread could not read is tried again here
+        digest, untouched = None, False
         try:
-            digest = _digest(file)
-        except BaseException as error:
-            _forget(identity)
-            reading.set_exception(error)
-            raise
-        if _identity(os.fstat(file.fileno())) != identity:
-            _forget(identity)
-        reading.set_result(digest)
-        return digest
+            digest = _digest(file, identity, stop)
+            untouched = _identity(file) == identity
+            return digest
+        finally:
+            if not untouched:
+                with _lock:
+                    _read.pop(identity)
+            reading.set_result(digest if untouched else None)
 
 
-def read_ahead(readers: Iterable[Callable[[], object]]) -> None:
-    """Let a thread read what is about to be asked for; what it cannot read is told to whoever asks."""
+def read_ahead(paths: Iterable[Path]) -> threading.Event:
+    """Let a thread read files that are about to be asked for; what it cannot read is told to whoever asks.
+
+    Returns:
+        What stops it.
+    """
+    stop = threading.Event()
 
     def read() -> None:
-        for reader in readers:
-            with contextlib.suppress(Exception):
-                reader()
+        for path in paths:
+            if stop.is_set():
+                break
+            with contextlib.suppress(OSError, Stopped):
+                sha256_file(path, stop)
 
     threading.Thread(target=read, name="read-ahead", daemon=True).start()
+    return stop
 
 
-def _digest(file: io.FileIO) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(AT_ONCE))
+def _begin(identity: _Identity) -> Future[str | None] | None:
+    """What is to be told to those who ask while a file is read; None if somebody has read it, or is reading it."""
+    with _lock:
+        return None if identity in _read else _read.setdefault(identity, Future())
+
+
+def _digest(file: io.FileIO, identity: _Identity, stop: threading.Event | None) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(AT_ONCE, identity[2] + 1)))
     while count := file.readinto(buffer):
         digest.update(buffer[:count])
+        if stop and stop.is_set():
+            raise Stopped
     return digest.hexdigest()
 
 
-def _identity(stat: os.stat_result) -> _Identity:
+def _identity(file: io.FileIO) -> _Identity:
+    stat = os.fstat(file.fileno())
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _is_settled(identity: _Identity) -> bool:
-    return time.time_ns() - identity[-1] > SETTLED_NS
-
-
-def _forget(identity: _Identity) -> None:
-    with _lock:
-        _read.pop(identity, None)

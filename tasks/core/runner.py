@@ -77,6 +77,7 @@ class Runner:
         child_run: list[str] = []
 
         def on_start() -> None:
+            self.store.stop_reading_ahead()
             self.meanwhile()
             self.display.start(label)
             child_run.append(self.tracker.child(label, stage.key(config, inputs), "stage", {"cartwright.stage": stage.name}))

@@ -57,7 +57,8 @@ def expand(
 
     Args:
         variety: from 0 to 1; how readily products get attributes ("in blue"), and people correct themselves ("two, no, three").
-        drilled: a number is said in words, each word of the bank as likely as any other, not as often as people order so many.
+        drilled: numbers are drawn from those of the bank's `numbers`, an entry as likely as another, not as often as people order so
+            many, and said in words, but for those that a pattern wants in digits.
     """
     attribute = _attribute(product, bank, rng) if rng.random() < variety * ATTRIBUTE_RATE else ""
     corrected = bool(bank.corrections) and rng.random() < variety * CORRECTION_RATE
@@ -129,6 +130,9 @@ def _number_with_a_word(spec: Spec, bank: Bank, rng: Random) -> int:
 
 
 def _other_number(said: _Utterance) -> int:
+    # Drawn as the quantity is: a number that is only ever the quantity would be taken for it wherever it stands.
+    if said.drilled and (other := _number_with_a_word(said.spec, said.bank, said.rng)) != said.number:
+        return other
     return said.rng.choice([number for number in QUANTITIES if number != said.number])
 
 

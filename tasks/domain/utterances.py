@@ -20,9 +20,6 @@ HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses;
 # Least decoration of a pattern without placeholders. It would be the same text every time, `train` may not have what another split
 # has, and the pattern would in effect be held out.
 FIXED_DECORATION_RATE = 0.6
-# Share of training rows whose number is said in words, each word as often as the others. As often as people order so many, a model
-# that sees each text once hardly meets "vierundzwanzig" or "media docena".
-DRILLED_NUMBERS = 0.3
 FOREIGN_RATE = 0.06  # how often one greets in another language, where everything is decorated
 # Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
 PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
@@ -59,11 +56,12 @@ def split_products(products: list[Product], spec: Spec) -> dict[Split, list[Prod
 
 @dataclass(frozen=True)
 class Style:
-    """How much is put around and onto an utterance."""
+    """How much is put around and onto an utterance, and how often its numbers are drilled, see `expand`."""
 
     noise: tuple[str, ...]
     noise_rate: float
     decoration_rate: float
+    drilled_rate: float = 0.0
 
 
 class Generator:
@@ -114,7 +112,7 @@ class Generator:
         product = rng.choice(self._products[language][split])
         bank = self.banks[language]
         style = self.style[split]
-        drilled = split == "train" and rng.random() < DRILLED_NUMBERS  # drawn for training alone: the other splits stay as they are
+        drilled = bool(style.drilled_rate) and rng.random() < style.drilled_rate  # nothing is drawn where nothing is drilled
         segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate, drilled)
         decoration = style.decoration_rate if pattern.placeholders else max(style.decoration_rate, FIXED_DECORATION_RATE)
         foreign = rng.choice(list(self.banks.values())) if rng.random() < decoration * FOREIGN_RATE else bank
