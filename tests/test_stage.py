@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,7 +19,7 @@ import pytest
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.child import StageError
-from tasks.core.manifests import MANIFEST, Manifest
+from tasks.core.manifests import MANIFEST, Manifest, damage_of
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
 from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed
@@ -173,6 +174,46 @@ def test_nothing_is_made_from_an_input_that_was_damaged_since_it_was_found(run: 
         run(add, AddConfig(), numbers=numbers)
     assert not store.path("add", add.key(AddConfig(), {"numbers": numbers})).exists() and not list((home / "store").glob(".partial/*"))
     assert run(add, AddConfig(), numbers=run(count, CountConfig())[0])[0].metrics["total"] == 3
+
+
+def test_damage_is_noticed_where_the_clock_was_put_back(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, _ = run(count, CountConfig())
+    folder = store.path("count", numbers.key)
+    touched = {path: path.stat().st_ctime_ns for path in folder.iterdir()}
+    damage_bit(folder / "0.txt")
+    stat = Path.stat
+
+    def as_before(path: Path, **how: Any) -> Any:  # what a file system says whose clock was put back before the damage
+        found = stat(path, **how)
+        return SimpleNamespace(st_ctime_ns=touched[path], st_size=found.st_size, st_mode=found.st_mode) if path in touched else found
+
+    monkeypatch.setattr(Path, "stat", as_before)
+    assert damage_of(folder, numbers, only_touched=True) is None
+    monkeypatch.setattr("tasks.core.manifests.time.time_ns", lambda: min(touched.values()) - 1)
+    assert "0.txt has been changed" in str(damage_of(folder, numbers, only_touched=True))
+
+
+def test_what_was_made_and_could_not_be_handed_over_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(f"memory://cartwright-late-{os.getpid()}", tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise OSError("the storage does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_upload", refuse)
+        with pytest.raises(OSError, match="does not answer"):
+            seam.run(count, CountConfig(), {}, store, tmp_path / "logs")
+    computed: list[Event] = []
+    made, _ = seam.run(count, CountConfig(), {}, store, tmp_path / "logs", computed.append)
+    assert not computed and made.metrics and not store.partial("count", made.key).exists()
+    assert Store(store.uri, tmp_path / "other").find("count", made.key)[0] == made
+    damaged = store.partial("count", made.key)
+    shutil.copytree(store.path("count", made.key), damaged)
+    store.remove("count", made.key)
+    store.fs.rm(store.root, recursive=True)
+    damage_bit(damaged / "0.txt")
+    again, _ = seam.run(count, CountConfig(), {}, store, tmp_path / "logs", computed.append)
+    assert computed and again.metrics["pid"] != made.metrics["pid"] and again.files == made.files
 
 
 def test_a_failed_stage_leaves_no_artefact_and_names_its_log(run: Run, store: Store) -> None:

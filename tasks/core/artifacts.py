@@ -155,6 +155,12 @@ class Store:
         _flush(target.parent)
         return manifest
 
+    def finished(self, kind: str, key: str) -> Manifest | None:
+        """What was made and described whole, and then not put in its place: a full disk, a storage that did not answer, a kill. It is now."""
+        folder = self.partial(kind, key)
+        manifest, _ = own_manifest(folder, kind, key)
+        return self.commit(folder, manifest) if manifest and not damage_of(folder, manifest) else None
+
     def remove(self, kind: str, key: str) -> None:
         """Remove an artefact: it stops existing before its files go."""
         folder = self.path(kind, key)

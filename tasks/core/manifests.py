@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -138,6 +139,8 @@ def damage_of(folder: Path, manifest: Manifest, only_touched: bool = False) -> s
     """
     inside = folder.resolve()
     finished = (folder / MANIFEST).stat().st_ctime_ns if only_touched and (folder / MANIFEST).exists() else 0
+    if finished > time.time_ns():  # the clock was put back since, and what was done later may look earlier
+        finished = 0
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():

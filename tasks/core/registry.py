@@ -175,15 +175,31 @@ class Registry:
             missing = CHAMPION if not champion else PREVIOUS
             mend = "There is nothing to go back to before a second model was promoted"
             raise UserError("model", name, f"has no version with the alias {missing} in {shown_uri(self._settings.mlflow_uri)}", mend=mend)
+        if champion["version"] == previous["version"]:
+            champion = self._half_rolled_back(name, previous)
         self._check(name, previous["version"], champion["version"])
+        # Each of these may be the last before the machine dies. First of all, the next retraining must not promote it again.
+        now = _now()
+        self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)
         self.client.set_registered_model_alias(name, CHAMPION, previous["version"])
         self.client.set_registered_model_alias(name, PREVIOUS, champion["version"])
-        now = _now()
-        self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)  # the next retraining must not promote it again
         self.client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
         if ROLLED_BACK in previous:
             self.client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
         return previous, champion
+
+    def _half_rolled_back(self, name: str, previous: dict[str, str]) -> dict[str, str]:
+        """The champion until a rollback that was interrupted when both aliases were at one version: what was rolled back last.
+
+        Raises:
+            UserError: there is none; a promotion was interrupted, which the next run takes up again.
+        """
+        marked = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.tags.get(ROLLED_BACK)]
+        left = max((v for v in marked if str(v.version) != previous["version"]), key=lambda v: v.tags[ROLLED_BACK], default=None)
+        if not left:
+            mend = "Run `cartwright run` again, or make another version the champion by `cartwright promote VERSION`"
+            raise UserError("model", name, f"has version {previous['version']} as champion and as previous", mend=mend)
+        return {**left.tags, "version": str(left.version)}
 
     def _check(self, name: str, version: str, champion: str) -> None:
         """Raise UserError unless the files of a version that is to be the champion are those that were registered."""

@@ -149,6 +149,8 @@ def _compute(
 ) -> Manifest:
     folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
     out_dir = store.partial(stage.name, key)
+    if finished := store.finished(stage.name, key):
+        return finished
     if out_dir.exists() and not stage.resumable:
         shutil.rmtree(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
