@@ -244,7 +244,10 @@ def predict(
     items, bad = (texts, []) if texts else read_texts(sys.stdin)
     for line, problem in bad:
         print(f"line {line}: {problem}", file=sys.stderr)
-    for text, raw in zip(items, ask(found, items).answers, strict=True):
+    asked = ask(found, items)
+    for problem in asked.failed:
+        print(f"no answer: {problem}", file=sys.stderr)
+    for text, raw in zip(items, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
         print(json.dumps({"text": text, **answer}, ensure_ascii=False))

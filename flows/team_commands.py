@@ -122,6 +122,7 @@ def serve(
     max_chars: Annotated[int, typer.Option(help="Longest text, in characters; else 422.")] = 1000,
     max_texts: Annotated[int, typer.Option(help="Most texts of one request; else 422.")] = 64,
     max_body: Annotated[int, typer.Option(help="Largest body, in bytes; else 413.")] = 262_144,
+    max_connections: Annotated[int, typer.Option(help="Open connections; more are refused with 503.")] = 512,
     rate: Annotated[float, typer.Option(help="Requests a second of one address; else 429. 0: no limit.")] = 100.0,
     timeout_s: Annotated[float, typer.Option(help="Longest time for a request, seconds; else 504.")] = 10.0,
     reload_s: Annotated[float, typer.Option(help="How often the alias `champion` is looked up, seconds.")] = 10.0,

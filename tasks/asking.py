@@ -118,7 +118,7 @@ def _behind_an_api(name: str, spec: Spec, dataset: Path | None) -> Found:
 
 @dataclass(frozen=True)
 class Asked:
-    """Raw answers in the order of the texts. The rest is known of an API only: its price, and the requests it did not answer."""
+    """Raw answers in the order of the texts. A price is known of an API only. `failed`: why requests got no answer."""
 
     answers: list[str]
     latency_p50_s: float
@@ -133,13 +133,17 @@ def ask(found: Found, texts: list[str]) -> Asked:
     examples = prompt.pick_examples(rows, found.spec, found.few_shot)
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     answers = [""] * len(texts)
-    latencies = []
+    latencies, failed = [], []
     for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):
         answers[completion.index] = completion.text
         if not math.isnan(completion.total_s):  # a request without an answer has no latency
             latencies.append(completion.total_s)
+        elif found.runtime != "litellm":
+            failed.append(
+                f"text {completion.index + 1} has {completion.prompt_tokens:,} tokens; at most {runtimes.LONGEST_PROMPT:,} are read"
+            )
     price = getattr(model, "usd_per_1k_requests", None)
-    return Asked(answers, statistics.median(latencies) if latencies else 0.0, price, tuple(getattr(model, "failed", ())))
+    return Asked(answers, statistics.median(latencies) if latencies else 0.0, price, (*failed, *getattr(model, "failed", ())))
 
 
 def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) -> list[dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tasks.asking import Found, ask
+from tasks.domain.spec import load_spec
 from tasks.runtimes.guesses import Guesses
 from tasks.runtimes.llama_cpp import FEW, LlamaCppRuntime
 
@@ -76,3 +78,16 @@ def test_answers_are_the_same_with_the_prefix_read_for_every_prompt_and_with_the
 def test_a_grammar_that_cannot_be_read_is_an_error(tiny_gguf: Path) -> None:
     with pytest.raises(ValueError, match="cannot read the grammar"):
         LlamaCppRuntime(tiny_gguf, 1, grammar="root ::= (")
+
+
+@pytest.mark.parametrize("runtime", ["llama_cpp", "transformers"])
+def test_a_text_that_is_too_long_gets_no_answer_and_the_others_theirs(tiny_gguf: Path, runtime: Any) -> None:
+    spec = load_spec("ecommerce")
+    path = tiny_gguf if runtime == "llama_cpp" else tiny_gguf.parents[1] / "hf"
+    found = Found(path, runtime, spec, spec.path)
+    asked = ask(found, [QUESTIONS[0], "please " * 30_000, QUESTIONS[1]])
+    assert asked.answers[1] == "" and len(asked.failed) == 1 and "text 2 has" in asked.failed[0] and "at most 2,048" in asked.failed[0]
+    alone = [ask(found, [text]).answers[0] for text in QUESTIONS[:2]]
+    assert all(alone) and [asked.answers[0], asked.answers[2]] == alone
+    assert asked.latency_p50_s > 0
+    assert ask(found, ["please " * 30_000]).answers == [""]

@@ -262,4 +262,3 @@ def test_under_load_of_clients_that_misbehave_every_response_is_well_formed_and_
     assert "Traceback" not in log.read_text()
     bodies = 3 * CLIENTS * ROUNDS * len(FILL)  # were each right request kept
     assert grown < bodies / 3, f"{grown / 1e6:.1f} MB"
-    print(seen, cut, grown / 1e6, bodies / 1e6)  # XX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from tasks.domain.prompt import Message
 
+LONGEST_PROMPT = 2048  # tokens; a customer's text has a few dozen, and memory is taken for as many as the longest has
 RuntimeName = Literal["transformers", "llama_cpp", "litellm"]
 # `auto`: float16 on a GPU, bfloat16 on a CPU that has it, else float32. A CPU without float16 emulates it several times slower.
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
@@ -41,7 +43,10 @@ class Runtime(Protocol):
     threads: int
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
-        """Answer every conversation, `parallel` at a time, in the order in which they are finished."""
+        """Answer every conversation, `parallel` at a time, in the order in which they are finished.
+
+        One on this machine whose prompt has more than `LONGEST_PROMPT` tokens gets an empty answer, see `too_long`.
+        """
         ...
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
@@ -69,6 +74,11 @@ class LocalRuntime(Runtime, Protocol):
     def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
         """Logits by which each token of a completion is foretold: float32, (tokens of the completion, vocabulary)."""
         ...
+
+
+def too_long(index: int, prompt: list[int]) -> Completion | None:
+    """What stands for the answer to a prompt of more than `LONGEST_PROMPT` tokens: no text, no tokens, and NaN seconds."""
+    return Completion(index, "", len(prompt), 0, math.nan, math.nan, ended=False) if len(prompt) > LONGEST_PROMPT else None
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:

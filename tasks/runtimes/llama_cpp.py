@@ -16,11 +16,11 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from tasks.domain.prompt import Message
-from tasks.runtimes import Completion, common_prefix
+from tasks.runtimes import LONGEST_PROMPT, Completion, common_prefix, too_long
 from tasks.runtimes.guesses import Guesses
 from tasks.runtimes.llama_grammar import Grammar
 
-BATCH = 2048  # most tokens one call of llama_decode takes
+BATCH = LONGEST_PROMPT  # most tokens one call of llama_decode takes
 FEW = 4  # sequences; with more of them the processor is busy without guesses
 
 
@@ -225,12 +225,18 @@ class LlamaCppRuntime:
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
-        prompts = [self.encode(conversation) for conversation in conversations]
-        prefix = common_prefix(prompts) if self.share_prefix else []
-        longest = max(map(len, prompts), default=0)
+        prompts = {}
+        for index, conversation in enumerate(conversations):
+            prompt = self.encode(conversation)
+            if refused := too_long(index, prompt):
+                yield refused
+            else:
+                prompts[index] = prompt
+        prefix = common_prefix(list(prompts.values())) if self.share_prefix else []
+        longest = max(map(len, prompts.values()), default=0)
         places = len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses)
-        listed = _Listed([Asked(index, prompt, max_tokens) for index, prompt in enumerate(prompts)])
-        return self.answer(listed, prefix, parallel, places)
+        listed = _Listed([Asked(index, prompt, max_tokens) for index, prompt in prompts.items()])
+        yield from self.answer(listed, prefix, parallel, places)
 
     def answer(self, source: Source, prefix: list[int], parallel: int, places: int) -> Iterator[Completion]:
         """Answer what a source gives, `parallel` at a time, until it has ended. What comes later joins those that are being answered.

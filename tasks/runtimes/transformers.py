@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks.core import hardware
 from tasks.domain.prompt import Message
-from tasks.runtimes import Completion, GptqKernel, common_prefix
+from tasks.runtimes import Completion, GptqKernel, common_prefix, too_long
 from tasks.tokenization import encode, prompt_text
 
 WORTH_SHARING = 64  # tokens of a common prefix from which a copy of its cache is cheaper than reading it again
@@ -70,7 +70,14 @@ class TransformersRuntime:
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
-        prompts = sorted(((i, self.encode(conversation)) for i, conversation in enumerate(conversations)), key=lambda item: len(item[1]))
+        prompts = []
+        for index, conversation in enumerate(conversations):
+            prompt = self.encode(conversation)
+            if refused := too_long(index, prompt):
+                yield refused
+            else:
+                prompts.append((index, prompt))
+        prompts.sort(key=lambda item: len(item[1]))
         prefix = common_prefix([ids for _, ids in prompts])
         if not self.share_prefix or len(prefix) < WORTH_SHARING:
             prefix = []

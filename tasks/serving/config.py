@@ -30,8 +30,11 @@ class ServeConfig(BaseModel):
     max_chars: int = Field(1000, ge=1, le=100_000, description="Longest text, in characters; 422")
     max_texts: int = Field(64, ge=1, le=10_000, description="Most texts of one request; 422")
     max_body: int = Field(262_144, ge=64, le=2**30, description="Largest body, in bytes; 413")
+    max_connections: int = Field(512, ge=1, le=100_000, description="Open connections; more are refused with 503")
     rate: float = Field(100.0, ge=0, description="Requests a second of one client, by its address; 429; 0: no limit")
-    timeout_s: float = Field(10.0, gt=0, le=3600, description="Longest time for a request; 504, or 408 where its body does not arrive")
+    timeout_s: float = Field(
+        10.0, gt=0, le=3600, description="Longest time for a request; 504, or 408 where its head or its body does not arrive"
+    )
     reload_s: float = Field(10.0, gt=0, le=86_400, description="How often the alias is looked up")
     end_s: float = Field(30.0, gt=0, le=3600, description="How long running requests may take to end after SIGTERM")
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import functools
 import gc
 import json
 import logging
 import signal
 import socket
 import sys
+from http import HTTPStatus
 from types import FrameType
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -53,13 +57,59 @@ def serve(settings: Settings, config: ServeConfig) -> None:
 
 
 class _Http(H11Protocol):
-    """uvicorn's HTTP, whose answer to what is no HTTP has the form of every other error."""
+    """uvicorn's HTTP, with what happens before there is a request: so many connections, the head of a request in time, and answers to
+    what is no HTTP that have the form of every other error.
+
+    Args:
+        limits: `max_connections`, and `timeout_s` for a head, from the connection or from its first byte on.
+    """
+
+    def __init__(self, limits: ServeConfig, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._limits = limits
+        self._head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
+            self._close_with(Refused(503, "overloaded", f"There are {self._limits.max_connections} connections", retry_after_s=1))
+        else:
+            self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._forget_head()
+        elif not self._head:  # between two requests uvicorn's own timer runs, until the first byte
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        late = Refused(408, "timeout", f"The head of a request did not arrive within {self._limits.timeout_s:g} s")
+        self._head = self.loop.call_later(self._limits.timeout_s, self._close_with, late)
+
+    def _forget_head(self) -> None:
+        if self._head:
+            self._head.cancel()
+            self._head = None
 
     def send_400_response(self, msg: str) -> None:
+        self._close_with(Refused(400, "invalid_http", msg))
+
+    def _close_with(self, refused: Refused) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, or was given: there is no place for another
-            body = json.dumps(Refused(400, "invalid_http", msg).body()).encode()
+            body = json.dumps(refused.body()).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-            for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+            headers += list(refused.headers().items())
+            reason = HTTPStatus(refused.status).phrase.encode()
+            for event in (
+                h11.Response(status_code=refused.status, headers=headers, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -74,7 +124,7 @@ class _Server(uvicorn.Server):
                 backlog=BACKLOG,
                 access_log=False,
                 log_config=None,
-                http=_Http,
+                http=cast(Any, functools.partial(_Http, service.config)),
                 lifespan="off",
                 proxy_headers=False,  # a client could call itself whatever it likes, and so have no rate
                 server_header=False,
