@@ -129,7 +129,7 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     bin_dir = Path(sys.executable).parent
     print("Dashboards on what was just done:")
     print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
-    print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {settings.mlflow_uri}")
+    print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {environment.shown_uri(settings.mlflow_uri)}")
 
 
 @app.command()

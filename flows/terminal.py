@@ -31,7 +31,7 @@ def one_message(settings: Settings) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        fail(str(error), 2)
+        fail(without_secrets(str(error)), 2)
     except Exception as error:
         if told := _told(error, settings):
             fail(told, 2)

@@ -16,6 +16,7 @@ from tasks.base_model import BaseModelConfig
 from tasks.benchmark import BenchmarkConfig
 from tasks.core.file_hash import sha256_file
 from tasks.core.manifests import canonical_json, describe_files, digest_of
+from tasks.core.settings import shown_uri
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled
@@ -150,7 +151,10 @@ def _explained(error: ValidationError, root: type[BaseModel]) -> UserError:
         return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
     allowed = context.get("expected")
     message = first["msg"].removeprefix("Value error, ")
-    return UserError(".".join(location), first["input"], message, allowed=allowed)
+    given = first["input"]
+    if isinstance(given, str) and "://" in given:  # what may be wrong with it is that it holds a key
+        given = shown_uri(given.partition("?")[0])
+    return UserError(".".join(location), given, message, allowed=allowed)
 
 
 def _model_at(root: type[BaseModel], location: list[str]) -> type[BaseModel] | None:

@@ -313,6 +313,12 @@ def test_remote_store_hands_artefacts_over(tmp_path: Path) -> None:
     assert two.find("count", manifest.key)[0] == manifest  # fetched again
 
 
+def test_an_address_with_a_password_is_no_store_and_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://\*\*\*@bucket.*AWS_ACCESS_KEY_ID") as refused:
+        Store("s3://ana:planted@bucket/cartwright", tmp_path)
+    assert "planted" not in str(refused.value)
+
+
 def test_an_unwritable_store_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="may need"):

@@ -206,8 +206,9 @@ def test_what_is_wrong_with_a_teacher_is_said_before_any_request(monkeypatch: py
     with pytest.raises(UserError, match=r"teacher.max_usd = 1.0.*price of openai/m is unknown.*max_tokens or teacher.max_requests"):
         check_teacher(DATA, TeacherConfig(max_usd=1))
     for address in ("http://me:secret@host/v1", "host:80", "http://host/v1?key=abc"):
-        with pytest.raises(UserError, match=r"teacher\.api_base"):
+        with pytest.raises(UserError, match=r"teacher\.api_base") as refused:
             load_config("smoke", {"teacher.api_base": address})
+        assert "secret" not in str(refused.value).partition(" must ")[0] and "abc" not in str(refused.value)
     with pytest.raises(UserError, match=r"teacher.max_tokns.*unknown field.*max_tokens"):
         load_config("smoke", {"teacher.max_tokns": 5})
 

@@ -107,6 +107,8 @@ PLANTED = {
     "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-0123456789",
     "AWS_SECRET_ACCESS_KEY": "planted-s3-0123456789",
     "HF_TOKEN": "hf_planted0123456789",
+    "CARTWRIGHT_SERVE_KEY": "planted-serve-0123456789",
+    "CARTWRIGHT_WEBHOOK": "https://hooks.test/planted-hook-0123456789",
 }
 
 
@@ -137,11 +139,14 @@ def test_a_run_with_a_teacher_whose_key_is_in_a_secret_block(
     subprocess.run([sys.executable, "-c", SAVE_SECRET, secret], check=True, cwd=REPOSITORY)
     server.answer = lesson
     arguments = run_arguments("data.teacher=openai/m", "teacher.secret_block=teacher", "teacher.requests=20", "teacher.max_requests=12")
-    done = cartwright(*arguments)
+    with watched() as lines:  # of a whole run: training, models, registry, report
+        done = cartwright(*arguments, **PLANTED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(server.keys) == {f"Bearer {secret}"} and len(server.requests) == 12
     assert "The teacher was asked less than planned: budget teacher.max_requests = 12" in done.stdout
-    assert secret not in done.stdout + done.stderr and not holding(home, secret)
+    for planted in (secret, *PLANTED.values()):
+        assert planted not in done.stdout + done.stderr and not holding(home, planted)
+        assert not [line for line in lines if planted in line]
     report = json.loads((home / "reports" / "latest" / "report.json").read_text())
     taught = report["dataset"]["teacher"]
     assert (taught["model"], taught["requests"], taught["requests_from_log"], taught["tokens"]) == ("openai/m", 12, 0, 180)

@@ -112,11 +112,12 @@ def prefect_authorization() -> dict[str, str]:
 
 
 def without_secrets(text: str) -> str:
-    """A text in which no value of an environment variable that holds a key, token, secret or password is left."""
+    """A text in which no value of an environment variable that holds a key, token, secret or password is left, and no user of an address."""
     names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
+    text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 

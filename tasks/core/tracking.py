@@ -172,7 +172,7 @@ class Tracker:
         """The address of the parent run's page, where MLflow is a server."""
         if not self.uri.startswith(("http:", "https:")):
             return None
-        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.parent}"
+        return f"{shown_uri(self.uri).replace('***@', '').rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.parent}"
 
     @property
     def run_name(self) -> str:

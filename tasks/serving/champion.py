@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tasks.core import hardware
 from tasks.core.registry import champion_files, champion_version
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, shown_uri
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.grammar import answer_grammar
@@ -131,9 +131,11 @@ class Champions:
             version = champion_version(self._settings, self._config.name)
         except Exception as error:
             mend = "Start it, or correct MLFLOW_TRACKING_URI"
-            raise UserError("MLFLOW_TRACKING_URI", self._settings.mlflow_uri, f"the registry does not answer: {error}", mend=mend) from None
+            raise UserError(
+                "MLFLOW_TRACKING_URI", shown_uri(self._settings.mlflow_uri), f"the registry does not answer: {error}", mend=mend
+            ) from None
         if not version:
-            where = f"the registry {self._settings.mlflow_uri} has no version with the alias champion"
+            where = f"the registry {shown_uri(self._settings.mlflow_uri)} has no version with the alias champion"
             mend = "Run `cartwright run` first, or say where it is: MLFLOW_TRACKING_URI, CARTWRIGHT_HOME, --name"
             raise UserError("--name", self._config.name, where, mend=mend)
         return load_champion(self._settings, self._config, version)
