@@ -7,6 +7,7 @@ python -m tests.chaos --pipeline smoke --seed 123 --faults 1
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import statistics
@@ -28,23 +29,29 @@ def main() -> int:
     )
     parser.add_argument("--pipeline", choices=PIPELINES, default="small", help="small: the seam on tiny stages; smoke: the whole DAG")
     parser.add_argument("--seed", type=int, default=1, help="of the first fault; the next has the next number")
-    parser.add_argument("--faults", type=int, default=200, help="how many")
+    parser.add_argument(
+        "--faults",
+        type=int,
+        default=200,
+        help="how many are to strike; a seed whose fault finds nothing to strike is not counted. With 1, one seed",
+    )
     parser.add_argument("--only", default="", help="a word in the name of the faults to draw from, such as disk; a seed then draws another")
     parser.add_argument("--output", type=Path, default=None, help="a folder for chaos.json and chaos.md")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks and servers are put away
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, a_world(PIPELINES[asked.pipeline], Path(folder)) as world:
-        for seed in range(asked.seed, asked.seed + asked.faults):
+        print(f"The home has {'a disk of its own' if world.mounting else 'no disk of its own: none is made read-only'}.", flush=True)
+        for seed in itertools.count(asked.seed):
             outcomes.append(found := cycle(world, seed, asked.only))
-            print(
-                f"{seed:>6}  {found.fault:<34} {found.moment:<28} {found.seconds:6.1f} s  {'; '.join(found.problems) or 'recovered'}",
-                flush=True,
-            )
+            said = "; ".join(found.problems) or ("recovered" if found.struck else "did not strike")
+            print(f"{seed:>6}  {found.fault:<34} {found.moment:<28} {found.seconds:6.1f} s  {said}", flush=True)
             if found.problems:
                 print(found.output, file=sys.stderr, flush=True)
             if asked.output:
                 write(outcomes, asked.pipeline, asked.output)
+            if sum(found.struck for found in outcomes) >= asked.faults or (asked.faults == 1 and len(outcomes) == 1):
+                break
     print(as_table(outcomes))
     return int(any(found.problems for found in outcomes))
 
@@ -61,10 +68,12 @@ def as_table(outcomes: list[Outcome]) -> str:
     by_fault: dict[str, list[Outcome]] = defaultdict(list)
     for found in outcomes:
         by_fault[found.fault].append(found)
-    lines = ["| fault | count | recovered | median seconds to recover |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| fault | struck | nothing lost | median seconds to recover | did not strike |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, some in [*sorted(by_fault.items()), ("**all**", outcomes)]:
-        recovered = sum(not found.problems for found in some)
-        lines.append(f"| {name} | {len(some)} | {recovered} | {statistics.median(found.seconds for found in some):.1f} |")
+        struck = [found for found in some if found.struck]
+        kept = sum(not found.problems for found in struck)
+        seconds = f"{statistics.median(found.seconds for found in struck):.1f}" if struck else "none"
+        lines.append(f"| {name} | {len(struck)} | {kept} | {seconds} | {len(some) - len(struck)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -44,10 +44,13 @@ class Command:
     def runs(self) -> bool:
         return not self._over.is_set()
 
-    def signal(self, number: int) -> None:
+    def signal(self, number: int) -> bool:
+        """Send a signal; whether there was a process to get it."""
         if self.runs:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+                return True
+        return False
 
     def wait(self, limit_s: float) -> bool:
         """Wait for the end; False, and killed, if it does not come within so many seconds of the start."""

@@ -20,7 +20,7 @@ START_WITH_PREFECT_S = 12.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a fault. `problems` is empty if nothing was lost."""
+    """What came of a fault. `problems` is empty if nothing was lost. It may not have `struck`: what it is about was over, or not there."""
 
     seed: int
     fault: str
@@ -30,6 +30,7 @@ class Outcome:
     seconds: float
     problems: list[str]
     output: str
+    struck: bool
 
 
 def usable(world: World) -> list[Fault]:
@@ -48,18 +49,22 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     moment = rng.choice(fault.moments)
     removed = _remove_some(world, rng, CHECKPOINTED if moment == "in checkpoints" else ())
     fault.prepare(world)
-    if moment == "before":
-        fault.strike(world, None, rng)
+    struck = moment == "before" and fault.strike(world, None, rng)
+    whole = invariants.look(world, commands=1)
     first = world.start()
     when: str = moment
     if moment != "before":
         when = _await(world, first, rng, moment, removed)
-        fault.strike(world, first, rng)
+        struck = fault.strike(world, first, rng)
     in_time = first.wait(world.pipeline.limit_s)
+    struck = struck and world.heard
     fault.undo(world)
     problems = [] if in_time else ["the command that was disturbed did not end in time"]
     problems += [] if fault.kills else list(invariants.said_plainly(first))
     problems += list(invariants.shared(world, first, world.second)) if world.second else []
+    problems += [f"disturbed: {problem}" for problem in invariants.not_again(world, whole)]
+    if world.pipeline.prefect:
+        problems += [f"disturbed: {problem}" for problem in invariants.champion_loads(world)]
     before = invariants.look(world, commands=3 if world.second else 2)  # that of the undisturbed run, and the one that was disturbed
     world.teacher.requests.clear()
     started = time.monotonic()
@@ -68,7 +73,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     seconds = time.monotonic() - started
     problems += invariants.violations(world, before, again, in_time)
     output = f"--- disturbed ({first.exit_code})\n{first.output}--- again ({again.exit_code})\n{again.output}"
-    return Outcome(seed, fault.name, when, removed, first.exit_code, round(seconds, 2), problems, output)
+    return Outcome(seed, fault.name, when, removed, first.exit_code, round(seconds, 2), problems, output, struck)
 
 
 def _remove_some(world: World, rng: Random, surely: tuple[str, ...]) -> list[str]:

@@ -23,7 +23,7 @@ from tests.chaos.command import Command
 from tests.chaos.world import World
 
 Moment = Literal["before", "during", "in checkpoints"]
-Strike = Callable[[World, Command | None, Random], None]
+Strike = Callable[[World, Command | None, Random], bool]  # whether there was something to strike
 DAY_S = 86_400
 ASKS = ("teach", "buy")  # kinds of artefacts that are made from a teacher's answers
 
@@ -56,20 +56,20 @@ class Fault:
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-def kill_parent(world: World, command: Command | None, rng: Random) -> None:
+def kill_parent(world: World, command: Command | None, rng: Random) -> bool:
     assert command
-    command.signal(signal.SIGKILL)
+    return command.signal(signal.SIGKILL)
 
 
-def stop_by_hand(world: World, command: Command | None, rng: Random) -> None:
+def stop_by_hand(world: World, command: Command | None, rng: Random) -> bool:
     assert command
-    command.signal(signal.SIGINT)
+    return command.signal(signal.SIGINT)
 
 
 def kill_running(word: str) -> Strike:
     """Kill a process below the command that has this word in its command line."""
 
-    def strike(world: World, command: Command | None, rng: Random) -> None:
+    def strike(world: World, command: Command | None, rng: Random) -> bool:
         assert command
         deadline = time.monotonic() + 2
         while time.monotonic() < deadline and command.runs:
@@ -77,23 +77,29 @@ def kill_running(word: str) -> Strike:
                 try:
                     if process.pid != command.pid and any(word in part for part in process.cmdline()):
                         process.kill()
-                        return
+                        return True
                 except psutil.NoSuchProcess:
                     continue
             time.sleep(0.01)
+        return False
 
     return strike
 
 
-def kill_mlflow(world: World, command: Command | None, rng: Random) -> None:
+def kill_mlflow(world: World, command: Command | None, rng: Random) -> bool:
+    assert command
     world.end_mlflow()
+    return command.runs
 
 
 def run_beside(other: bool) -> Strike:
     """Give the command a second time while it goes on."""
 
-    def strike(world: World, command: Command | None, rng: Random) -> None:
+    def strike(world: World, command: Command | None, rng: Random) -> bool:
+        assert command
+        goes_on = command.runs
         world.second = world.start(beside=True, other=other)
+        return goes_on
 
     return strike
 
@@ -106,13 +112,13 @@ def await_second(world: World) -> None:
 # Disks -----------------------------------------------------------------------------------------------------------
 
 
-def fill_disk(world: World, command: Command | None, rng: Random) -> None:
+def fill_disk(world: World, command: Command | None, rng: Random) -> bool:
     """Leave some kilobytes at most. Without a disk of its own, no process may write a file larger than that."""
     left = rng.randrange(0, 65_536)
     if not world.mounting:
         for process in world.processes():
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (left, left))
-        return
+        return bool(command and command.runs)
     with (world.disk / "ballast").open("wb", buffering=0) as file:
         try:
             while True:
@@ -120,16 +126,18 @@ def fill_disk(world: World, command: Command | None, rng: Random) -> None:
         except OSError:
             size = file.tell()
         file.truncate(max(0, size - left))
+    return bool(command and command.runs)
 
 
 def free_disk(world: World) -> None:
     (world.disk / "ballast").unlink(missing_ok=True)
 
 
-def read_only_store(world: World, command: Command | None, rng: Random) -> None:
+def read_only_store(world: World, command: Command | None, rng: Random) -> bool:
     """The store seen through a read-only mount: what is open already can still be written, as on a real disk it could not."""
     subprocess.run(["mount", "--bind", str(world.store), str(world.store)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(world.store)], check=True)
+    return command is None or command.runs
 
 
 def writable_store(world: World) -> None:
@@ -156,9 +164,12 @@ def damage(path: Path, rng: Random) -> None:
 
 
 def damage_one(choose: Callable[[World], list[Path]]) -> Strike:
-    def strike(world: World, command: Command | None, rng: Random) -> None:
-        if found := sorted(choose(world)):
-            damage(rng.choice(found), rng)
+    def strike(world: World, command: Command | None, rng: Random) -> bool:
+        found = sorted(choose(world))
+        if found:
+            damage(path := rng.choice(found), rng)
+            world.damaged.add(path)
+        return bool(found)
 
     return strike
 
@@ -176,7 +187,7 @@ def teachers_log(world: World) -> list[Path]:
     return list((world.home / "teacher").glob("*.jsonl"))
 
 
-def damage_checkpoint(world: World, command: Command | None, rng: Random) -> None:
+def damage_checkpoint(world: World, command: Command | None, rng: Random) -> bool:
     """Kill the command while a stage keeps checkpoints, and damage one."""
     kill_parent(world, command, rng)
     assert command
@@ -184,10 +195,11 @@ def damage_checkpoint(world: World, command: Command | None, rng: Random) -> Non
     deadline = time.monotonic() + 10
     while len(world.processes()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    damage_one(lambda world: [path for path in (world.store / ".partial").rglob("checkpoint-*/*") if path.is_file()])(world, command, rng)
+    checkpoints = damage_one(lambda world: [path for path in (world.store / ".partial").rglob("checkpoint-*/*") if path.is_file()])
+    return checkpoints(world, command, rng)
 
 
-def step_clock_back(world: World, command: Command | None, rng: Random) -> None:
+def step_clock_back(world: World, command: Command | None, rng: Random) -> bool:
     """All that there is comes from tomorrow."""
     for path in world.home.rglob("*"):
         if not path.is_symlink():
@@ -196,14 +208,17 @@ def step_clock_back(world: World, command: Command | None, rng: Random) -> None:
     with closing(sqlite3.connect(world.home / "mlflow.db")) as database, database:
         for column in ("start_time", "end_time"):
             database.execute(f"update runs set {column} = {column} + {DAY_S * 1000}")
+    return True
 
 
 # Servers ---------------------------------------------------------------------------------------------------------
 
 
 def answers_of_mlflow(*kinds: str) -> Strike:
-    def strike(world: World, command: Command | None, rng: Random) -> None:
+    def strike(world: World, command: Command | None, rng: Random) -> bool:
         world.proxy.faults[:] = [rng.choice(kinds) for _ in range(rng.randint(1, 6))]
+        world.prepared_answers = len(world.proxy.faults)
+        return True
 
     return strike
 
@@ -221,7 +236,7 @@ def restart_mlflow(world: World) -> None:
 
 
 def teacher_misbehaves(*kinds: str) -> Strike:
-    def strike(world: World, command: Command | None, rng: Random) -> None:
+    def strike(world: World, command: Command | None, rng: Random) -> bool:
         world.teacher.retry_after = "1"
         world.teacher.faults[:] = [rng.choice(kinds) for _ in range(rng.randint(1, 8))]
         if rng.random() < 0.7:  # what it is about to be asked; else it may have been asked everything
@@ -229,6 +244,8 @@ def teacher_misbehaves(*kinds: str) -> Strike:
                 shutil.rmtree(world.store / kind, ignore_errors=True)
             for path in teachers_log(world):
                 path.unlink()
+        world.prepared_answers = len(world.teacher.faults)
+        return True
 
     return strike
 

@@ -88,6 +88,8 @@ def said_plainly(first: Command) -> Iterator[str]:
 def shared(world: World, first: Command, second: Command) -> Iterator[str]:
     """Two runs at once: both end well, or one says that the other is running; what both need was made once."""
     refused = "running already" in second.output
+    if first.exit_code:
+        yield f"the first of two runs at once ended with exit code {first.exit_code}: {first.output[-300:]}"
     if second.exit_code and not refused:
         yield f"the second of two runs at once ended with exit code {second.exit_code}: {second.output[-300:]}"
     made = Counter(line.split("  ")[0] for run in (first, second) for line in re.findall(r"^done +(.*)$", run.output, re.MULTILINE))
@@ -133,8 +135,9 @@ def same(world: World) -> Iterator[str]:
 
 def not_again(world: World, before: Before) -> Iterator[str]:
     """No stage that had finished was computed again."""
+    damaged = {path for path in before.whole if any(found.is_relative_to(path.parent) for found in world.damaged)}
     for path, written in before.whole.items():
-        if not path.exists() or path.stat().st_mtime_ns != written:
+        if path not in damaged and (not path.exists() or path.stat().st_mtime_ns != written):
             yield f"{path.parts[-3]} {path.parts[-2]} was whole and was made again"
 
 

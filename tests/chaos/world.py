@@ -51,6 +51,8 @@ class World:
         self._imported: list[Imported] = []
         self._under_way: list[Command] = []
         self.second: Command | None = None
+        self.damaged: set[Path] = set()
+        self.prepared_answers = 0  # wrong ones, of the servers
         self._commands = 0
         self._mlflow: subprocess.Popen[bytes] | None = None
 
@@ -94,6 +96,13 @@ class World:
         self.proxy.faults.clear()
         self.through_server = False
         self.second = None
+        self.damaged.clear()
+        self.prepared_answers = 0
+
+    @property
+    def heard(self) -> bool:
+        """Whether a wrong answer was given, where some were prepared."""
+        return not self.prepared_answers or len(self.teacher.faults) + len(self.proxy.faults) < self.prepared_answers
 
     def artefacts(self) -> list[Manifest]:
         """Those that there are, in the order they were made in."""
