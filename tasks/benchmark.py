@@ -12,6 +12,7 @@ counted while they run; where nothing counts it, it is estimated when all else i
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from tasks.core.stage import MEASURED, StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import conversations, load_variant
-from tasks.runtimes import Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
+from tasks.runtimes import LONGEST_PROMPT, Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
 from tasks.synthesize import read_rows
 
 SAMPLES = "samples.json"
@@ -206,6 +207,8 @@ def _at_a_time(model: LocalRuntime, asked: list[list[prompt.Message]], load: int
 def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) -> dict[str, float]:
     started = time.perf_counter()
     completion = next(iter(model.generate([conversation], max_tokens, 1)))
+    if math.isnan(completion.total_s):
+        raise ValueError(f"a prompt has {completion.prompt_tokens:,} tokens, at most {LONGEST_PROMPT:,} are read: show fewer examples")
     return {
         "total_s": time.perf_counter() - started,
         "first_token_s": completion.first_token_s,

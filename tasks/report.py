@@ -148,7 +148,7 @@ def latest_artefacts(settings: Settings, profile: str) -> list[tuple[str, str]]:
     try:
         report = json.loads((settings.reports / "latest" / "report.json").read_text(encoding="utf-8"))
         stages = report["stages"] if report["profile"] == profile else []
-        return [(stage["kind"], stage["key"]) for stage in stages if stage["kind"] and stage["key"]]
+        return [(str(stage["kind"]), str(stage["key"])) for stage in stages if stage["kind"] and stage["key"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none yet, or no longer what it was: nothing depends on it
         return []
 

@@ -54,8 +54,9 @@ def test_what_will_not_pass_is_asked_once_and_no_key_is_shown(server: Faults, st
 def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "abcdefgh12345")
     assert settings.without_secrets("got abcdefgh12345 and the API key sk-abc*****wxyz.") == "got *** and the API key ***."
-    told = "no answer from https://ana:p4ss@mlflow.test/api and http://host/a@b"
+    told = "no answer from https://ana:p4@ss@mlflow.test/api and http://host/a@b"
     assert settings.without_secrets(told) == "no answer from https://***@mlflow.test/api and http://host/a@b"
+    assert settings.shown_uri("https://ana:p4@ss@mlflow.test/api") == "https://***@mlflow.test/api"
 
 
 def test_a_model_behind_an_api_is_evaluated_like_any_other(

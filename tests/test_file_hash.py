@@ -66,7 +66,9 @@ def test_what_was_not_touched_is_read_once_and_what_was_is_read_again(tmp_path: 
 
 
 def test_what_was_written_a_moment_ago_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_hash, "_identity", lambda file: (0, 0, 1, time.time_ns(), time.time_ns()))  # a clock that shows no change
+    now = time.time_ns()
+    monkeypatch.setattr(file_hash, "_read", {})
+    monkeypatch.setattr(file_hash, "_identity", lambda file: (0, 0, 1, now, now))  # a clock that shows no change
     path = tmp_path / "weights"
     for data in (b"a", b"b"):
         path.write_bytes(data)

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -33,8 +33,9 @@ def connect(address: str) -> socket.socket:
 def heard(connection: socket.socket) -> tuple[int, str]:
     """Status and code of the error that ends a connection."""
     data = b""
-    while part := connection.recv(65536):
-        data += part
+    with suppress(ConnectionResetError):  # what was sent to it after it had gone
+        while part := connection.recv(65536):
+            data += part
     head, _, body = data.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower() and b"connection: close" in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]["code"]
@@ -45,7 +46,9 @@ def served(connection: socket.socket) -> None:
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     data = b""
     while not data.endswith(b"}"):
-        data += connection.recv(65536)
+        part = connection.recv(65536)
+        assert part, data
+        data += part
     assert data.startswith(b"HTTP/1.1 200")
 
 
@@ -90,6 +93,7 @@ def test_there_are_only_so_many_connections_and_a_closed_one_makes_room(address:
         for connection in held:  # served, so that the server knows of each
             served(connection)
         with connect(address) as more:
+            more.sendall(b"POST /intent HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhello")
             assert heard(more) == (503, "overloaded")
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

@@ -124,7 +124,10 @@ class Store:
 
     def _files_of(self, kind: str, key: str) -> list[Path]:
         folder = self.path(kind, key)
-        manifest, _ = own_manifest(folder, kind, key)
+        try:
+            manifest, _ = own_manifest(folder, kind, key)
+        except OSError:  # is told to whoever asks
+            return []
         return [folder / name for name in manifest.files] if manifest else []
 
     def _find_here(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:

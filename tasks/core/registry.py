@@ -21,6 +21,7 @@ from tasks.domain.errors import UserError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
+ROLLING_BACK = TAG + "rolling_back"  # on the version that a rollback makes champion, while it is under way: the version it replaces
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
 
 
@@ -99,8 +100,8 @@ class Registry:
         self.client.set_registered_model_alias(name, CHAMPION, version)
         tags = self.client.get_model_version(name, version).tags
         self.client.set_model_version_tag(name, version, TAG + "promoted", _now())
-        if ROLLED_BACK in tags:
-            self.client.delete_model_version_tag(name, version, ROLLED_BACK)
+        for tag in {ROLLED_BACK, ROLLING_BACK} & set(tags):
+            self.client.delete_model_version_tag(name, version, tag)
         return ""
 
     @ledger.charge("mlflow")
@@ -164,42 +165,34 @@ class Registry:
         """
         with self.promoting(name):
             now, before = self._swap(name)
-        said = {"by": by, "why": why, "checks": []}
-        self.write_decision(name, now["version"], {**said, "verdict": "rollback", "champion": f"version {before['version']}"})
-        self.write_decision(name, before["version"], {**said, "verdict": "rolled back", "champion": f"version {now['version']}"})
+            said = {"by": by, "why": why, "checks": []}
+            self.write_decision(name, now["version"], {**said, "verdict": "rollback", "champion": f"version {before['version']}"})
+            self.write_decision(name, before["version"], {**said, "verdict": "rolled back", "champion": f"version {now['version']}"})
+            self.client.delete_model_version_tag(name, now["version"], ROLLING_BACK)  # last: until then the same command goes on with it
         return now, before
 
     def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
+        if champion and ROLLING_BACK in champion:  # a rollback to it was interrupted behind the first alias
+            previous, champion = champion, self.version(name, champion[ROLLING_BACK])
         if not champion or not previous:
             missing = CHAMPION if not champion else PREVIOUS
             mend = "There is nothing to go back to before a second model was promoted"
             raise UserError("model", name, f"has no version with the alias {missing} in {shown_uri(self._settings.mlflow_uri)}", mend=mend)
-        if champion["version"] == previous["version"]:
-            champion = self._half_rolled_back(name, previous)
+        if champion["version"] == previous["version"]:  # a promotion was interrupted
+            mend = "Run `cartwright run` again, or make another version the champion by `cartwright promote VERSION`"
+            raise UserError("model", name, f"has version {previous['version']} as champion and as previous", mend=mend)
         self._check(name, previous["version"], champion["version"])
-        # Each of these may be the last before the machine dies. First of all, the next retraining must not promote it again.
+        # Any of these may be the last before the machine dies. First of all, the next retraining must not promote the other again.
         now = _now()
         self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)
+        self.client.set_model_version_tag(name, previous["version"], ROLLING_BACK, champion["version"])
         self.client.set_registered_model_alias(name, CHAMPION, previous["version"])
         self.client.set_registered_model_alias(name, PREVIOUS, champion["version"])
         self.client.set_model_version_tag(name, previous["version"], TAG + "promoted", f"{now} by rollback")
         if ROLLED_BACK in previous:
             self.client.delete_model_version_tag(name, previous["version"], ROLLED_BACK)
         return previous, champion
-
-    def _half_rolled_back(self, name: str, previous: dict[str, str]) -> dict[str, str]:
-        """The champion until a rollback that was interrupted when both aliases were at one version: what was rolled back last.
-
-        Raises:
-            UserError: there is none; a promotion was interrupted, which the next run takes up again.
-        """
-        marked = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.tags.get(ROLLED_BACK)]
-        left = max((v for v in marked if str(v.version) != previous["version"]), key=lambda v: v.tags[ROLLED_BACK], default=None)
-        if not left:
-            mend = "Run `cartwright run` again, or make another version the champion by `cartwright promote VERSION`"
-            raise UserError("model", name, f"has version {previous['version']} as champion and as previous", mend=mend)
-        return {**left.tags, "version": str(left.version)}
 
     def _check(self, name: str, version: str, champion: str) -> None:
         """Raise UserError unless the files of a version that is to be the champion are those that were registered."""

@@ -117,13 +117,13 @@ def without_secrets(text: str) -> str:
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
-    text = re.sub(r"(?<=://)[^/@\s]*@", "***@", text)
+    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
 def shown_uri(uri: str) -> str:
     """An address as it may be shown: without user and password."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    return re.sub(r"//[^/]*@", "//***@", uri)
 
 
 def visible_gpus() -> str:

@@ -45,7 +45,8 @@ class Runtime(Protocol):
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """Answer every conversation, `parallel` at a time, in the order in which they are finished.
 
-        One on this machine whose prompt has more than `LONGEST_PROMPT` tokens gets an empty answer, see `too_long`.
+        One on this machine whose prompt has more than `LONGEST_PROMPT` tokens, besides those with which all begin, gets an empty
+        answer, see `too_long`.
         """
         ...
 
@@ -76,9 +77,12 @@ class LocalRuntime(Runtime, Protocol):
         ...
 
 
-def too_long(index: int, prompt: list[int]) -> Completion | None:
-    """What stands for the answer to a prompt of more than `LONGEST_PROMPT` tokens: no text, no tokens, and NaN seconds."""
-    return Completion(index, "", len(prompt), 0, math.nan, math.nan, ended=False) if len(prompt) > LONGEST_PROMPT else None
+def too_long(prompts: Sequence[list[int]]) -> dict[int, Completion]:
+    """What stands for the answers to prompts that are longer than `LONGEST_PROMPT`, besides what all begin with: no text, no tokens,
+    and NaN seconds."""
+    shared = len(common_prefix(prompts))
+    long = [index for index, prompt in enumerate(prompts) if len(prompt) - shared > LONGEST_PROMPT]
+    return {index: Completion(index, "", len(prompts[index]), 0, math.nan, math.nan, ended=False) for index in long}
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> list[int]:

@@ -225,13 +225,10 @@ class LlamaCppRuntime:
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
-        prompts = {}
-        for index, conversation in enumerate(conversations):
-            prompt = self.encode(conversation)
-            if refused := too_long(index, prompt):
-                yield refused
-            else:
-                prompts[index] = prompt
+        encoded = [self.encode(conversation) for conversation in conversations]
+        refused = too_long(encoded)
+        yield from refused.values()
+        prompts = {index: prompt for index, prompt in enumerate(encoded) if index not in refused}
         prefix = common_prefix(list(prompts.values())) if self.share_prefix else []
         longest = max(map(len, prompts.values()), default=0)
         places = len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses)

@@ -70,14 +70,11 @@ class TransformersRuntime:
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
-        prompts = []
-        for index, conversation in enumerate(conversations):
-            prompt = self.encode(conversation)
-            if refused := too_long(index, prompt):
-                yield refused
-            else:
-                prompts.append((index, prompt))
-        prompts.sort(key=lambda item: len(item[1]))
+        encoded = [self.encode(conversation) for conversation in conversations]
+        refused = too_long(encoded)
+        yield from refused.values()
+        kept = ((index, prompt) for index, prompt in enumerate(encoded) if index not in refused)
+        prompts = sorted(kept, key=lambda item: len(item[1]))
         prefix = common_prefix([ids for _, ids in prompts])
         if not self.share_prefix or len(prefix) < WORTH_SHARING:
             prefix = []

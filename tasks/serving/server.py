@@ -28,6 +28,7 @@ from tasks.serving.limits import Limits, Refused
 from tasks.serving.metrics import Metrics
 
 BACKLOG = 1024
+LINGER_S = 1.0
 SWITCH_S = 0.0005  # the thread that computes and the one that speaks HTTP take turns ten times more often than Python's usual
 
 
@@ -68,15 +69,19 @@ class _Http(H11Protocol):
         super().__init__(*arguments, **more)
         self._limits = limits
         self._head: asyncio.TimerHandle | None = None
+        self._over = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self._limits.max_connections:
-            self._close_with(Refused(503, "overloaded", f"There are {self._limits.max_connections} connections", retry_after_s=1))
+            refused = Refused(503, "overloaded", f"There are {self._limits.max_connections} connections", retry_after_s=1)
+            self._close_with(refused, linger_s=LINGER_S)
         else:
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._forget_head()
@@ -99,7 +104,9 @@ class _Http(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._close_with(Refused(400, "invalid_http", msg))
 
-    def _close_with(self, refused: Refused) -> None:
+    def _close_with(self, refused: Refused, linger_s: float = 0.0) -> None:
+        """Answer, and close; after a while, if the client may be sending: the kernel resets what is closed with bytes unread, and the
+        answer can be lost with it."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, or was given: there is no place for another
             body = json.dumps(refused.body()).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
@@ -111,7 +118,12 @@ class _Http(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if linger_s and self.transport.can_write_eof():
+            self._over = True
+            self.transport.write_eof()
+            self._head = self.loop.call_later(linger_s, self.transport.close)
+        else:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):

@@ -62,7 +62,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     problems = [] if in_time else ["the command that was disturbed did not end in time"]
     problems += [] if fault.kills else list(invariants.said_plainly(first))
     problems += list(invariants.shared(world, first, world.second)) if world.second else []
-    problems += [f"disturbed: {problem}" for problem in invariants.not_again(world, whole)]
+    problems += [f"disturbed: {problem}" for problem in invariants.not_again(world, whole, but=world.damaged)]
     if world.pipeline.prefect:
         problems += [f"disturbed: {problem}" for problem in invariants.champion_loads(world)]
     before = invariants.look(world, commands=3 if world.second else 2)  # that of the undisturbed run, and the one that was disturbed

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,9 +133,9 @@ def same(world: World) -> Iterator[str]:
             yield f"{kind} {key} is missing"
 
 
-def not_again(world: World, before: Before) -> Iterator[str]:
-    """No stage that had finished was computed again."""
-    damaged = {path for path in before.whole if any(found.is_relative_to(path.parent) for found in world.damaged)}
+def not_again(world: World, before: Before, but: Collection[Path] = ()) -> Iterator[str]:
+    """No stage that had finished was computed again, but where one of these files was damaged meanwhile."""
+    damaged = {path for path in before.whole if any(found.is_relative_to(path.parent) for found in but)}
     for path, written in before.whole.items():
         if path not in damaged and (not path.exists() or path.stat().st_mtime_ns != written):
             yield f"{path.parts[-3]} {path.parts[-2]} was whole and was made again"
