@@ -104,6 +104,7 @@ def test_rollback_swaps_and_says_what_it_did(registry: Registry) -> None:
     assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "Q8_0") and not registry.rolled_back(NAME, "Q4_0")
 
 
+@pytest.mark.slow
 def test_a_rollback_that_was_killed_is_finished_by_the_same_command(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it was killed: after as many writes as there are, one more each time."""
     done: list[str] = []

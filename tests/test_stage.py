@@ -269,6 +269,7 @@ def read_until(process: subprocess.Popen[str], wanted: Callable[[Any], bool]) ->
     raise AssertionError("the process ended first")
 
 
+@pytest.mark.slow
 def test_killing_the_parent_kills_the_whole_tree(home: Path) -> None:
     process = start(home, "parent", CountConfig())
     pids = read_until(process, lambda event: "metrics" in event)["metrics"]
@@ -295,6 +296,7 @@ def test_after_a_kill_the_same_call_completes_and_uses_nothing_half_written(home
         assert 0 < manifest.metrics["made"] <= 3
 
 
+@pytest.mark.slow
 def test_two_processes_make_an_artefact_once(home: Path) -> None:
     config = CountConfig(numbers=3, seconds=0.3)
     both = [start(home, "count", config) for _ in range(2)]
