@@ -168,6 +168,7 @@ def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
     assert changed > 100
 
 
+@pytest.mark.slow
 def test_seed_changes_rows_but_no_split() -> None:
     a, b = make_generator(SMALL), make_generator(SMALL.model_copy(update={"seed": 8}))
     assert [a.row("train", i)["text"] for i in range(20)] != [b.row("train", i)["text"] for i in range(20)]
@@ -193,6 +194,7 @@ def edit(path: Path, old: str, new: str) -> int:
     return text[: text.index(old)].count("\n") + 1
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_domain_needs_no_code(domain: Path) -> None:
     row = make_generator(SMALL.model_copy(update={"domain": str(domain)})).row("train", 0)
     assert row == make_generator(SMALL).row("train", 0)

@@ -281,6 +281,7 @@ def test_killing_the_parent_kills_the_whole_tree(home: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["count", "resumed"])
+@pytest.mark.slow
 def test_after_a_kill_the_same_call_completes_and_uses_nothing_half_written(home: Path, run: Run, store: Store, stage: str) -> None:
     config = CountConfig(numbers=6, seconds=0.15)
     process = start(home, stage, config)

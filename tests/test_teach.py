@@ -194,6 +194,7 @@ def test_a_key_never_reaches_a_file(server: Faults, ask: Callable[..., Manifest]
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_what_is_wrong_with_a_teacher_is_said_before_any_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
