@@ -25,7 +25,7 @@ from tasks.report import latest_report
 from tasks.runtimes import RuntimeName
 from tasks.synthesize import read_rows
 from tasks.variants import MIXED
-from tasks.weights import check_gguf
+from tasks.weights import check_gguf, check_no_adapter
 
 MAX_TOKENS = 96
 PARALLEL = 16
@@ -54,6 +54,8 @@ def find_model(settings: Settings, name: str) -> Found:
     if path.suffix == ".gguf" or path.is_dir():
         if path.suffix == ".gguf":
             check_gguf("model", path)
+        else:
+            check_no_adapter("model", path)
         spec = load_spec("ecommerce")
         return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", spec, spec.path)
     try:

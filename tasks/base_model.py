@@ -91,6 +91,9 @@ def _check_gguf(path: Path) -> str:
 
 
 def _check_folder(folder: Path, source: str) -> str:
+    from tasks.weights import check_no_adapter
+
+    check_no_adapter("base_model.source", folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UserError("base_model.source", source, "has no config.json", mend="Give the folder of a Hugging Face model")

@@ -11,7 +11,7 @@ from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
 from tasks.core.runner import Runner
-from tasks.core.tracking import Tracker, as_params, flatten
+from tasks.core.tracking import Tracker, as_params, comparable, flatten
 from tasks.decide import recommended_cpu
 from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE
@@ -67,7 +67,7 @@ def log_variants(
         )
         tracker.log(
             run_id,
-            figures,
+            comparable(figures),
             as_params({k: variant[k] for k in ("name", "role", "format", "bits", "runtime", "device", "threads", "sha256")}),
         )
         if variant["fidelity"]:

@@ -103,6 +103,13 @@ def check_gguf(field: str, path: Path) -> Any:
         raise UserError(field, str(path), f"is not a readable GGUF file ({error})", mend="Download it again") from None
 
 
+def check_no_adapter(field: str, folder: Path) -> None:
+    """Raise UserError for a folder with an adapter: transformers would load it with the model, and its weights may be pickled."""
+    if (folder / "adapter_config.json").exists():
+        problem = "holds an adapter (adapter_config.json), which would be loaded with the model"
+        raise UserError(field, str(folder), problem, mend="Merge it into the model first, or take the adapter_* files away")
+
+
 def gguf_weights(path: Path) -> Weights:
     """The matrices of a GGUF file, dequantized by gguf-py. Names, and the order of rows, are llama.cpp's."""
     import gguf

@@ -14,8 +14,10 @@ from unittest.mock import patch
 import pytest
 
 from flows.cli import main
+from tasks.asking import find_model
 from tasks.base_model import BaseModelConfig, resolve
 from tasks.config import PROFILES, load_config, parse_overrides, profiles
+from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
 from tasks.quantize_gptq import choose_group_size
 
@@ -117,6 +119,14 @@ def test_an_unusable_base_model_folder_is_refused(tmp_path: Path, options: dict[
     folder = model_folder(tmp_path / "model", **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=problem):
         resolve(BaseModelConfig(source=str(folder)))
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded_with_them(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    for refused in (lambda: resolve(BaseModelConfig(source=str(folder))), lambda: find_model(load_settings(), str(folder))):
+        with pytest.raises(UserError, match=r"adapter_config\.json.*Merge it into the model first"):
+            refused()
 
 
 @pytest.mark.parametrize("content", [b"", b"not gguf", b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60)])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tasks.core import hardware
-from tasks.domain.grammar import answer_grammar
+from tasks.domain.grammar import _integers, answer_grammar
 from tasks.domain.scoring import answer_text, parse_answer
 from tasks.domain.spec import Spec, load_spec
 
@@ -36,6 +39,16 @@ WRONG = [
     "add\np red shoes\nq0",
     '{"intent":"view_cart"}',
 ]
+
+
+@pytest.mark.fast
+@given(st.lists(st.integers(0, 30_000), min_size=2, max_size=2), st.lists(st.integers(0, 40_000), max_size=20))
+def test_a_number_keeps_to_the_range_of_its_slot(bounds: list[int], numbers: list[int]) -> None:
+    low, high = sorted(bounds)
+    pattern = re.compile(re.sub('[" ]', "", _integers(low, high)))  # digits are written as in a regular expression
+    for number in {*numbers, low - 1, low, high, high + 1, 10 * low, high // 10} - {-1}:
+        assert bool(pattern.fullmatch(str(number))) == (low <= number <= high), (number, pattern.pattern)
+        assert not pattern.fullmatch(f"0{number}")
 
 
 class Reader:

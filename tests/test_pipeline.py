@@ -207,6 +207,8 @@ assert parent.data.metrics["overhead.wall_s"] > parent.data.metrics["overhead.st
 assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for kind in ("stage", "variant") for run in kinds[kind])
 names = [set(run.data.metrics) for run in kinds["variant"]]
 assert len(names) == 7 and len(set.intersection(*names)) > 30, len(set.intersection(*names))
+assert {"by_language.de.value", "exact_match.low"} < set.intersection(*names)
+assert not [name for name in set.union(*names, parent.data.metrics) if "confusion." in name or name.endswith(".de.low")]
 training = next(run for run in kinds["stage"] if run.info.run_name == "finetune")
 assert len(client.get_metric_history(training.info.run_id, "loss")) >= 2
 assert {"report/data_card.md", "report/data_card.json"} < {file.path for file in client.list_artifacts(parent.info.run_id, "report")}

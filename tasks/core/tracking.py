@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from tasks.domain.errors import UserError
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
+IN_REPORT_ONLY = re.compile(r"\b(confusion\.|by_(intent|language|slot|source)\..*\.(low|high|n)$)")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -38,6 +40,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[f"{prefix}{name}"] = float(value)
     return flat
+
+
+def comparable(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures that runs are compared by. Cells of the confusion matrix and the bounds of small groups are left to `report.json`."""
+    return {name: value for name, value in figures.items() if not IN_REPORT_ONLY.search(name)}
 
 
 def as_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -249,7 +256,7 @@ class Tracker:
     def log_summary(self, report: Mapping[str, Any]) -> None:
         """The run's main figures on the parent run, so that runs compare without opening children."""
         recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
-        figures = flatten({**recommended["quality"], **recommended["performance"]}) if recommended else {}
+        figures = comparable(flatten({**recommended["quality"], **recommended["performance"]})) if recommended else {}
         self.log(self.parent, {**figures, "wall_s": report["wall_s"], **flatten(report["overhead"], "overhead.")})
         flow_run = self.tag("flow_run_url")
         note = escape_markdown(report["recommendation"]["why"]) + (f"\n\n[The flow run in Prefect]({flow_run})" if flow_run else "")

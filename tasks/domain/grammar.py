@@ -27,9 +27,31 @@ def _intent(name: str, spec: Spec) -> str:
 
 
 def _value(slot: Slot, text: str) -> str:
-    if not isinstance(slot, IntegerSlot):
-        return text
-    return f"[1-9] [0-9]{{0,{len(str(slot.maximum)) - 1}}}"
+    return f"({_integers(slot.minimum, slot.maximum)})" if isinstance(slot, IntegerSlot) else text
+
+
+def _integers(low: int, high: int) -> str:
+    """Every integer from `low` to `high`, without leading zeros."""
+    lengths = range(len(str(low)), len(str(high)) + 1)
+    bounds = [(max(low, 10 ** (n - 1) if n > 1 else 0), min(high, 10**n - 1)) for n in lengths]
+    return " | ".join(_same_length(str(first), str(last)) for first, last in bounds)
+
+
+def _same_length(low: str, high: str) -> str:
+    if not low:
+        return ""
+    if low[0] == high[0]:
+        return f'"{low[0]}" {_same_length(low[1:], high[1:])}'.strip()
+    rest = len(low) - 1
+    zeros, nines = "0" * rest, "9" * rest
+    # The first digit whose other digits may be any, and the last; what is left below and above has bounds of its own.
+    first, last = int(low[0]) + (low[1:] > zeros), int(high[0]) - (high[1:] < nines)
+    parts = [f'"{low[0]}" {_same_length(low[1:], nines)}'] if low[1:] > zeros else []
+    if first <= last:
+        parts.append(f"[{first}-{last}]" + (f" [0-9]{{{rest}}}" if rest else ""))
+    if high[1:] < nines:
+        parts.append(f'"{high[0]}" {_same_length(zeros, high[1:])}')
+    return parts[0] if len(parts) == 1 else f"({' | '.join(parts)})"
 
 
 def _literal(text: str) -> str:

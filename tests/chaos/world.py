@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,14 @@ class World:
             shutil.copytree(self.disk, self.kept, symlinks=True)
             yield
         finally:
-            self.end_processes()
-            self.end_mlflow()
-            for imported in self._imported:
-                imported.close()
-            if self.mounting:
-                subprocess.run(["umount", "-l", str(self.disk)], check=True)  # whoever has a file open keeps that alone
+            try:
+                self.end_processes()
+                self.end_mlflow()
+                for imported in self._imported:
+                    imported.close()
+            finally:
+                if self.mounting:
+                    subprocess.run(["umount", "-l", str(self.disk)], check=True)  # whoever has a file open keeps that alone
 
     def restore(self) -> None:
         """The home as the undisturbed run left it."""
@@ -151,7 +153,10 @@ class World:
     def processes(self) -> list[psutil.Process]:
         """All that work for this home."""
         # A command that was forked keeps the environment of another in the kernel's eyes.
-        found = [psutil.Process(command.pid) for command in self._under_way if command.runs]
+        found = []
+        for command in self._under_way:
+            with suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+                found += [psutil.Process(command.pid)] if command.runs else []
         for process in psutil.process_iter(["environ", "status"]):
             here = (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(self.home)
             if here and process not in found and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -161,7 +166,8 @@ class World:
     def end_processes(self) -> None:
         """Kill whatever is left of a cycle."""
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     # MLflow's server ---------------------------------------------------------------------------------------------
 
