@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ def test_two_homes_that_share_a_file_of_records_share_its_locks(
     monkeypatch.setenv("CARTWRIGHT_HOME", str(tmp_path / "other"))
     other = Registry(load_settings())
     with registry.registering(NAME), registry.promoting(NAME):  # which a registration that promotes holds both
-        for lock in (other.registering(NAME), other.promoting(NAME)):
+        for lock in (other.registering(NAME), other._lock(f"promotion-{NAME}")):
             with pytest.raises(Timeout):
                 lock.acquire(timeout=0)
     with other.registering(NAME).acquire(timeout=0):
@@ -76,6 +80,50 @@ def test_a_promotion_keeps_the_champion_before_it_and_moves_nothing_when_the_new
     assert aliases(registry) == ("2", "1")
     promoted = registry.champion(NAME)
     assert promoted and promoted["cartwright.promoted"] and "cartwright.promoted" not in registry.client.get_model_version(NAME, "3").tags
+
+
+def test_of_two_homes_at_one_server_one_promotes_at_a_time(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no lock of the file system in common. A claim in the registry is what they share; here it is in a file."""
+    monkeypatch.setattr("tasks.core.registry.by_server", lambda settings: True)
+    monkeypatch.setattr("tasks.core.claims.Claim.__init__.__defaults__", (0.3, 600.0))
+    monkeypatch.setattr("tasks.core.registry.Registry._lock", lambda self, name: contextlib.nullcontext())
+    inside, most, found = [], [], []
+
+    def promote(home: str, version: str) -> None:
+        mine = Registry(replace(load_settings(), home=tmp_path / home))
+        verdict = {"verdict": "promote", "champion": None, "challenger": version, "checks": []}
+
+        def works(*asked: str) -> str:
+            inside.append(home)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.remove(home)
+            return ""
+
+        monkeypatch.setattr(register, "problem_of", works)
+        found.append(register.promote(mine, NAME, version, verdict)["verdict"])
+
+    both = [threading.Thread(target=promote, args=given) for given in (("one", "1"), ("two", "2"))]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert sorted(found) == ["hold", "promote"] and max(most) == 1  # the second was compared with no champion, and there is one by now
+    assert not registry.client.get_registered_model(NAME).tags
+
+
+def test_a_promotion_that_took_too_long_moves_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.core.registry.by_server", lambda settings: True)
+    monkeypatch.setattr("tasks.core.claims.Claim.__init__.__defaults__", (0.05, 600.0))
+
+    def works() -> str:
+        registry.client.set_registered_model_tag(NAME, "cartwright.promoting", "another:/home 1")
+        return ""
+
+    with registry.promoting(NAME):
+        assert "another host began to promote" in registry.promote(NAME, "1", works)
+    assert aliases(registry) == (None, None)
+    assert registry.client.get_registered_model(NAME).tags == {"cartwright.promoting": "another:/home 1"}  # which is not ours to take away
 
 
 def test_an_interrupted_promotion_leaves_everything_as_it_was(registry: Registry) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Collection, Mapping
+import socket
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from tasks.core import ledger
+from tasks.core.claims import Claim
 from tasks.core.registered_files import TAG_LENGTH, check_files, files_of, hashes_as_tags
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import TAG, Runtime, client_of
@@ -32,6 +34,7 @@ class Registry:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.client = client_of(settings)
+        self._claim: Claim | None = None
 
     def register(
         self, name: str, model_id: str, digest: str, tags: Mapping[str, str], description: str, weights: Collection[str] = ()
@@ -94,6 +97,8 @@ class Registry:
         """
         if problem := works():
             return problem
+        if self._claim and not self._claim.holds():
+            return "it took so long that another host began to promote"
         until_now = self.champion(name)
         if until_now and until_now["version"] != version:
             self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
@@ -125,9 +130,19 @@ class Registry:
             )
         return {**found[wanted].tags, "version": wanted}
 
-    def promoting(self, name: str) -> FileLock:
-        """Held while a model is promoted or rolled back: MLflow's aliases have no compare-and-swap."""
-        return self._lock(f"promotion-{name}")
+    @contextlib.contextmanager
+    def promoting(self, name: str) -> Iterator[None]:
+        """Held while a model is promoted or rolled back: MLflow's aliases have no compare-and-swap. Of homes that share records by a
+        server, too, whether or not they have a Prefect server in common."""
+        with self._lock(f"promotion-{name}"):
+            if not by_server(self._settings) or not self.client.search_registered_models(f"name = '{name}'"):
+                yield
+                return
+            with Claim(self.client, name, f"{socket.gethostname()}:{self._settings.home}") as self._claim:
+                try:
+                    yield
+                finally:
+                    self._claim = None
 
     def registering(self, name: str) -> FileLock:
         """Held while models are logged and registered: two runs that look for a version at once would both make it."""
@@ -205,6 +220,11 @@ class Registry:
                 problem = f"version {champion} stays the champion. The files of version {version} cannot be read ({type(error).__name__}: {error})"
                 mend = "`cartwright promote VERSION` makes another version the champion, `cartwright run` makes a new one"
                 raise UserError("rollback", None, problem, mend=mend) from None
+
+
+def by_server(settings: Settings) -> bool:
+    """Whether other hosts may write to the same records."""
+    return not settings.mlflow_uri.startswith("sqlite:")
 
 
 def _now() -> str:
