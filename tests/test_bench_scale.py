@@ -83,6 +83,7 @@ def test_a_doubled_size_is_reported_with_what_follows_from_it() -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_the_page_has_a_place_for_every_dimension_and_keeps_what_stands_around_them(tmp_path: Path) -> None:
     template = PAGE.read_text(encoding="utf-8")
     page = write([polled(1, 10), polled(4, 11), polled(16, 14)], template, tmp_path)

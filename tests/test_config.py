@@ -152,6 +152,7 @@ def test_help_explains_itself(cartwright: Cartwright) -> None:
     assert all(name in commands for name in ("run", "evaluate", "predict", "report", "doctor"))
 
 
+@pytest.mark.slow
 def test_commands_before_any_run_say_what_to_do(cartwright: Cartwright) -> None:
     for arguments in (["report"], ["predict", "hello"], ["evaluate"]):
         result = cartwright(*arguments)

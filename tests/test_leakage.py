@@ -52,6 +52,7 @@ def test_a_text_without_letters_stays_what_it_is() -> None:
     assert folded("🙂🙂") == "🙂🙂" != folded("😡")
 
 
+@pytest.mark.slow
 def test_no_near_duplicate_is_missed_and_none_is_made_up() -> None:
     """Against every pair compared one by one: texts of all lengths, a few edits apart, in a small alphabet and a large one."""
     rng = Random(5)

@@ -97,6 +97,7 @@ def at_once(one: Store, two: Store, rounds: int) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_commits_at_the_same_time_end_as_one_artefact(tmp_path: Path) -> None:
     at_once(*(Store(f"memory://{tmp_path.name}", tmp_path / name) for name in ("one", "two")), rounds=60)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from types import TracebackType
 from typing import Any
+
+from tasks.core.tracking import TAG
 
 SETTLE_S = 2.0  # longer than it takes until what one host has written is what another reads
 ABANDONED_S = 600.0  # longer than a promotion, which loads a model from the registry
@@ -28,7 +29,7 @@ class Claim:
     def __init__(self, client: Any, model: str, owner: str, settle_s: float = SETTLE_S, abandoned_s: float = ABANDONED_S) -> None:
         self._client, self._model, self._owner = client, model, owner
         self._settle_s, self._abandoned_s = settle_s, abandoned_s
-        self._tag = "cartwright.promoting"
+        self._tag = TAG + "promoting"
         self._mine = f"{owner} {uuid.uuid4().hex}"
 
     def holds(self) -> bool:
@@ -53,6 +54,5 @@ class Claim:
                 time.sleep(self._settle_s / 4)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with contextlib.suppress(Exception):  # what it was held for is done; who waits will take it for abandoned
-            if self.holds():
-                self._client.delete_registered_model_tag(self._model, self._tag)
+        if self.holds():
+            self._client.delete_registered_model_tag(self._model, self._tag)
