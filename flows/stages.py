@@ -202,7 +202,8 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
     for number in range(config.benchmark.runs):
         again = f", run {number + 1}" if number else ""
         for variant in variants:
-            # The base model reads long instructions with every request, and its speed is nobody's choice: it is measured once.
+            # The base model reads long instructions with every request, and its speed is nobody's choice: it is measured once, in what
+            # is quickest here.
             few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
             if variant.role == "base" and number:
                 continue
@@ -304,7 +305,7 @@ def choose(
 
 def all_variants(config: RunConfig, gguf: list[Variant], gptq: list[Variant]) -> list[Variant]:
     """Base model (without and, if wanted, with examples) and 16-bit reference first, then its other precisions and the quantized ones."""
-    base = Variant(name=BASE, format="hf", bits=16, runtime="transformers", dtype="bfloat16", role="base")
+    base = Variant(name=BASE, format="hf", bits=16, runtime="transformers", dtype="auto", role="base")
     first = [
         base,
         *([base.model_copy(update={"name": BASE_FEW_SHOT, "few_shot": config.base_few_shot})] if config.base_few_shot else []),

@@ -127,6 +127,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "device": model.device,
         "threads": model.threads,
         "kernel": getattr(model, "kernel", None),
+        "dtype": getattr(model, "dtype", None),
         "load_s": load_s,
         **summary(samples),
         "requests_s_batched": by_load.get(config.parallel, len(alone) / sum(samples["latency_s"])),

@@ -49,6 +49,8 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
     if variant.role == "base":
         examples = f" and {variant.few_shot} examples" if variant.few_shot else ", without examples"
         notes.append(f"asked with long instructions{examples}, since it was not fine-tuned")
+        if (dtype := performance.get("dtype", "bfloat16")) != "bfloat16":  # benchmarks of before it was noted were all in that
+            notes.append(f"computed in {dtype}, which is quickest here")
     if performance["device"] == "cpu" and variant.format in GPU_FORMATS:
         notes.append(f"{variant.format.upper()} is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")
     if performance["spread"] and (spread := max(performance["spread"].values())) > REPEATABLE:
@@ -73,7 +75,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         "quality": {**quality["test"], "hard_exact_match": hard.get("exact_match"), "hard": hard},
         **_fidelity(variant, config, inputs),
         "constrained": _constrained(variant, inputs),
-        "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel")}
+        "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel", "dtype")}
         | {"mapped": _mapped(variant, inputs), "llama_bench": _llama_bench(variant, performance, inputs)}
         | {"kernels": _kernels(variant, config, inputs)}
         | _missing(performance)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tasks.core import hardware
 from tests.fault_server import KEY, Faults
 from tests.lessons import ask  # noqa: F401 - a fixture
 
@@ -31,13 +32,11 @@ def forget_places() -> None:
 
 
 def pytest_configure() -> None:
-    """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring."""
+    """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring. They are
+    not bound to a core each, since much of a test is waiting, when the other may have both."""
     forget_places()
-    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{part}", "") for part in ("", "_COUNT"))
-    if worker and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        own = cores[int(worker.removeprefix("gw")) % len(cores) :: int(workers)]
-        os.sched_setaffinity(0, own)
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        os.environ["OMP_NUM_THREADS"] = str(max(hardware.cores() // int(workers), 1))
 
 
 # Files that take minutes, the longest first: begun last, one of them would keep one worker busy while the other has nothing left to do.

@@ -92,7 +92,7 @@ def test_a_machine_that_was_not_quiet_is_called_so() -> None:
 
 
 VARIANTS = [
-    Variant(name="base-bf16", format="hf", bits=16, runtime="transformers", dtype="bfloat16", role="base"),
+    Variant(name="base-bf16", format="hf", bits=16, runtime="transformers", dtype="auto", role="base"),
     Variant(name="tuned-fp16", format="hf", bits=16, runtime="transformers", role="reference"),
     Variant(name="gguf-Q4_0", format="gguf", bits=4, runtime="llama_cpp", role="candidate"),
 ]

@@ -21,6 +21,7 @@ import pytest
 import flows.releasing
 import flows.stages
 from tasks.asking import find_model
+from tasks.core import hardware
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.child import FORKS
@@ -125,6 +126,7 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
     by_name = {v["name"]: v for v in report["variants"]}
     assert by_name["gguf-F16"]["fidelity"]["verdict"] == "ok" and by_name["gguf-F16"]["fidelity"]["mean_kld"] < 1e-3
     assert by_name["tuned-fp16"]["speedup_vs_fp16"] == 1
+    assert ("computed in float32, which is quickest here" in by_name["base-bf16"]["notes"]) is not hardware.native_bf16()
     assert by_name["gguf-Q4_0"]["size_mb"] < by_name["gguf-Q8_0"]["size_mb"] < by_name["gguf-F16"]["size_mb"]
     assert by_name["gguf-Q4_0"]["tensor_types"]["Q4_0"] > 0
     assert by_name["gptq-4bit"]["kernel"].endswith("Linear") and by_name["gptq-4bit"]["kernel"] != "Linear"
@@ -385,7 +387,7 @@ def test_a_variant_that_fails_fails_alone(copy: Path) -> None:
 
 
 def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:
-    longer = ("--set", "train.epochs=12", "--set", "train.checkpoints=12", "--set", "gguf=[Q4_0]", "--set", "gptq=[]")
+    longer = ("--set", "train.epochs=6", "--set", "train.checkpoints=6", "--set", "gguf=[Q4_0]", "--set", "gptq=[]")
     command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke", *longer]
     process = subprocess.Popen(command, env=environment(copy), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300

@@ -195,4 +195,13 @@ def test_a_container_has_as_many_cores_as_its_quota_of_time(tmp_path: Path, file
 def test_cores_keep_to_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000")
     monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # tests that run side by side have set it to 1
     assert hardware.cores() == 1
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("2", 2), ("1", 1), ("2,4", 2), ("99", 4), ("0", 1), ("", 4), ("many", 4)])
+def test_cores_keep_to_omp_num_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert hardware.cores() == cores

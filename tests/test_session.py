@@ -67,6 +67,21 @@ def test_of_a_run_that_was_made_twice_since_an_answer_was_lost_one_stays(home: P
     assert [(run.info.run_id, run.info.status) for run in children] == [(stage, "FINISHED")]
 
 
+@pytest.mark.slow
+def test_what_goes_on_below_a_run_of_this_home_that_has_ended_is_ended_by_the_next(home: Path) -> None:
+    """A server that answers and does nothing, or answers something else, has left them so."""
+    mine, theirs, ours = (
+        open_parent(load_settings(), "domain/base", key, "run", {"cartwright.opened_by": by})
+        for key, by in (("a", "me"), ("b", "you"), ("c", "me"))
+    )
+    left, elsewhere, goes_on = (tracker.child("count", "k", "stage") for tracker in (mine, theirs, ours))
+    for tracker in (mine, theirs):
+        tracker.client.set_terminated(tracker.parent, "FAILED")
+    open_parent(load_settings(), "domain/base", "d", "run", {"cartwright.opened_by": "me"})
+    now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on)}
+    assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "RUNNING"}
+
+
 def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without(home: Path) -> None:
     settings = load_settings()
     home.mkdir()

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from tasks.core import settings
+
 CGROUP = Path("/sys/fs/cgroup")
 LIBRARIES = (
     "torch",
@@ -51,9 +53,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cores() -> int:
-    """Cores this process may use: in a container often fewer than the machine has, by its affinity or by its quota of time."""
+    """Cores this process may use: in a container often fewer than the machine has, by its affinity or by its quota of time.
+
+    OMP_NUM_THREADS lowers that, for those who share a machine; llama.cpp, torch and what is forked keep to it alike.
+    """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, quota_of(CGROUP) or allowed)
+    return min(allowed, quota_of(CGROUP) or allowed, settings.asked_threads() or allowed)
 
 
 def quota_of(cgroup: Path) -> int | None:

@@ -21,6 +21,7 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for every run that ends
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -124,6 +125,12 @@ def without_secrets(text: str) -> str:
 def shown_uri(uri: str) -> str:
     """An address as it may be shown: without user and password."""
     return re.sub(r"//[^/]*@", "//***@", uri)
+
+
+def asked_threads() -> int | None:
+    """OMP_NUM_THREADS, at least 1; of a list, which has one for each level of nesting, the first. None if it is no number."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return max(int(asked), 1) if asked.isascii() and asked.isdigit() else None
 
 
 def visible_gpus() -> str:

@@ -107,6 +107,7 @@ def open_parent(
     conditions = [same] if reopen else [f"{same} and attributes.status = 'RUNNING'"]
     if flow_run := tags.get(TAG + "flow_run"):
         conditions.insert(0, f"{same} and tags.`{TAG}flow_run` = '{flow_run}'")
+    _end_orphans(client, experiment_id, tags)
     left = [run for condition in conditions for run in client.search_runs([experiment_id], condition, max_results=1)]
     taken = next((run.info.run_id for run in left if mine(run.data.tags)), None)
     if taken:
@@ -134,6 +135,15 @@ def _end_others(client: Any, experiment_id: str, same: str, kept: str, tags: Map
             client.delete_run(run.info.run_id)
         else:
             client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _end_orphans(client: Any, experiment_id: str, tags: Mapping[str, str]) -> None:
+    """Children that go on, as MLflow has it, below a parent run of this home that has ended: that they ended was said, and not heard."""
+    for run in client.search_runs([experiment_id], f"tags.`{TAG}kind` != 'pipeline' and attributes.status = 'RUNNING'"):
+        if parent := run.data.tags.get("mlflow.parentRunId"):
+            found = client.get_run(parent)
+            if found.info.status != "RUNNING" and found.data.tags.get(TAG + "opened_by") == tags.get(TAG + "opened_by"):
+                client.set_terminated(run.info.run_id, found.info.status)
 
 
 def preload() -> None:

@@ -39,6 +39,7 @@ class TransformersRuntime:
         torch.set_num_threads(threads)
         if dtype == "auto":
             dtype = "float16" if self.device == "cuda" else "bfloat16" if hardware.native_bf16() else "float32"
+        self.dtype = dtype
         file: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
         chosen: dict[str, Any] = {}
         if kernel:

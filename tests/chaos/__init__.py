@@ -1,6 +1,7 @@
 """Faults at seeded moments, the same command again, and what must hold then. `python -m tests.chaos --help`.
 
-pipelines.py   what is run: `small` (the real seam, child processes, MLflow and teacher on tiny stages) and `smoke` (the whole DAG)
+pipelines.py   what is run: `small` (the real seam, child processes, MLflow and teacher on tiny stages), `135m` (a GGUF file of the
+               real model) and `smoke` (the whole DAG)
 world.py       where a cycle happens: a home on a disk of its own, MLflow and teacher on loopback, the command
 faults.py      what goes wrong
 invariants.py  what must hold after the same command was given again

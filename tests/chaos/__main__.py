@@ -26,7 +26,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pipeline", choices=PIPELINES, default="small", help="small: the seam on tiny stages; smoke: the whole DAG")
+    parser.add_argument(
+        "--pipeline",
+        choices=PIPELINES,
+        default="small",
+        help="small: the seam on tiny stages; 135m: a GGUF file of the real model; smoke: the whole DAG",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the first fault; the next has the next number")
     parser.add_argument(
         "--faults",

@@ -258,6 +258,7 @@ FAULTS = (
     Fault("kill the MLflow server", kill_mlflow, prepare=restart_mlflow, undo=restart_mlflow),
     Fault("MLflow is slow", answers_of_mlflow("late"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("MLflow answers 500", answers_of_mlflow("500"), prepare=restart_mlflow, undo=calm_mlflow),
+    Fault("MLflow answers something else", answers_of_mlflow("page", "nothing"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("MLflow loses requests or answers", answers_of_mlflow("drop", "lost"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("the same run beside it", run_beside(other=False), undo=await_second),
     Fault("another run beside it", run_beside(other=True), undo=await_second),

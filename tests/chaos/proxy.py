@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 LATE_S = 1.5
+WRONG = {"page": b"<!doctype html><title>Sign in</title>", "nothing": b"{}"}
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
 
@@ -17,8 +18,9 @@ class Proxy(ThreadingHTTPServer):
     """First goes through a list of faults, then passes everything on.
 
     Attributes:
-        faults: what the next requests meet: `late` (an answer after a while), `500`, `drop` (the server never hears of it) or
-            `lost` (the server does it, and the answer is lost).
+        faults: what the next requests meet: `late` (an answer after a while), `500`, `page` (a page instead of an answer, as of a
+            gateway that wants a login), `nothing` (an empty object), `drop` (the server never hears of it) or `lost` (the server does
+            it, and the answer is lost).
         behind: port of the real server; nobody answers while it is None.
     """
 
@@ -46,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if fault == "500":
             self._answer(500, [], b'{"error_code": "INTERNAL_ERROR", "message": "broken on purpose"}')
+        elif fault in WRONG:
+            self._answer(200, [("Content-Type", "application/json")], WRONG[fault])
         elif fault != "drop" and self.server.behind:
             try:
                 status, headers, content = self._ask(self.server.behind, body)
