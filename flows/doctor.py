@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, asked_threads
 from tasks.domain.errors import UserError
 
 
@@ -28,7 +28,11 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     facts = hardware.environment()
     slow = "multiplies no bfloat16: training takes about six times as long"
     multiplies = "multiplies bfloat16" if hardware.native_bf16() else slow
-    yield True, "processor", f"{facts['cpu']}, {facts['cores']} cores, {facts['ram_gb']} GB, {multiplies}"
+    yield (
+        True,
+        "processor",
+        f"{facts['cpu']}, {facts['cores']} cores{' (OMP_NUM_THREADS)' if asked_threads() else ''}, {facts['ram_gb']} GB, {multiplies}",
+    )
     yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
     for library, version in hardware.versions().items():
         yield version != "missing", library, version

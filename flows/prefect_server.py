@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from tasks.core import settings as environment
-from tasks.core.lifetime import tied
+from tasks.core.lifetime import die_with_parent
 from tasks.core.settings import Settings
 
 API_START_S = 120
@@ -42,17 +44,7 @@ def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) ->
         port = free_port()
         with log.open("ab") as output:
             server = subprocess.Popen(
-                tied(
-                    "uvicorn",
-                    "--factory",
-                    "prefect.server.api.server:create_app",
-                    "--host",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
-                    "--log-level",
-                    "error",
-                ),
+                [sys.executable, "-m", "flows.prefect_server", str(os.getpid()), str(port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={
@@ -132,3 +124,23 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"Prefect's server did not answer within {API_START_S} s. Its log: {log}")
+
+
+def _serve(port: int) -> None:
+    """Serve Prefect's API in this process. A fifth of its start would go into looking for garbage among what is imported."""
+    gc.disable()
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            gc.freeze()
+            gc.enable()
+
+    config = uvicorn.Config("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+    Server(config).run()
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    _serve(int(sys.argv[2]))

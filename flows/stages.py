@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 
 from flows.session import Run, runner, teacher_secret, tell
-from tasks.base_model import base_model
+from tasks.base_model import TINY, base_model
 from tasks.benchmark import benchmark
 from tasks.config import RunConfig
 from tasks.core.child import FORKS, StageError
@@ -28,7 +28,7 @@ from tasks.importance import importance
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
 from tasks.merge import merge
 from tasks.own_files import OwnFilesConfig, own_files
-from tasks.qlora import has_compiler
+from tasks.qlora import why_slow
 from tasks.quantize_awq import quantize_awq
 from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
@@ -86,9 +86,12 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest, Ma
     """Base model, adapter, merged 16-bit model, and what that foretells, with which every quantized variant is compared; or why not."""
     call = runner(run)
     base = call(base_model, run.config.base_model)
-    if run.config.train.compile and not has_compiler():
-        call.display.say("There is no C++ compiler here: the layers are trained as they are, which is slower")
-    adapter = call(finetune, run.config.train, base_model=base, dataset=dataset)
+
+    def explain() -> None:
+        for lack in why_slow(run.config.train) if run.config.base_model.source != TINY else ():
+            call.display.say(lack)
+
+    adapter = replace(call, meanwhile=explain)(finetune, run.config.train, base_model=base, dataset=dataset)
     tuned = call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
     try:
         reference: Manifest | str = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)

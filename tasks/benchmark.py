@@ -174,7 +174,8 @@ def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
     for _, folder in runs:
         for name, values in json.loads((folder / SAMPLES).read_text(encoding="utf-8")).items():
             samples.setdefault(name, []).extend(values)
-    median = {name: (max if name in BUSY else _median)([found[name] for found in metrics]) for name in metrics[0]}
+    shared = [name for name in metrics[0] if all(name in found for found in metrics)]  # an earlier version measured fewer
+    median = {name: (max if name in BUSY else _median)([found[name] for found in metrics]) for name in shared}
     percentiles_of_all = {name: value for name, value in summary(samples).items() if name.endswith("_ms")}
     return {
         **median,

@@ -95,6 +95,16 @@ def has_compiler() -> bool:
     return bool(shutil.which("c++") or shutil.which("g++"))
 
 
+def why_slow(config: FinetuneConfig) -> list[str]:
+    """What this machine lacks that training would be quicker with, a sentence each."""
+    lacks = []
+    if config.compile and not has_compiler():
+        lacks.append("There is no C++ compiler here: the layers are trained as they are, which is slower.")
+    if resolve_precision(config) == "fp32" and config.precision == "auto":
+        lacks.append("This processor multiplies no bfloat16: training takes about six times as long as on one that does.")
+    return lacks
+
+
 def load_base(config: FinetuneConfig, base_model: Path, attention: str | None = None) -> Any:
     """The base model as the config's method and precision hold it, before anything is unpacked.
 

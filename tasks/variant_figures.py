@@ -49,7 +49,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
     if variant.role == "base":
         examples = f" and {variant.few_shot} examples" if variant.few_shot else ", without examples"
         notes.append(f"asked with long instructions{examples}, since it was not fine-tuned")
-        if (dtype := performance.get("dtype", "bfloat16")) != "bfloat16":  # benchmarks of before it was noted were all in that
+        if (dtype := performance["dtype"]) != "bfloat16":
             notes.append(f"computed in {dtype}, which is quickest here")
     if performance["device"] == "cpu" and variant.format in GPU_FORMATS:
         notes.append(f"{variant.format.upper()} is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")

@@ -33,8 +33,18 @@ class Tags:
         del self.tags[tag]
 
 
-def test_hosts_that_claim_at_once_have_it_one_after_the_other() -> None:
-    tags, inside, most = Tags(), [], []
+class Unique(Tags):
+    """As a database does that two make the same tag in at once: it has room for one, and the other hears of an error."""
+
+    def set_registered_model_tag(self, name: str, tag: str, value: str) -> None:
+        time.sleep(self.delay_s)
+        if self.tags.setdefault(tag, value) != value:
+            raise RuntimeError("UNIQUE constraint failed")
+
+
+@pytest.mark.parametrize("kind", [Tags, Unique])
+def test_hosts_that_claim_at_once_have_it_one_after_the_other(kind: type[Tags]) -> None:
+    tags, inside, most = kind(), [], []
 
     def hold(owner: str) -> None:
         with Claim(tags, "m", owner, settle_s=0.2) as claim:
@@ -50,6 +60,17 @@ def test_hosts_that_claim_at_once_have_it_one_after_the_other() -> None:
     for host in hosts:
         host.join()
     assert most == [1, 1, 1, 1] and not tags.tags
+
+
+def test_a_claim_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = Tags()
+
+    def fails(*_: str) -> None:
+        raise RuntimeError("no such table")
+
+    monkeypatch.setattr(tags, "set_registered_model_tag", fails)
+    with pytest.raises(RuntimeError, match="no such table"), Claim(tags, "m", "me", settle_s=0.05):
+        pass
 
 
 def test_a_claim_of_a_dead_host_is_waited_for_and_ones_own_is_not() -> None:

@@ -346,6 +346,7 @@ def test_what_cannot_be_checked_stands_unchecked_and_the_run_goes_on(
         return manifest
 
     monkeypatch.setattr(stages, "runner", lambda run: call)
+    monkeypatch.setattr(stages, "replace", lambda call, **_: call)
     names = {"gptq-4bit": ("gptq", "transformers"), "gguf-Q4_0": ("gguf", "llama_cpp")}
     variants = [Variant(name=n, format=f, bits=4, runtime=r, role="candidate") for n, (f, r) in names.items()]  # type: ignore[arg-type]
     run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke"), started="", resumed=False)

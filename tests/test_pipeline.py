@@ -126,7 +126,8 @@ def test_the_report_keeps_its_contract(finished: Finished) -> None:
     by_name = {v["name"]: v for v in report["variants"]}
     assert by_name["gguf-F16"]["fidelity"]["verdict"] == "ok" and by_name["gguf-F16"]["fidelity"]["mean_kld"] < 1e-3
     assert by_name["tuned-fp16"]["speedup_vs_fp16"] == 1
-    assert ("computed in float32, which is quickest here" in by_name["base-bf16"]["notes"]) is not hardware.native_bf16()
+    differs = hardware.gpu() is not None or not hardware.native_bf16()
+    assert any("which is quickest here" in note for note in by_name["base-bf16"]["notes"]) is differs
     assert by_name["gguf-Q4_0"]["size_mb"] < by_name["gguf-Q8_0"]["size_mb"] < by_name["gguf-F16"]["size_mb"]
     assert by_name["gguf-Q4_0"]["tensor_types"]["Q4_0"] > 0
     assert by_name["gptq-4bit"]["kernel"].endswith("Linear") and by_name["gptq-4bit"]["kernel"] != "Linear"

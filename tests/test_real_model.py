@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # one old core train
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     home = tmp_path / "home"
     small = {
-        "data.train_rows": 320, "data.validation_rows": 24, "data.test_rows": 40, "data.hard_rows": 12, "base_few_shot": 0, "data.languages": "[en]", "data.patterns_per_intent": 4,
+        "data.train_rows": 240, "data.validation_rows": 24, "data.test_rows": 24, "data.hard_rows": 12, "base_few_shot": 0, "data.languages": "[en]", "data.patterns_per_intent": 4,
         "data.intents": "[add_to_cart,remove_from_cart,view_cart,track_order]",
-        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 1, "train.batch_size": 8, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "both", "gptq": "[]",
+        "train.compile": "false", "train.checkpoints": 2, "train.epochs": 1, "train.batch_size": 8, "gguf": "[F16,Q8_0,Q4_1]", "gguf_importance": "without", "gptq": "[]",
         "evaluate.max_tokens": 32, "benchmark.max_tokens": 8, "benchmark.decode_tokens": 8, "benchmark.prefill_tokens": 64, "benchmark.requests": 5, "benchmark.batched_requests": 5, "benchmark.repeats": 1, "fidelity.rows": 12,
     }  # fmt: skip
     result = run(home, *(part for name, value in small.items() for part in ("--set", f"{name}={value}")), profile="quick")
@@ -44,7 +44,5 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     assert (
         fidelity["gguf-Q4_1"]["delta_retained"] < 0.9 and fidelity["gguf-Q4_1"]["top1_agreement"] < fidelity["gguf-Q8_0"]["top1_agreement"]
     )
-    # An importance matrix makes llama.cpp look for other scales than those of that grid.
-    assert fidelity["gguf-Q4_1-imatrix"]["mean_kld"] < fidelity["gguf-Q4_1"]["mean_kld"]
     assert variants["gguf-Q8_0"]["performance"]["rss_mb"] < variants["tuned-fp16"]["performance"]["rss_mb"]
     assert max(stage["peak_rss_mb"] or 0 for stage in report["stages"]) < 6000

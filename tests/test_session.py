@@ -74,12 +74,16 @@ def test_what_goes_on_below_a_run_of_this_home_that_has_ended_is_ended_by_the_ne
         open_parent(load_settings(), "domain/base", key, "run", {"cartwright.opened_by": by})
         for key, by in (("a", "me"), ("b", "you"), ("c", "me"))
     )
-    left, elsewhere, goes_on = (tracker.child("count", "k", "stage") for tracker in (mine, theirs, ours))
+    left, elsewhere, goes_on = (tracker.child("count", "k", "stage") for tracker in (mine, theirs, ours))  # `ours` is killed below
     for tracker in (mine, theirs):
         tracker.client.set_terminated(tracker.parent, "FAILED")
-    open_parent(load_settings(), "domain/base", "d", "run", {"cartwright.opened_by": "me"})
-    now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on)}
-    assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "RUNNING"}
+    gone = {"cartwright.kind": "stage", "mlflow.parentRunId": "0" * 32}
+    without_parent = mine.client.create_run(mine.experiment_id, run_name="count", tags=gone).info.run_id
+    open_parent(load_settings(), "domain/base", "d", "run", {})
+    assert mine.client.get_run(left).info.status == "RUNNING"  # whose home it is is not known
+    open_parent(load_settings(), "domain/base", "c", "another commit", {"cartwright.opened_by": "me"}, mine=lambda tags: False)
+    now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on, without_parent)}
+    assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "KILLED", without_parent: "RUNNING"}
 
 
 def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without(home: Path) -> None:

@@ -59,11 +59,12 @@ def test_makefile_and_images_install_nothing_without_a_hash_that_could_have_one(
     assert source and lock["llama-cpp-python"] == (source[1], {source[2]})
     checked = r"-c requirements\.lock|\$\(LOCKED\)|\$\(SOURCE\)|-r llama\.txt"
     # What has no hash: torch, pip itself, what was compiled from a source with one, and this project.
-    without = r"torch==|\(torch==|pip==26\.3|--upgrade 'pip>=26\.1'|wheels/\*\.whl|\$\(WHEELS\)/\*\.whl|-e \.|--quiet cmake ninja"
+    without = r"torch==|\$\(TORCH\)|pip==26\.3|\$\(PIP\)|wheels/\*\.whl|\$\(WHEELS\)/\*\.whl|-e \.|--quiet cmake ninja"
     calls = re.findall(r"pip (?:install|wheel|download) [^\n&]*", DOCKERFILE + makefile.replace("\\\n", " "))
     assert len(calls) > 20
     for call in calls:
         assert re.search(checked, call) or re.search(without, call), call
+    assert makefile.index("pip install --quiet $(PIP)") < makefile.index("pip install --quiet --no-compile $(LOCKED)")
     for step in re.split(r"\nFROM ", DOCKERFILE):  # an older pip takes the hash of a constraint for that of nothing
         if "-c requirements.lock" in step:
             assert step.index("pip install pip==26.3") < step.index("-c requirements.lock")

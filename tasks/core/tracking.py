@@ -107,18 +107,19 @@ def open_parent(
     conditions = [same] if reopen else [f"{same} and attributes.status = 'RUNNING'"]
     if flow_run := tags.get(TAG + "flow_run"):
         conditions.insert(0, f"{same} and tags.`{TAG}flow_run` = '{flow_run}'")
-    _end_orphans(client, experiment_id, tags)
     left = [run for condition in conditions for run in client.search_runs([experiment_id], condition, max_results=1)]
     taken = next((run.info.run_id for run in left if mine(run.data.tags)), None)
     if taken:
         client.update_run(taken, status="RUNNING")
         _end_others(client, experiment_id, same, str(taken), tags)
+        _end_orphans(client, experiment_id, tags)
         for name, value in tags.items():
             client.set_tag(taken, name, value)
         return Tracker(settings, str(taken), resumed=True)
     all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
     made = str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id)
     _end_others(client, experiment_id, same, made, tags)
+    _end_orphans(client, experiment_id, tags)
     return Tracker(settings, made)
 
 
@@ -139,11 +140,23 @@ def _end_others(client: Any, experiment_id: str, same: str, kept: str, tags: Map
 
 def _end_orphans(client: Any, experiment_id: str, tags: Mapping[str, str]) -> None:
     """Children that go on, as MLflow has it, below a parent run of this home that has ended: that they ended was said, and not heard."""
+    from mlflow.exceptions import MlflowException
+
+    if not (opened_by := tags.get(TAG + "opened_by")):
+        return
+    running: dict[str, list[str]] = {}
     for run in client.search_runs([experiment_id], f"tags.`{TAG}kind` != 'pipeline' and attributes.status = 'RUNNING'"):
-        if parent := run.data.tags.get("mlflow.parentRunId"):
+        running.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run.info.run_id)
+    for parent, children in running.items():
+        try:
             found = client.get_run(parent)
-            if found.info.status != "RUNNING" and found.data.tags.get(TAG + "opened_by") == tags.get(TAG + "opened_by"):
-                client.set_terminated(run.info.run_id, found.info.status)
+        except MlflowException:  # deleted for good, or none
+            continue
+        if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != opened_by:
+            continue
+        for child in children:
+            if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
+                client.set_terminated(child, found.info.status)
 
 
 def preload() -> None:

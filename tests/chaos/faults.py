@@ -254,7 +254,7 @@ FAULTS = (
     Fault("kill the parent", kill_parent, kills=True),
     Fault("stop it by hand", stop_by_hand),
     Fault("kill a stage's process", kill_running("tasks.core.child")),
-    Fault("kill the Prefect server", kill_running("prefect.server.api.server"), prefect=True),
+    Fault("kill the Prefect server", kill_running("flows.prefect_server"), prefect=True),
     Fault("kill the MLflow server", kill_mlflow, prepare=restart_mlflow, undo=restart_mlflow),
     Fault("MLflow is slow", answers_of_mlflow("late"), prepare=restart_mlflow, undo=calm_mlflow),
     Fault("MLflow answers 500", answers_of_mlflow("500"), prepare=restart_mlflow, undo=calm_mlflow),
