@@ -133,7 +133,8 @@ def _draw_point(axes: Axes, point: _Point, edge: float) -> None:
     colour, marker = FORMATS.get(point.format, (MUTED, "X"))
     y, below = max(point.y, edge), point.y < edge
     if not below:
-        axes.errorbar([point.x], [point.y], yerr=[[point.y - point.low], [point.high - point.y]], fmt="none",
+        around = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]  # an earlier version rounded beyond the point
+        axes.errorbar([point.x], [point.y], yerr=around, fmt="none",
                       ecolor=colour, elinewidth=1, capsize=2, alpha=0.7)  # fmt: skip
     if point.pareto:
         axes.plot([point.x], [y], color=INK, **RING)

@@ -119,6 +119,9 @@ def test_wilson_interval_against_published_values() -> None:
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     low, high = wilson_interval(0, 20)
     assert (round(low, 4), round(high, 4)) == (0.0, 0.1611)
+    for n in range(1, 400):  # rounding put a bound beyond what it is of, and no plot could be drawn
+        for found in (proportion(0, n), proportion(n, n)):
+            assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
 
 
 def test_score_counts_every_row() -> None:

@@ -86,16 +86,7 @@ def test_no_product_of_evaluation_is_learnt(server: Faults, ask: Callable[..., M
 
 # --- whole runs --------------------------------------------------------------------------------------------------
 
-SMALL = (
-    "data.languages=[en,de]",
-    "data.intents=[add_to_cart,view_cart]",
-    "gguf=[Q4_0]",
-    "gptq=[]",
-    "base_few_shot=0",
-    "data.train_rows=48",
-    "data.test_rows=12",
-    "data.hard_rows=12",
-)
+SMALL = ("data.languages=[en,de]", "data.intents=[add_to_cart,view_cart]", "gguf=[Q4_0]", "gptq=[]", "base_few_shot=0")
 SAVE_SECRET = """
 import sys
 from tasks.core.settings import load_settings, prepare_environment

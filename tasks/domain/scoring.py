@@ -136,7 +136,8 @@ def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tup
         return 0.0, 1.0
     p, zz = successes / n, z * z
     centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + zz / n)), min(1.0, (centre + half) / (1 + zz / n))
+    low, high = (centre - half) / (1 + zz / n), (centre + half) / (1 + zz / n)
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # rounding may put a bound beyond a proportion of 0 or 1
 
 
 def proportion(successes: int, n: int) -> dict[str, float | int]:
