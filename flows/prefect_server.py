@@ -22,6 +22,7 @@ from tasks.core.settings import Settings
 
 API_START_S = 120
 AGAIN_S = b"0.1"  # Prefect's clients take fractions
+RARELY_S = 10
 
 
 @contextmanager
@@ -150,9 +151,14 @@ def soon_again(app: Any) -> Any:
     every third run.
     """
 
+    last = float("-inf")
+
     async def patient(scope: Any, receive: Any, send: Any) -> None:
         async def send_on(message: Any) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 503:
+            nonlocal last
+            # Once in a while: what stays busy is waited for as long as Prefect's client waits.
+            if message["type"] == "http.response.start" and message["status"] == 503 and time.monotonic() - last > RARELY_S:
+                last = time.monotonic()
                 message = {**message, "headers": [*message.get("headers", ()), (b"retry-after", AGAIN_S)]}
             await send(message)
 

@@ -39,11 +39,11 @@ class Claim:
     def _there(self) -> str:
         return str(self._client.get_registered_model(self._model).tags.get(self._tag, ""))
 
-    def _write(self) -> None:
+    def _write(self, there: str) -> None:
         try:
             self._client.set_registered_model_tag(self._model, self._tag, self._mine)
         except Exception:
-            if not self._there():
+            if self._there() in ("", there):
                 raise
             # Another wrote at the same moment: of two new tags the database takes one, and calls the other an error.
 
@@ -54,7 +54,7 @@ class Claim:
             if there != seen:
                 seen, since = there, time.monotonic()
             if not there or there.rpartition(" ")[0] == self._owner or time.monotonic() - since > self._abandoned_s:
-                self._write()
+                self._write(there)
                 time.sleep(self._settle_s)
                 if self.holds():
                     return self
