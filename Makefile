@@ -34,7 +34,8 @@ OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 	if not one.startswith(("cartwright", "llama-cpp-python"))), sep="\n")
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || ls $(WHEELS)/*.whl >/dev/null 2>&1 || { echo "Cartwright needs a C++ compiler to compile llama.cpp, such as Debian's package g++"; exit 1; }
 	$(BIN)/pip install --quiet $(PIP)
 	@echo "Installing the dependencies: 5 to 10 minutes the first time (llama.cpp is compiled)"
 	@$(MAKE) --no-print-directory -j 2 compiled downloaded
@@ -49,12 +50,12 @@ $(READY): pyproject.toml requirements.lock
 	rm -rf $(VENV)/src
 	touch $(READY)
 
+# ninja would take the number of jobs of this make for its own. A wheel has its place when it is whole.
 compiled:
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || ls $(WHEELS)/*.whl >/dev/null 2>&1 || { echo "Cartwright needs a C++ compiler to compile llama.cpp, such as Debian's package g++"; exit 1; }
 	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(VENV)/library.cmake
-	ls $(WHEELS)/*.whl >/dev/null 2>&1 || \
+	ls $(WHEELS)/*.whl >/dev/null 2>&1 || { \
 		CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/library.cmake -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
-		$(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS) $(SOURCE)
+		env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL $(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS)/new $(SOURCE) && mv $(WHEELS)/new/*.whl $(WHEELS)/; }
 
 downloaded:
 	$(BIN)/python -c '$(OTHERS)' >$(VENV)/others.txt

@@ -18,10 +18,11 @@ from tasks.base_model import base_model
 from tasks.core.artifacts import Store
 from tasks.core.child import StageError
 from tasks.core.display import Display
+from tasks.core.flat import as_params
 from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
-from tasks.core.tracking import as_params, open_parent
+from tasks.core.tracking import open_parent
 from tasks.domain.errors import UserError
 from tasks.finetune import finetune
 from tasks.synthesize import synthesize

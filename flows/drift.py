@@ -18,12 +18,13 @@ from flows.session import alone, ending, run_log, tell
 from tasks.champion import Champion, champion_with_dataset
 from tasks.core.artifacts import Store
 from tasks.core.display import Display
+from tasks.core.flat import as_params, flatten
 from tasks.core.manifests import MANIFEST, Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.registry import champion_files
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings, load_settings
-from tasks.core.tracking import as_params, flatten, open_parent
+from tasks.core.tracking import open_parent
 from tasks.domain.errors import UserError
 from tasks.drift import DriftConfig, DriftOptions, read_result
 from tasks.drift import drift as drift_stage

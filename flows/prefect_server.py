@@ -159,7 +159,8 @@ def soon_again(app: Any) -> Any:
             # Once in a while: what stays busy is waited for as long as Prefect's client waits.
             if message["type"] == "http.response.start" and message["status"] == 503 and time.monotonic() - last > RARELY_S:
                 last = time.monotonic()
-                message = {**message, "headers": [*message.get("headers", ()), (b"retry-after", AGAIN_S)]}
+                headers = [header for header in message.get("headers", ()) if header[0].lower() != b"retry-after"]
+                message = {**message, "headers": [*headers, (b"retry-after", AGAIN_S)]}
             await send(message)
 
         await app(scope, receive, send_on)

@@ -83,6 +83,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return ShuffledSampler()
 
+        optimizer: Any  # transformers' types are not looked at
+
         def create_optimizer(self, *_: Any) -> Any:
             if self.optimizer is None:
                 self.optimizer = make_optimizer(config, model)
@@ -165,7 +167,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         workers_peak = pool.close() if pool else 0.0
         pool = None
     # The last step's evaluation, if there was one at that step.
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {})
     if last.get("step") != total_steps:
         trainer.restore_when_due()  # a training that was killed behind its last step has taken none here
         last = trainer.evaluate()

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from tasks import gate
 from tasks.core import ledger
 from tasks.core.artifacts import Store
+from tasks.core.flat import as_params, comparable, flatten
 from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
 from tasks.core.runner import Runner
-from tasks.core.tracking import Tracker, as_params, comparable, flatten
+from tasks.core.tracking import Tracker
 from tasks.decide import recommended_cpu
 from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE

@@ -69,8 +69,10 @@ def test_a_claim_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no such table")
 
     monkeypatch.setattr(tags, "set_registered_model_tag", fails)
-    with pytest.raises(RuntimeError, match="no such table"), Claim(tags, "m", "me", settle_s=0.05):
-        pass
+    for left in ({}, {TAG: "me dead"}, {TAG: "other dead"}):  # none, one's own, and another's that may be taken over
+        tags.tags = dict(left)
+        with pytest.raises(RuntimeError, match="no such table"), Claim(tags, "m", "me", settle_s=0.05, abandoned_s=0.1):
+            pass
 
 
 def test_a_claim_of_a_dead_host_is_waited_for_and_ones_own_is_not() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
-from tasks.core import hardware
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.stage import run
 from tasks.finetune import finetune
 from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
-from tasks.qlora import FinetuneConfig, build_model, load_base, why_slow
+from tasks.qlora import FinetuneConfig, build_model, load_base
 from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
 
 TRAINING = {"precision": "fp32", "batch_size": 8, "learning_rate": 0.01, "rank": 4, "compile": False, "checkpoints": 1}
@@ -134,23 +133,3 @@ def test_restored_layers_hold_the_weights_of_the_files(store: Store, inputs: dic
     assert len(before) == (14 if precision == "int8" else 0)
     assert not [name for name, old in before.items() if torch.equal(layers[name].forward_int8, old)]
     assert not [layer for layer in layers.values() if layer.weight.requires_grad]
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("bf16", "compiler", "config", "words"),
-    [
-        (False, True, {}, ["bfloat16"]),
-        (False, False, {}, ["compiler", "bfloat16"]),
-        (True, False, {"compile": False}, []),
-        (False, True, {"precision": "fp32"}, []),  # as was asked for
-    ],
-)
-def test_what_training_would_be_quicker_with_is_said(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, compiler: bool, config: dict[str, Any], words: list[str]
-) -> None:
-    monkeypatch.setattr(hardware, "gpu", lambda: None)
-    monkeypatch.setattr(hardware, "native_bf16", lambda: bf16)
-    monkeypatch.setattr("tasks.qlora.has_compiler", lambda: compiler)
-    said = why_slow(FinetuneConfig(**config))
-    assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))

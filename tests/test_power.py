@@ -13,6 +13,7 @@ import pytest
 
 from tasks.core import hardware, tdp
 from tasks.core.power import Energy, Gpu, first_gpu, per_request
+from tasks.qlora import FinetuneConfig, why_slow
 
 pytestmark = [pytest.mark.fast, pytest.mark.slow]
 
@@ -205,3 +206,22 @@ def test_cores_keep_to_omp_num_threads(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert hardware.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("bf16", "compiler", "config", "words"),
+    [
+        (False, True, {}, ["bfloat16"]),
+        (False, False, {}, ["compiler", "bfloat16"]),
+        (True, False, {"compile": False}, []),
+        (False, True, {"precision": "fp32"}, []),  # as was asked for
+    ],
+)
+def test_what_training_would_be_quicker_with_is_said(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, compiler: bool, config: dict[str, Any], words: list[str]
+) -> None:
+    monkeypatch.setattr(hardware, "gpu", lambda: None)
+    monkeypatch.setattr(hardware, "native_bf16", lambda: bf16)
+    monkeypatch.setattr("tasks.qlora.has_compiler", lambda: compiler)
+    said = why_slow(FinetuneConfig(**config))
+    assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def test_prefects_client_asks_a_busy_server_again_soon(monkeypatch: pytest.Monke
     from prefect.client import base
 
     waited: list[float] = []
-    monkeypatch.setattr(base.time, "sleep", waited.append)
+    monkeypatch.setattr(base, "time", SimpleNamespace(sleep=waited.append))  # of this module, not of all
 
     def ask(app: Any) -> tuple[int, str]:
         seen.clear()
@@ -59,3 +60,21 @@ def test_prefects_client_asks_a_busy_server_again_soon(monkeypatch: pytest.Monke
     assert ask(soon_again(busy_at_first)) == ask(busy_at_first) == (200, "fine")
     soon, usual = waited
     assert soon < 0.5 < usual
+
+
+def test_a_server_that_stays_busy_is_waited_for_as_long_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.client import base
+
+    async def busy(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"Retry-After", b"7")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    waited: list[float] = []
+    monkeypatch.setattr(base, "time", SimpleNamespace(sleep=waited.append))
+    with (
+        serving(soon_again(busy)) as address,
+        base.PrefectHttpxSyncClient(base_url=address, enable_csrf_support=False) as client,
+        pytest.raises(Exception, match="503"),
+    ):
+        client.get("/task_runs/")
+    assert waited[0] < 0.5 and len(waited) > 2 and min(waited[1:]) >= 7

@@ -15,7 +15,8 @@ import pytest
 
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
-from tasks.runtimes.llama_cpp import Asked, LlamaCppRuntime
+from tasks.runtimes.llama_cpp import LlamaCppRuntime
+from tasks.runtimes.sources import Asked
 from tasks.serving.app import Service, application
 from tasks.serving.champion import Champions
 from tasks.serving.config import ServeConfig, check_key, serve_config

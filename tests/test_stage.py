@@ -129,6 +129,7 @@ def damage_a_figure(folder: Path) -> None:
     (folder / MANIFEST).write_text(text.replace('"numbers": 3', '"numbers": 2'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -162,6 +163,7 @@ def test_an_artefact_of_an_earlier_version_has_no_checksum_and_is_used(run: Run,
     assert run(count, CountConfig())[1] == "computed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", ["0.txt", "no number.txt", MANIFEST])
 def test_nothing_is_made_from_an_input_that_was_damaged_since_it_was_found(run: Run, store: Store, home: Path, damaged: str) -> None:
     numbers, _ = run(count, CountConfig())

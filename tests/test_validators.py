@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,9 +20,17 @@ SPEC = load_spec("ecommerce")
 BANKS = {language: load_bank(SPEC, language) for language in ("en", "de", "hr")}
 
 
-@pytest.fixture
-def judge() -> Judge:
+@pytest.fixture(scope="module")
+def untouched() -> Judge:
+    """One that has let nothing pass yet, which takes half a second to make."""
     return Judge(SPEC, BANKS)
+
+
+@pytest.fixture
+def judge(untouched: Judge) -> Judge:
+    made = copy.copy(untouched)
+    made._passed = {of: [*passed] for of, passed in untouched._passed.items()}
+    return made
 
 
 def request(kind: str, topic: str, language: str = "en") -> Request:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from tasks.core import ledger
+from tasks.core.flat import as_params, comparable, flatten, metric_name
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
@@ -28,35 +28,6 @@ from tasks.domain.errors import UserError
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
 TAG = "cartwright."
-IN_REPORT_ONLY = re.compile(r"\b(confusion\.|by_(intent|language|slot|source)\..*\.(low|high|n)$)")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a nested mapping by dotted name: what MLflow takes as metrics. Lists and texts are left out."""
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat[f"{prefix}{name}"] = float(value)
-    return flat
-
-
-def comparable(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures that runs are compared by. Cells of the confusion matrix and the bounds of small groups are left to `report.json`."""
-    return {name: value for name, value in figures.items() if not IN_REPORT_ONLY.search(name)}
-
-
-def as_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A config as MLflow parameters, nested fields by dotted name; at most 6,000 characters each."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= as_params(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[f"{prefix}{name}"] = text[:6000]
-    return flat
 
 
 def client_of(settings: Settings) -> Any:
@@ -232,7 +203,7 @@ class Tracker:
         if params:
             self._without_params.discard(run_id)
         wanted = [Param(name, value) for name, value in (params or {}).items() if name not in known]
-        self.client.log_batch(run_id, [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
+        self.client.log_batch(run_id, [Metric(metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
 
     @ledger.charge("mlflow")
     def log_stage(self, label: str, manifest: Manifest, cached: bool) -> str:
@@ -337,11 +308,6 @@ class Tracker:
         if model_id not in {output.model_id for output in (shown.model_outputs if shown else [])}:  # twice is an error
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
-
-
-def _metric_name(name: str) -> str:
-    """MLflow allows letters, digits, `_ - . : /` and spaces in the name of a metric."""
-    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in name)
 
 
 def _serving_requirements(runtime: str) -> list[str]:

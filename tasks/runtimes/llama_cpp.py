@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp.llama_cpp as api
 import numpy as np
@@ -19,6 +19,7 @@ from tasks.domain.prompt import Message
 from tasks.runtimes import LONGEST_PROMPT, Completion, common_prefix, too_long
 from tasks.runtimes.guesses import Guesses
 from tasks.runtimes.llama_grammar import Grammar
+from tasks.runtimes.sources import Asked, Listed, Source
 
 BATCH = LONGEST_PROMPT  # most tokens one call of llama_decode takes
 FEW = 4  # sequences; with more of them the processor is busy without guesses
@@ -30,41 +31,6 @@ def _silent(level: int, text: bytes, user_data: Any) -> None:
 
 
 api.llama_log_set(_silent, ctypes.c_void_p(0))
-
-
-@dataclass
-class Asked:
-    """A conversation to be answered, and the most tokens of its answer. `gone`: nobody waits for it any more."""
-
-    index: int
-    prompt: list[int]
-    max_tokens: int
-    gone: bool = False
-
-
-class Source(Protocol):
-    """Where conversations come from: a list, or requests as they arrive."""
-
-    def take(self, wait: bool) -> Asked | None:
-        """The next conversation; None if there is none at the moment. With `wait` None means that there will be none any more."""
-        ...
-
-    def refuse(self, asked: Asked, problem: str) -> None:
-        """What was taken can never be answered."""
-        ...
-
-
-class _Listed:
-    """Conversations that are all there from the beginning."""
-
-    def __init__(self, asked: list[Asked]) -> None:
-        self._asked = asked[::-1]
-
-    def take(self, wait: bool) -> Asked | None:
-        return self._asked.pop() if self._asked else None
-
-    def refuse(self, asked: Asked, problem: str) -> None:
-        raise ValueError(f"conversation {asked.index} {problem}")
 
 
 @dataclass
@@ -232,7 +198,7 @@ class LlamaCppRuntime:
         prefix = common_prefix(list(prompts.values())) if self.share_prefix else []
         longest = max(map(len, prompts.values()), default=0)
         places = len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses)
-        listed = _Listed([Asked(index, prompt, max_tokens) for index, prompt in prompts.items()])
+        listed = Listed([Asked(index, prompt, max_tokens) for index, prompt in prompts.items()])
         yield from self.answer(listed, prefix, parallel, places)
 
     def answer(self, source: Source, prefix: list[int], parallel: int, places: int) -> Iterator[Completion]:

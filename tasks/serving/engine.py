@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
+from tasks.runtimes.sources import Asked
 
 if TYPE_CHECKING:
-    from tasks.runtimes.llama_cpp import Asked, LlamaCppRuntime
+    from tasks.runtimes.llama_cpp import LlamaCppRuntime
 
 log = logging.getLogger("cartwright.serve")
 PLACES = 128  # tokens of the context for each sequence: several times a usual prompt and its answer; longer ones share
@@ -75,8 +76,6 @@ class Engine:
             Busy: there is no room for all of them.
             Closing: see there.
         """
-        from tasks.runtimes.llama_cpp import Asked
-
         prompts = self._encode(conversations)
         with self._changed:
             if self._closing:
