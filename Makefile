@@ -55,7 +55,7 @@ compiled:
 	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(VENV)/library.cmake
 	ls $(WHEELS)/*.whl >/dev/null 2>&1 || { \
 		CMAKE_ARGS="$$CMAKE_ARGS -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(VENV))/library.cmake -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
-		env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL $(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS)/new $(SOURCE) && mv $(WHEELS)/new/*.whl $(WHEELS)/; }
+		env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL $(BIN)/pip wheel --quiet --no-cache-dir -w $(WHEELS)/new $(SOURCE) && mv $(WHEELS)/new/*.whl $(WHEELS)/ && rmdir $(WHEELS)/new; }
 
 downloaded:
 	$(BIN)/python -c '$(OTHERS)' >$(VENV)/others.txt
