@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -184,9 +185,12 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         gguf_path = offline_gguf() if config.source == OFFLINE else Path(config.source) if config.source.endswith(".gguf") else None
         origin = gguf_path.parent if gguf_path else folder_of(config)
         gguf = {"gguf_file": gguf_path.name} if gguf_path else {}
-        loaded = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32, **gguf, trust_remote_code=False, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(origin, **gguf, trust_remote_code=False)
+        # Given to the model, since reading a GGUF file's header takes seconds each time.
         settings = AutoConfig.from_pretrained(origin, **gguf, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            origin, config=copy.deepcopy(settings), dtype=torch.float32, **gguf, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(origin, **gguf, trust_remote_code=False)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
         # A model loaded from GGUF counts as quantized and refuses to be saved; a fresh one with its weights does not.

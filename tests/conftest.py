@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -35,6 +36,7 @@ def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring. They are
     not bound to a core each, since much of a test is waiting, when the other may have both."""
     forget_places()
+    gc.disable()  # until all is imported, next to nothing of which is garbage
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         os.environ["OMP_NUM_THREADS"] = str(max(hardware.cores() // int(workers), 1))
 
@@ -73,6 +75,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return -1 if fast[item.path] else LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ that are there when it forks are of OpenBLAS and of Arrow's allocator, which are
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -156,9 +157,12 @@ def serve(requests: socket.socket, owner: int, work: Work) -> None:
     # The kernel could tell, but only of the end of the thread that started this process, and that may not be the owner's last one.
     signal.signal(signal.SIGALRM, look)
     signal.setitimer(signal.ITIMER_REAL, LOOK_S, LOOK_S)
+    gc.disable()  # next to nothing of what an import makes is garbage
     for name in MODULES:
         with contextlib.suppress(Exception):  # whatever is wrong with it, the stage that needs it will say so
             importlib.import_module(name)
+    gc.freeze()  # nor is it searched by what is forked, which would have to copy every page of it
+    gc.enable()
     signal.setitimer(signal.ITIMER_REAL, 0)  # from here on the end of the owner is the end of its requests
     signal.signal(signal.SIGCHLD, _reap)
     server = os.getpid()
