@@ -1,4 +1,4 @@
-"""The llama.cpp runtime: what guessing tokens changes (the number of passes) and what it does not (the answers)."""
+"""The runtimes: what guessing tokens and sharing a prefix change (the number of passes) and what they do not (the answers)."""
 
 from __future__ import annotations
 
@@ -73,6 +73,27 @@ def test_answers_are_the_same_with_the_prefix_read_for_every_prompt_and_with_the
         found.append(sorted((c.index, c.text) for c in model.generate(asked, 20, 3)))
         model.close()
     assert found[0] == found[1] == found[2]
+
+
+def test_transformers_answers_the_same_whether_it_reads_the_prefix_once_or_for_every_prompt(tiny_gguf: Path) -> None:
+    from tasks.runtimes.transformers import WORTH_SHARING, TransformersRuntime
+
+    model = TransformersRuntime(tiny_gguf.parents[1] / "hf", 1, "float32")
+    read: list[int] = []
+    model.model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True)
+    rules = {"role": "system", "content": "be brief " * WORTH_SHARING}
+    asked = [[rules, {"role": "user", "content": text}] for text in QUESTIONS]
+
+    def answered(share: bool, parallel: int) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
+        model.share_prefix = share
+        model.forget()
+        read.clear()
+        return sorted((c.index, c.tokens) for c in model.generate(asked, 20, parallel)), sum(read)
+
+    alone, most = answered(False, 1)
+    for parallel in (1, 3, 5):
+        together, fewer = answered(True, parallel)
+        assert together == alone and fewer < most - 3 * WORTH_SHARING, parallel
 
 
 def test_a_grammar_that_cannot_be_read_is_an_error(tiny_gguf: Path) -> None:
