@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 import webbrowser
 from enum import StrEnum
@@ -57,7 +59,7 @@ def run(
     profile: Annotated[
         str,
         typer.Option(
-            help="What to run: smoke (a minute, tests), quick (minutes), standard (three times the data of quick), paper (needs a GPU)."
+            help="What to run: smoke (some minutes, a tiny model), quick (the plainest data), standard (three times as much, all of it), paper (needs a GPU)."
         ),
     ] = "quick",
     change: Annotated[
@@ -78,7 +80,7 @@ def run(
 
     Stages that ran before with the same inputs are not run again. Stop it at any time: the same command goes on.
     """
-    from tasks.config import disk_needed, dump, load_config, parse_overrides, resolve
+    from tasks.config import check_room, dump, load_config, parse_overrides, resolve
 
     overrides = parse_overrides(change)
     config = load_config(profile, overrides)  # before anything starts
@@ -97,7 +99,7 @@ def run(
     from tasks.core.artifacts import Store
 
     def check() -> None:
-        Store(settings.store_uri, settings.home).check_writable(disk_needed(resolve(config)))
+        check_room(resolve(config), Store(settings.store_uri, settings.home))
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
     with prefect_api(settings, check), goes_on():
@@ -126,10 +128,21 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print(f"Report: {folder / 'report.html'}")
     if (after := since(report)) > 1:
         print(f"After the report had counted the time: {after:.1f} s for its pages, MLflow, and the end of Prefect's server.")
-    bin_dir = Path(sys.executable).parent
     print("Dashboards on what was just done:")
-    print(f"  PREFECT_HOME={settings.prefect_home} {bin_dir / 'prefect'} server start --host 127.0.0.1")
-    print(f"  {bin_dir / 'mlflow'} ui --host 127.0.0.1 --backend-store-uri {environment.shown_uri(settings.mlflow_uri)}")
+    for line in dashboards(settings):
+        print(f"  {line}")
+
+
+def dashboards(settings: environment.Settings) -> tuple[str, str]:
+    """Where Prefect's and MLflow's are, or the commands that open them."""
+    bin_dir = Path(sys.executable).parent
+    prefect = ["env", f"PREFECT_HOME={settings.prefect_home}", str(bin_dir / "prefect"), "server", "start", "--host", "127.0.0.1"]
+    mlflow_uri = environment.shown_uri(settings.mlflow_uri)
+    mlflow = [str(bin_dir / "mlflow"), "ui", "--host", "127.0.0.1", "--backend-store-uri", mlflow_uri]
+    return (
+        environment.shown_uri(settings.prefect_api_url.removesuffix("/api")) if settings.prefect_api_url else shlex.join(prefect),
+        mlflow_uri if mlflow_uri.startswith("http") else shlex.join(mlflow),
+    )
 
 
 @app.command()
@@ -168,10 +181,12 @@ def evaluate(
     from tasks.domain.labelled import read_labelled
     from tasks.domain.scoring import score
 
-    if output and not output.parent.is_dir():
-        raise UserError("--output", str(output), "is in a folder that does not exist", mend=f"Make it first: mkdir -p {output.parent}")
+    if output:
+        _check_output(output)
     settings = environment.load_settings()
     found = find_model(settings, model)
+    if not data and not (found.dataset / "test.jsonl").is_file():
+        raise UserError("--data", "", "is not given, and there is no run whose test split could be taken", mend="Give labelled JSONL")
     rows, bad = read_labelled(data or found.dataset / "test.jsonl", found.spec)
     for line, problem in bad:
         print(f"line {line}: {problem}", file=sys.stderr)
@@ -197,6 +212,16 @@ def evaluate(
     if output:  # before anything is printed, which may be cut off: `| head`
         output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
     _print_figures(figures)
+
+
+def _check_output(path: Path) -> None:
+    """Before what may take long and cost money, and without a trace."""
+    if not path.parent.is_dir():
+        raise UserError("--output", str(path), "is in a folder that does not exist", mend=f"Make it first: mkdir -p {path.parent}")
+    if path.is_dir():
+        raise UserError("--output", str(path), "is a folder", mend="Give the name of a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError("--output", str(path), "cannot be written", mend="Mend the permissions, or choose another place")
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
@@ -238,10 +263,13 @@ def predict(
 ) -> None:
     """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on."""
     from tasks.asking import ask, find_model, read_texts
+    from tasks.domain.labelled import has_half_character
     from tasks.domain.scoring import parse_answer
 
     found = find_model(environment.load_settings(), model)
-    items, bad = (texts, []) if texts else read_texts(sys.stdin)
+    if broken := next((text for text in texts or () if has_half_character(text)), ""):
+        raise UserError("texts", broken.encode("utf-8", "backslashreplace").decode(), "is not UTF-8", mend="Set the terminal to UTF-8")
+    items, bad = (texts, []) if texts else read_texts(sys.stdin.buffer)
     for line, problem in bad:
         print(f"line {line}: {problem}", file=sys.stderr)
     asked = ask(found, items)

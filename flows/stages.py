@@ -12,7 +12,7 @@ from prefect import flow
 from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import TINY, base_model
 from tasks.benchmark import benchmark
-from tasks.config import RunConfig
+from tasks.config import RunConfig, gptq_name
 from tasks.core.child import FORKS, StageError
 from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
@@ -106,7 +106,7 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
     variants, models, failed = [], {}, {}
     wanted = [("gptq", quantize_gptq, config) for config in run.config.gptq] + [("awq", quantize_awq, config) for config in run.config.awq]
     for format_, stage, config in wanted:
-        name = f"{format_}-{config.bits}bit" + (f"-g{config.group_size}" if config.group_size else "")
+        name = gptq_name(format_, config)
         variants.append(Variant(name=name, format=format_, bits=config.bits, runtime="transformers", role="candidate"))
         try:
             models[name] = runner(run)(stage, config, f"quantize {name}", model=tuned, dataset=dataset)

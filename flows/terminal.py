@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from tasks.core import hardware
 from tasks.core.settings import Settings, without_secrets
 from tasks.domain.errors import UserError
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # what a person can do something about
-FULL = 1 << 20  # bytes: with less, a database does not get on, whatever its error says
 SERVERS = {"mlflow": "MLflow", "httpx": "Prefect's API", "httpcore": "Prefect's API"}  # by the package whose error it is
 AGAIN = "run the same command again; finished stages are kept"
 
@@ -44,7 +43,7 @@ def _told(error: Exception, settings: Settings) -> str:
     """What a person is told of an error that is not ours; nothing of one that only a developer can do something about."""
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and {AGAIN}."
-    if settings.home.exists() and shutil.disk_usage(settings.home).free < FULL:
+    if settings.home.exists() and hardware.disk_is_full(settings.home):
         return f"the disk is full: {settings.home}. Free space, and {AGAIN}."
     for cause in _causes(error):
         packages = [kind.__module__.partition(".")[0] for kind in type(cause).__mro__]

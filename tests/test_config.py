@@ -9,14 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 
-from flows.cli import main
+from flows.cli import dashboards, main
+from flows.doctor import checks_of
 from tasks.asking import find_model
-from tasks.base_model import BaseModelConfig, resolve
-from tasks.config import PROFILES, load_config, parse_overrides, profiles
+from tasks.base_model import BaseModelConfig, base_model, resolve
+from tasks.config import PROFILES, check_room, load_config, parse_overrides, profiles
+from tasks.config import resolve as resolve_run
+from tasks.core.artifacts import Store
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
 from tasks.quantize_gptq import choose_group_size
@@ -57,6 +61,18 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "base_model.source=/nowhere/model.gguf"], "does not exist"),
         (["--set", "train.epochs"], "is not of the form field=value"),
         (["--set", "gptq=[{bits: 5}]"], "gptq.0.bits = 5"),
+        (["--set", "gptq.0.group_size=64"], "gptq.0.group_size = 64: gptq has no fields to set one by one. Give all of it"),
+        (["--set", "train.epochs.most=1"], "train.epochs.most = 1: train.epochs has no fields"),
+        (["--set", "decide.max_size_mb=.inf"], "decide.max_size_mb = inf: Input should be a finite number"),
+        (["--set", "base_model.source=2024-13-45"], "base_model.source = '2024-13-45': is not a YAML value"),
+        (["--set", "gguf=[Q4_0,F16,Q4_0]"], "Q4_0 is listed twice"),
+        (
+            ["--set", "gptq=[{bits: 4}, {bits: 4, calibration_rows: 32}]"],
+            "gptq-4bit is listed twice; its variants differ by bits and group_size",
+        ),
+        (["--set", "evaluate.splits=[hard]"], "evaluate.splits = ['hard']: lacks `test`"),
+        (["--set", "evaluate.splits=[tset]"], "evaluate.splits.0 = 'tset'"),
+        (["--set", "benchmark.prefill_tokens=4096"], "benchmark.prefill_tokens = 4096: Input should be less than or equal to 2048"),
         (["--set", "api=[{model: nobody/knows}]"], "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
         (["--set", "api=[{model: openai/m}, {model: openai/m, few_shot: 2}]"], "api.0.model = 'openai/m': is listed twice"),
         (["--set", "api=[{model: openai/of-our-own, max_usd: 2}]"], "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
@@ -91,6 +107,58 @@ def test_an_unwritable_home_stops_before_any_work(cartwright: Cartwright, tmp_pa
     assert result.returncode == 2 and "cannot be written" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_only_a_run_that_has_not_begun_is_asked_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, config = Store((tmp_path / "store").as_uri(), tmp_path), resolve_run(load_config("smoke"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"has 0\.0 GB free, and the run may need"):
+        check_room(config, store)
+    store.path("base_model", base_model.key(config.base_model, {})).mkdir(parents=True)
+    check_room(config, store)
+
+
+@pytest.mark.parametrize(
+    ("prefect", "mlflow", "shown"),
+    [
+        ("", "", ("env 'PREFECT_HOME={home}/prefect' ", "--backend-store-uri 'sqlite:///{home}/mlflow.db'")),
+        ("http://127.0.0.1:4200/api", "http://me:secret@127.0.0.1:5000", ("http://127.0.0.1:4200", "http://127.0.0.1:5000")),
+    ],
+)
+def test_dashboards_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect: str, mlflow: str, shown: tuple[str, str]
+) -> None:
+    home = tmp_path / "a home"
+    for name, value in (("CARTWRIGHT_HOME", str(home)), ("PREFECT_API_URL", prefect), ("MLFLOW_TRACKING_URI", mlflow)):
+        monkeypatch.setenv(name, value)
+    lines = dashboards(load_settings())
+    if prefect:
+        assert lines[0] == shown[0] and lines[1].endswith(shown[1].removeprefix("http://")) and "secret" not in lines[1]
+    else:
+        assert lines[0].startswith(shown[0].format(home=home)) and lines[1].endswith(shown[1].format(home=home))
+        monkeypatch.setenv("PREFECT_HOME", "/elsewhere")
+        assert dashboards(load_settings())[0].startswith("env PREFECT_HOME=/elsewhere ")
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nowhere/figures.json", "does not exist"), (".", "is a folder")])
+def test_figures_that_could_not_be_saved_are_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, problem: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cartwright", "evaluate", "--output", str(tmp_path / name)])
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--output" in (said := capsys.readouterr().err) and problem in said
+
+
+def test_doctor_says_what_is_wrong_and_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked() -> dict[str, bool]:
+        return {name: good for good, name, _ in checks_of(load_settings())}
+
+    good = looked()
+    assert good["store can be written"] and good["offline base model"] and good["profile quick"]
+    monkeypatch.setenv("CARTWRIGHT_STORE", "foo://somewhere")
+    bad = looked()
+    assert not bad["store can be written"] and bad | {"store can be written": True} == good
+
+
 def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template: bool = True, weights: bool = True) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
@@ -103,8 +171,13 @@ def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template:
 def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
     good = model_folder(tmp_path / "good")
     revision = resolve(BaseModelConfig(source=str(good))).revision
-    (good / "model.safetensors").write_bytes(b"Weights")
-    assert revision != resolve(BaseModelConfig(source=str(good))).revision
+    (good / "README.md").write_text("what a page says of it")
+    assert revision == resolve(BaseModelConfig(source=str(good))).revision
+    seen = {revision}
+    for name in ("model.safetensors", "generation_config.json", "merges.txt", "tokenizer.model"):
+        (good / name).write_bytes(b"{}")
+        seen.add(resolve(BaseModelConfig(source=str(good))).revision)
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize(

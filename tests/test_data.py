@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 
+from tasks.config import load_config, resolve
 from tasks.domain.bank import Bank, load_bank, make_pattern, parse_pattern
 from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
@@ -198,6 +199,16 @@ def edit(path: Path, old: str, new: str) -> int:
 def test_a_copy_of_the_domain_needs_no_code(domain: Path) -> None:
     row = make_generator(SMALL.model_copy(update={"domain": str(domain)})).row("train", 0)
     assert row == make_generator(SMALL).row("train", 0)
+
+
+@pytest.mark.slow
+def test_a_run_uses_the_languages_of_its_domain_unless_it_is_told_which(domain: Path) -> None:
+    edit(domain / "spec.yaml", "languages: [en, de, es, fr, it, hr]", "languages: [de, en]")
+    told = ({}, {"data.languages": ["en"]})
+    spoken = [resolve(load_config("smoke", {"data.domain": str(domain), **said})).data.languages for said in told]
+    assert spoken == [("de", "en"), ("en",)]
+    with pytest.raises(UserError, match=r"data.languages = 'fr'.*Allowed: de, en"):
+        resolve(load_config("smoke", {"data.domain": str(domain), "data.languages": ["fr"]}))
 
 
 def test_broken_yaml_names_file_and_line(domain: Path) -> None:

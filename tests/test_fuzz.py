@@ -217,6 +217,16 @@ def test_labelled_rows(folder: Path, data: bytes) -> None:
     assert all(text.encode() for text in texts) and all(len(problem) < 500 for _, problem in bad)
 
 
+@given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=5))
+@example([b"my cart", b"caf\xe9", b'{"text": "\xff"}', b"\xef\xbb\xbfmore"])
+def test_texts_of_standard_input(lines: list[bytes]) -> None:
+    from tasks.asking import read_texts
+
+    texts, bad = read_texts(lines)
+    assert all(text.encode() for text in texts) and len(texts) + len(bad) <= len(lines)
+    assert {number for number, line in enumerate(lines, 1) if b"\xff" in line} <= {number for number, _ in bad}
+
+
 @given(mutated(ROW * 2), st.booleans())
 @example(b'{"text": "\\ud800"}\n', False)
 @example(b"[" * DEEP, False)

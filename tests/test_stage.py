@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from tasks.core.child import StageError
 from tasks.core.manifests import MANIFEST, Manifest, damage_of
 from tasks.core.progress import Event
 from tasks.domain.errors import UserError
-from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed
+from tests.tiny_stages import AddConfig, CountConfig, FillConfig, add, count, fill, resumed, stepwise
 
 pytestmark = pytest.mark.fast
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -324,6 +325,18 @@ def test_an_address_with_a_password_is_no_store_and_is_not_shown(tmp_path: Path)
     assert "planted" not in str(refused.value)
 
 
+def test_checkpoints_are_kept_until_the_manifest_is_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as changed, pytest.raises(OSError, match="No space"):
+        changed.setattr(seam, "describe_files", full)
+        seam.run(stepwise, CountConfig(), {}, store, tmp_path / "logs")
+    made, state = seam.run(stepwise, CountConfig(), {}, store, tmp_path / "logs")
+    assert state == "computed" and made.metrics["begun"] == CountConfig().numbers and set(made.files) == {"total.txt"}
+    assert {path.name for path in store.path("stepwise", made.key).iterdir()} == {MANIFEST, "total.txt"}
+
+
 def test_an_unwritable_store_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="may need"):
@@ -334,10 +347,10 @@ def test_an_unwritable_store_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """A file system of three megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
@@ -346,7 +359,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny_disk: Path, tmp_path: Path) -> None:
     store = Store((tiny_disk / "store").as_uri(), tiny_disk)
     kept, _ = seam.run(count, CountConfig(), {}, store, tmp_path / "logs")
-    with pytest.raises(UserError, match=r"the disk is full.*finished stages are kept"):
-        seam.run(fill, FillConfig(megabytes=4), {}, store, tmp_path / "logs")
+    for said in (True, False):  # neither is a stage that failed, which a run may do without
+        with pytest.raises(OSError, match="the disk is full"):
+            seam.run(fill, FillConfig(megabytes=4, said=said), {}, store, tmp_path / "logs")
     assert seam.run(count, CountConfig(), {}, store, tmp_path / "logs") == (kept, "cached")
     assert seam.run(fill, FillConfig(megabytes=0), {}, store, tmp_path / "logs")[1] == "computed"

@@ -10,6 +10,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from flows import terminal
+from tasks.core import hardware
 from tasks.core.settings import load_settings
 
 pytestmark = pytest.mark.fast
@@ -43,7 +44,7 @@ def test_a_full_disk_is_named_whatever_the_error_says(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home.mkdir()
-    monkeypatch.setattr(terminal, "FULL", 10**18)  # more than is free here
+    monkeypatch.setattr(hardware, "FULL", 10**18)  # more than is free here
     with pytest.raises(SystemExit), terminal.one_message(load_settings()):
         raise MlflowException("database or disk is full")
     assert capsys.readouterr().err.startswith(f"Error: the disk is full: {home}")

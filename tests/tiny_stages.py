@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from tasks.checkpoints import newest_whole, seal
 from tasks.core import progress
 from tasks.core.lifetime import tied
+from tasks.core.manifests import CHECKPOINTS
 from tasks.core.settings import load_settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
@@ -67,7 +67,7 @@ def forked(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> di
 @stage("stepwise", version=1, resumable=True)
 def stepwise(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Add up numbers with a checkpoint after each, as training does."""
-    checkpoints = out_dir / "checkpoints"
+    checkpoints = out_dir / CHECKPOINTS
     begun = newest_whole(checkpoints)
     state = json.loads((begun / "state.json").read_text()) if begun else {"number": 0, "total": 0}
     for number in range(state["number"] + 1, config.numbers + 1):
@@ -79,7 +79,6 @@ def stepwise(config: CountConfig, inputs: Mapping[str, Path], out_dir: Path) -> 
         seal(folder)
         progress.advance(number, config.numbers)
     (out_dir / "total.txt").write_text(str(state["total"]))
-    shutil.rmtree(checkpoints)
     return {"begun": int(begun.name.split("-")[1]) if begun else None}
 
 
@@ -153,10 +152,16 @@ def _ask(address: str, question: str) -> str:
 
 class FillConfig(StageConfig):
     megabytes: int
+    said: bool = True
 
 
 @stage("fill", version=1)
 def fill(config: FillConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Write so many megabytes."""
-    (out_dir / "data").write_bytes(b"0" * config.megabytes * 1_000_000)
+    """Write so many megabytes. What is not written in Python may not say why it cannot."""
+    try:
+        (out_dir / "data").write_bytes(b"0" * config.megabytes * 1_000_000)
+    except OSError:
+        if config.said:
+            raise
+        raise RuntimeError("llama_model_quantize returned 1") from None
     return {}

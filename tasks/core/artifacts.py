@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from tasks.core.file_hash import read_ahead
 from tasks.core.manifests import (
+    CHECKPOINTS,
     LARGEST_NOTE,
     MANIFEST,
     NEW_MANIFEST,
@@ -151,6 +152,7 @@ class Store:
         written.write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         _flush(written)
         written.rename(folder / MANIFEST)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # not before nothing can be lost with them
         if not self.is_local:  # first: what is whole here must be there, or other machines would never find it
             first = self._download(manifest.kind, manifest.key)[0] or self._upload(folder, manifest)
             if first:

@@ -61,6 +61,7 @@ def run_isolated(
     Raises:
         StageError: the child failed or was killed.
         UserError: the child found the user's input unusable.
+        OSError: the child failed, and the disk is full.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     function = stage.function
@@ -102,6 +103,8 @@ def run_isolated(
             _kill_group(process)
     if code == 0 and "outcome" in last:
         return Outcome(last["outcome"], last["peak_rss_mb"])
+    if last.get("disk_full") or hardware.disk_is_full(out_dir):  # what is not written in Python has no error of its own for it
+        raise OSError(errno.ENOSPC, "the disk is full", str(out_dir))
     if "user_error" in last:
         raise _rebuilt_user_error(last)
     reason = last.get("error") or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
@@ -162,19 +165,9 @@ def _work(descriptor: int, parent: int) -> int:
     except UserError as error:
         end({"user_error": str(error), "field": error.field})
         return 2
-    except OSError as error:
-        traceback.print_exc()
-        if error.errno == errno.ENOSPC:
-            full = UserError(
-                "store", request["out_dir"], "the disk is full", mend="Free space and run the same command again; finished stages are kept"
-            )
-            end({"user_error": str(full), "field": "store"})
-            return 2
-        end({"error": f"{type(error).__name__}: {error}"})
-        return 1
     except Exception as error:
         traceback.print_exc()
-        end({"error": f"{type(error).__name__}: {error}"})
+        end({"error": f"{type(error).__name__}: {error}", "disk_full": isinstance(error, OSError) and error.errno == errno.ENOSPC})
         return 1
     peak = hardware.peak_rss_mb() + metrics.get("workers_peak_rss_mb", 0)  # of a stage that shared its work among processes
     end({"outcome": metrics, "peak_rss_mb": round(peak, 1)})

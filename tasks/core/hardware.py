@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import platform
+import shutil
 import time
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 from tasks.core import settings
 
 CGROUP = Path("/sys/fs/cgroup")
+FULL = 1 << 20  # bytes: with less, neither a database nor a stage gets on, whatever its error says
 LIBRARIES = (
     "torch",
     "transformers",
@@ -31,6 +33,10 @@ LIBRARIES = (
     "prefect",
     "mlflow",
 )
+
+
+def disk_is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < FULL
 
 
 @functools.cache

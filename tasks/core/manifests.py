@@ -34,6 +34,7 @@ def _name_below(name: str) -> str:
 
 
 NEW_MANIFEST = MANIFEST + ".new"
+CHECKPOINTS = "checkpoints"  # folder of what an interrupted stage goes on from; no part of its artefact
 Name = Annotated[str, AfterValidator(_plain_name)]
 NameBelow = Annotated[str, AfterValidator(_name_below)]
 
@@ -88,9 +89,10 @@ def canonical_json(value: Any) -> str:
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Every file below `folder` except the manifest, by POSIX path relative to it."""
+    """Every file below `folder` by POSIX path relative to it, except the manifest and what an interrupted stage would go on from."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, NEW_MANIFEST))
-    return {path.relative_to(folder).as_posix(): FileEntry(sha256=sha256_file(path), size=path.stat().st_size) for path in paths}
+    names = [(path.relative_to(folder).as_posix(), path) for path in paths if not path.is_relative_to(folder / CHECKPOINTS)]
+    return {name: FileEntry(sha256=sha256_file(path), size=path.stat().st_size) for name, path in names}
 
 
 def digest_of(files: dict[str, FileEntry]) -> str:

@@ -52,6 +52,7 @@ class Settings:
     store_uri: str
     mlflow_uri: str
     prefect_api_url: str | None
+    prefect_home: Path
     llama_cpp: Path
     texts_uri: str
 
@@ -59,13 +60,9 @@ class Settings:
     def reports(self) -> Path:
         return self.home / "reports"
 
-    @property
-    def prefect_home(self) -> Path:
-        return self.home / "prefect"
-
 
 def load_settings() -> Settings:
-    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`."""
+    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `PREFECT_HOME`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`."""
     env = os.environ
     home = Path(env.get("CARTWRIGHT_HOME") or ".cartwright").absolute()
     return Settings(
@@ -73,6 +70,7 @@ def load_settings() -> Settings:
         store_uri=env.get("CARTWRIGHT_STORE") or (home / "store").as_uri(),
         mlflow_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
         prefect_api_url=env.get("PREFECT_API_URL") or None,
+        prefect_home=Path(env.get("PREFECT_HOME") or home / "prefect"),
         llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
         texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )

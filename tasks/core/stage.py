@@ -36,7 +36,7 @@ class StageConfig(BaseModel):
     `not_in_key` names fields that say where something is; another field holds the digest of what is there.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     not_in_key: ClassVar[frozenset[str]] = frozenset()
 
 
@@ -124,7 +124,7 @@ def run(
 
     Raises:
         child.StageError: the stage failed; its message has the reason and the log's path.
-        OSError: the store cannot be read or written. Never taken for a miss.
+        OSError: the store cannot be read or written, or its disk is full. Never taken for a miss, nor for a variant that fails.
     """
     key = stage.key(config, inputs)
     with store.lock(stage.name, key):
