@@ -99,7 +99,7 @@ def run(
     from tasks.core.artifacts import Store
 
     def check() -> None:
-        check_room(resolve(config), Store(settings.store_uri, settings.home))
+        check_room(resolve(config), Store(settings.store_uri, settings.home), settings.home)
 
     print(f"Cartwright: profile {profile}, base model {config.base_model.source}, home {settings.home}")
     with prefect_api(settings, check), goes_on():

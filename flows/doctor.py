@@ -14,7 +14,7 @@ from tasks.domain.errors import UserError
 def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     """Each check: whether it is good, its name, and a word on it."""
     from tasks.base_model import offline_gguf
-    from tasks.config import disk_needed, load_config, profiles
+    from tasks.config import profiles
     from tasks.core import hardware
     from tasks.core.artifacts import Store
     from tasks.quantize_gguf import converter
@@ -39,13 +39,22 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     yield attempt("offline base model", offline_gguf)
     yield attempt("GGUF converter", converter)
     yield attempt("store can be written", lambda: Store(settings.store_uri, settings.home).check_writable())
-    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    free = shutil.disk_usage(existing).free / 1e9
-    needed = disk_needed(load_config("quick")) / 1e9
-    yield free > needed, "disk", f"{free:.1f} GB free; a quick run asks for {needed:.1f}"
+    yield attempt("room for a quick run", functools.partial(_room, settings))
     for profile in profiles():
         if profile != "paper":  # its base model is on a hub
             yield attempt(f"profile {profile}", functools.partial(_valid_profile, profile))
+
+
+def _room(settings: Settings) -> str:
+    from tasks.config import disk_needed, load_config
+
+    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free / 1e9, disk_needed(load_config("quick")) / 1e9
+    if free < needed:
+        raise UserError(
+            "CARTWRIGHT_HOME", str(settings.home), f"has {free:.1f} GB free; a quick run asks for {needed:.1f}", mend="Free space"
+        )
+    return f"{free:.1f} GB free; a quick run asks for {needed:.1f}"
 
 
 def _valid_profile(profile: str) -> str:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from tasks.config import RunConfig
+from tasks.config import RUN_KEY, RunConfig
 from tasks.core import hardware, ledger
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
@@ -106,7 +106,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display, here: bool
     with alone(settings, f"run-{config.key()}", running):
         now = datetime.now(UTC)
         git = git_state()
-        name = f"{now:%Y%m%d-%H%M%S}-{config.profile}-{config.key()[:4]}"
+        name = f"{now:%Y%m%d-%H%M%S}-{config.profile}-{config.key()[:RUN_KEY]}"
         tags = {
             "cartwright.profile": config.profile,
             "mlflow.source.git.commit": str(git["commit"] or ""),

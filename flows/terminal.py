@@ -13,7 +13,7 @@ from tasks.core import hardware
 from tasks.core.settings import Settings, without_secrets
 from tasks.domain.errors import UserError
 
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # what a person can do something about
+STORAGE = (*hardware.NO_ROOM, errno.EACCES, errno.EROFS)  # what a person can do something about
 SERVERS = {"mlflow": "MLflow", "httpx": "Prefect's API", "httpcore": "Prefect's API"}  # by the package whose error it is
 AGAIN = "run the same command again; finished stages are kept"
 

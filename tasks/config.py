@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from tasks.base_model import BaseModelConfig, base_model
+from tasks.base_model import BaseModelConfig
 from tasks.benchmark import BenchmarkConfig
 from tasks.core.artifacts import Store
 from tasks.core.file_hash import sha256_file
@@ -39,6 +39,8 @@ from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
 Config = TypeVar("Config", bound=BaseModel)
+RUN_KEY = 4  # characters of a configuration's key in the name of a run
+EVALUATED = ("test", "hard", "validation")
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
 
 
@@ -74,6 +76,13 @@ class RunConfig(BaseModel):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     decide: DecideConfig = DecideConfig()
     registry: RegisterConfig = RegisterConfig()
+
+    @field_validator("evaluate")
+    @classmethod
+    def _splits_are_those_of_a_data_set(cls, value: EvaluateConfig) -> EvaluateConfig:
+        if "test" not in value.splits or set(value.splits) - set(EVALUATED):
+            raise ValueError(f"splits = {list(value.splits)}: some of {', '.join(EVALUATED)}, with `test`, by which variants are compared")
+        return value
 
     @field_validator("gguf", "gptq", "awq", "baselines")
     @classmethod
@@ -214,6 +223,9 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.api:
         check_apis(config.api)
     check_teacher(config.data, config.teacher)
+    if config.gguf_search and config.data.validation_rows <= (seen := config.fidelity.skip + config.fidelity.rows):
+        problem = f"leaves no row for gguf_search beside the {seen} by which variants are judged"
+        raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
     if config.benchmark.llama_bench:
         llama_bench_program()
     for field, paths in (("data.extra", config.data.extra), ("registry.own_rows", config.registry.own_rows)):
@@ -246,13 +258,13 @@ def disk_needed(config: RunConfig) -> int:
     return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq) + len(config.awq))
 
 
-def check_room(config: RunConfig, store: Store) -> None:
-    """Whether the store can be written and has room for a run; one that has begun is not asked for the room of what it has made.
+def check_room(config: RunConfig, store: Store, home: Path) -> None:
+    """Whether the store can be written and has room for a run. One that has begun was asked before, and has taken some of it since.
 
     Raises:
         UserError: it cannot, or has not.
     """
-    begun = store.path("base_model", base_model.key(config.base_model, {})).exists()
+    begun = any((home / "logs").glob(f"*-{config.profile}-{config.key()[:RUN_KEY]}"))
     store.check_writable(0 if begun else disk_needed(config))
 
 

@@ -15,10 +15,11 @@ from tasks.fidelity import UNUSABLE
 from tasks.paired import correct_rows, paired_difference
 from tasks.paper import compare_with_paper
 from tasks.variant_figures import describe
-from tasks.variants import Variant
+from tasks.variants import MIXED, Variant
 
 QUIET = 0.1  # cores that others may keep busy while a variant is measured; with more the machine was not quiet
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
+NONE_MEASURED = "No quantized variant that can be trusted was made and measured on a CPU."
 LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
 
 
@@ -47,7 +48,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=4, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
+@stage("decide", version=5, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
@@ -59,6 +60,9 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
     for variant in variants:
         _compare(variant, reference, inputs)
+    for variant in measured(variants):
+        if variant["name"] == MIXED:
+            variant["notes"] += beside_ready_made(variant, variants)
     recommendation = recommend(variants, config)
     for variant in variants:
         if why := recommendation.get("excluded", {}).get(variant["name"]):
@@ -68,7 +72,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
         "pareto": pareto_front(variants),
         "recommendation": recommendation,
         "measurement": measurement(variants),
-        "paper": compare_with_paper(measured(variants), [v for v in variants if v["role"] == "api"]),
+        "paper": compare_with_paper(usable(variants), [v for v in variants if v["role"] == "api"]),
     }
     (out_dir / "decision.json").write_text(json.dumps(decision, indent=2, ensure_ascii=False), encoding="utf-8")
     return {"recommended_cpu": recommendation["cpu"], "variants": len(variants), "failed": len(config.failed)}
@@ -99,9 +103,13 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
         return
     if variant["role"] != "api":
         mine, theirs = variant["performance"], reference["performance"]
-        variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
-        variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
-        variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
+        if variant["device"] == reference["device"]:
+            variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
+            variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
+            variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
+        else:
+            elsewhere = f"the 16-bit model was measured on {reference['device']}, this variant on {variant['device']}"
+            variant |= {"speedup_vs_fp16_reason": elsewhere, "ram_reduction_vs_fp16_reason": elsewhere}
     if variant is not reference:
         variant["quality"]["vs_reference"] = paired_difference(
             correct_rows(inputs[f"evaluate:{variant['name']}"]), correct_rows(inputs[f"evaluate:{reference['name']}"])
@@ -127,14 +135,35 @@ def usable(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [v for v in measured(variants) if not (v["fidelity"] and v["fidelity"]["verdict"] in UNUSABLE)]
 
 
+def is_sound(v: dict[str, Any]) -> bool:
+    """Whether its fidelity was measured and found to be `ok`, as promotion wants it; the 16-bit model is what others are measured by."""
+    return v["role"] != "candidate" or bool(v["fidelity"] and v["fidelity"]["verdict"] == "ok")
+
+
+def beside_ready_made(mixed: dict[str, Any], variants: list[dict[str, Any]]) -> list[str]:
+    """What the search brought, beside the smallest ready-made GGUF file that is as sound."""
+    others = [v for v in usable(variants) if v["format"] == "gguf" and v["name"] != MIXED and is_sound(v)]
+    if not others:
+        return []
+    smallest = min(others, key=lambda v: v["size_mb"])
+    smaller, quicker = (
+        1 - mixed["size_mb"] / smallest["size_mb"],
+        mixed["performance"]["requests_s"] / smallest["performance"]["requests_s"],
+    )
+    size = f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {smallest['name']}"
+    return [f"{size}, the smallest ready-made file whose verdict is ok, with {quicker:.2f} times its requests/s"]
+
+
 def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
-    """Variants that no other beats in accuracy, speed and memory at once (and in one of them strictly)."""
+    """Variants that no other on the same device beats in accuracy, speed and memory at once (and in one of them strictly)."""
 
     def figures(v: dict[str, Any]) -> tuple[float, float, float]:
         return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -v["performance"]["rss_mb"]
 
     found = usable(variants)
-    return [v["name"] for v in found if not any(_dominates(figures(other), figures(v)) for other in found)]
+    return [
+        v["name"] for v in found if not any(other["device"] == v["device"] and _dominates(figures(other), figures(v)) for other in found)
+    ]
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -142,7 +171,10 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any]:
-    """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU; and who came second."""
+    """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU; and who came second.
+
+    One whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
+    """
     limits = {name: getattr(config, name) for name in LIMITS}
     reference = next((v for v in measured(variants) if v["role"] == "reference"), None)
     if not reference:
@@ -152,15 +184,15 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
             "constraints": limits,
             "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
         }
-    fitting = [v for v in usable(variants) if not _excluded(v, reference, config)]
-    on_cpu = sorted(
-        (v for v in fitting if v["device"] == "cpu" and v["role"] == "candidate"),
-        key=lambda v: v["performance"]["requests_s"],
-        reverse=True,
-    )
-    for_gpu = [v for v in fitting if v["runtime"] == "transformers"]
-    on_gpu = sorted((v for v in for_gpu if v["device"] == "cuda"), key=lambda v: v["performance"]["requests_s"], reverse=True)
-    gpu = on_gpu or sorted(for_gpu, key=lambda v: v["size_mb"])
+
+    def fastest_first(fitting: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(fitting, key=lambda v: (is_sound(v), v["performance"]["requests_s"]), reverse=True)
+
+    candidates = [v for v in usable(variants) if v["device"] == "cpu" and v["role"] == "candidate"]
+    on_cpu = fastest_first([v for v in candidates if not _excluded(v, reference, config)])
+    for_gpu = [v for v in usable(variants) if v["runtime"] == "transformers" and not _excluded(v, reference, config, on_gpu=True)]
+    on_gpu = fastest_first([v for v in for_gpu if v["device"] == "cuda"])
+    gpu = on_gpu or sorted(for_gpu, key=lambda v: (not is_sound(v), v["size_mb"]))
     best, second = [*on_cpu, None, None][:2]
     return {
         "cpu": best["name"] if best else None,
@@ -169,12 +201,16 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         "gpu_runner_up": gpu[1]["name"] if len(gpu) > 1 else None,
         "excluded": {v["name"]: why for v in measured(variants) if v["role"] == "candidate" and (why := _excluded(v, reference, config))},
         "constraints": limits,
-        "why": f"{_why_cpu(best, second, reference, config)} {_why_gpu(gpu[0] if gpu else None, bool(on_gpu))}",
+        "why": f"{_why_cpu(best, second, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu[0] if gpu else None, bool(on_gpu))}",
     }
 
 
-def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig) -> str:
-    """Why a variant is not recommended, empty if nothing stands against it."""
+def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig, on_gpu: bool = False) -> str:
+    """Why a variant is not recommended, empty if nothing stands against it.
+
+    Args:
+        on_gpu: for a GPU, on which it may not have been measured: what it took on a CPU says nothing then.
+    """
     if v["fidelity"] and v["fidelity"]["verdict"] in UNUSABLE:
         return str(v["fidelity"]["verdict"])
     lost = reference["quality"]["exact_match"]["value"] - v["quality"]["exact_match"]["value"]
@@ -183,12 +219,14 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
     versus = v["quality"].get("vs_reference")
     if versus and versus["delta"] < 0 and versus["mcnemar_p"] < SIGNIFICANT:
         return f"is significantly less accurate (McNemar p {versus['mcnemar_p']:.3f})"
-    limits = (
+    limits: tuple[tuple[str, float | None, float | None, str], ...] = (
         ("size", v["size_mb"], config.max_size_mb, "MB"),
         ("memory", v["performance"]["rss_mb"], config.max_rss_mb, "MB"),
         ("95th percentile of latency", v["performance"]["latency_ms"]["p95"], config.max_latency_p95_ms, "ms"),
         ("price of 1,000 requests", v["performance"].get("usd_per_1k_requests"), config.max_usd_per_1k_requests, "USD"),
     )
+    if on_gpu and v["device"] != "cuda":
+        limits = limits[:1]
     over = [
         f"its {what} is {value:.3g} {unit}; at most {limit:g} are allowed"
         for what, value, limit, unit in limits
@@ -202,9 +240,19 @@ def _why_cpu(v: dict[str, Any] | None, second: dict[str, Any] | None, reference:
         return "No quantized variant kept to the limits."
     exact, was = v["quality"]["exact_match"]["value"], reference["quality"]["exact_match"]["value"]
     after = f" Runner-up: {second['name']} with {second['performance']['requests_s']:.1f} requests/s." if second else ""
+    versus = ", with "
+    if v["speedup_vs_fp16"] is not None:
+        less = v["ram_reduction_vs_fp16"]
+        versus = f", {v['speedup_vs_fp16']:.1f} times as many as 16-bit transformers, with {abs(less):.0%} {'less' if less >= 0 else 'more'} memory and "
+    fastest = f"loses at most {config.max_accuracy_loss * 100:g} percentage points"
+    if any(getattr(config, name) is not None for name in LIMITS[1:]):
+        fastest += " and keeps to the other limits"
+    doubt = ""
+    if not is_sound(v):
+        doubt = f" No variant within the limits has the verdict ok; it is {v['fidelity']['verdict'] if v['fidelity'] else 'unchecked'}, and will not be promoted."
     return (
-        f"{v['name']} answers {v['performance']['requests_s']:.1f} requests/s, {v['speedup_vs_fp16']:.1f} times as many as 16-bit transformers, "
-        f"with {v['ram_reduction_vs_fp16']:.0%} less memory and exact match {exact:.1%} against {was:.1%}: the fastest that loses at most {config.max_accuracy_loss * 100:g} percentage points.{after}"
+        f"{v['name']} answers {v['performance']['requests_s']:.1f} requests/s{versus}"
+        f"exact match {exact:.1%} against {was:.1%}: the fastest that {fastest}.{doubt}{after}"
     )
 
 

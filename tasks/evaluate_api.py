@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
-from tasks.evaluate import EvaluateConfig, Splits, conversations, score_and_keep
+from tasks.evaluate import EvaluateConfig, conversations, score_and_keep
 from tasks.synthesize import read_rows
 from tasks.variants import Variant
 
@@ -37,7 +37,7 @@ class EvaluateApiConfig(StageConfig):
     few_shot: int = Field(0, ge=0, le=64, description="Ask once more, with so many rows of `train` as examples; 0 leaves that out")
     api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")
     max_usd: float | None = Field(None, gt=0, description="Most dollars that asking once may cost; null does not limit")
-    splits: Splits = ("test", "hard")
+    splits: tuple[Literal["test", "hard", "validation"], ...] = Field(("test", "hard"), min_length=1)
     max_tokens: int = Field(256, ge=8, le=16_384, description="Longer answers are cut")
     parallel: int = Field(8, ge=1, le=256, description="Requests under way at a time")
 

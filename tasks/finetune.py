@@ -147,7 +147,6 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         report_to=[],
         disable_tqdm=True,
     )
-    report = Report()
     trainer = CompletionTrainer(
         model=model,
         args=arguments,
@@ -155,7 +154,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         eval_dataset=Dataset.from_list(validation),
         data_collator=lambda batch: pad(batch, tokenizer.pad_token_id),
         compute_metrics=lambda prediction: {"exact_match": float(np.mean(prediction.predictions))},
-        callbacks=[report],
+        callbacks=[Report()],
     )
     progress.advance(0, total_steps, "starting")
     resumed_from = newest_whole(out_dir / CHECKPOINTS)
@@ -189,7 +188,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "tokens_per_s": round(tokens * (1 if not resumed_from else 0) / outcome.metrics["train_runtime"], 1) or None,
         "resumed_from_step": int(resumed_from.name.split("-")[1]) if resumed_from else None,
         "trainable_params": trainable,
-        "final_loss": report.loss,
+        "final_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
         "validation_loss": last["eval_loss"],
         "validation_exact_match": last["eval_exact_match"],
         "precision": precision,

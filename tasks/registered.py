@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from tasks import runtimes
 from tasks.core import hardware
@@ -17,11 +18,16 @@ from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
 
 ANSWERS_WITHIN_S = 600
+NO_ROOM = 28  # exit code
 QUESTION = "where is my order?"
 
 
 def problem_of(name: str, version: str) -> str:
-    """Load a version of a registered model from the registry and ask it something; what went wrong, empty if nothing did."""
+    """Load a version of a registered model from the registry and ask it something; what went wrong, empty if nothing did.
+
+    Raises:
+        OSError: there is no room for its files, which is no fault of the model.
+    """
     try:
         done = subprocess.run(
             tied("python", "-m", "tasks.registered", name, version),
@@ -34,6 +40,8 @@ def problem_of(name: str, version: str) -> str:
         return f"no answer within {ANSWERS_WITHIN_S} s"
     if done.returncode == 0:
         return ""
+    if done.returncode == NO_ROOM:
+        raise OSError(errno.ENOSPC, "the disk is full", gettempdir())
     lines = done.stderr.strip().splitlines()
     return lines[-1] if lines else f"exit code {done.returncode}"
 
@@ -51,4 +59,6 @@ if __name__ == "__main__":
     try:
         _answer(*sys.argv[1:])
     except (UserError, ValueError, OSError, RuntimeError) as error:
+        if hardware.says_full(error):
+            sys.exit(NO_ROOM)
         sys.exit(f"{type(error).__name__}: {error}")

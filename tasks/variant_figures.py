@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.benchmark import pooled
 from tasks.core.manifests import MANIFEST
 from tasks.paired import correct_rows, paired_difference
-from tasks.variants import Variant
+from tasks.variants import MIXED, REFERENCE, Variant
 
 if TYPE_CHECKING:
     from tasks.decide import DecideConfig
@@ -62,6 +62,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         for name, why in config.unmeasured.items()
         if name.split(":")[1] == variant.name and not name.startswith("kernel:")
     ]
+    notes += searched(variant, model)
     return {
         **row,
         "device": performance["device"],
@@ -71,7 +72,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         "sha256": model["digest"],
         "key": model["key"],
         "tensor_types": model["metrics"].get("tensor_types"),
-        "bits": model["metrics"].get("bits_per_weight", variant.bits),
+        "bits": _bits(variant, model, sum(weights), inputs),
         "quality": {**quality["test"], "hard_exact_match": hard.get("exact_match"), "hard": hard},
         **_fidelity(variant, config, inputs),
         "constrained": _constrained(variant, inputs),
@@ -82,6 +83,28 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         | _price(performance, config),
         "notes": notes,
     }
+
+
+def _bits(variant: Variant, model: dict[str, Any], size: int, inputs: Mapping[str, Path]) -> float | None:
+    """True bits per weight: what GPTQ and AWQ keep in 16 bits, and their scales, count too."""
+    if variant.format not in GPU_FORMATS or f"model:{REFERENCE}" not in inputs:
+        return model["metrics"].get("bits_per_weight", variant.bits)
+    whole = sum(entry["size"] for name, entry in _manifest(inputs[f"model:{REFERENCE}"])["files"].items() if name.endswith(".safetensors"))
+    return 16 * size / whole
+
+
+def searched(variant: Variant, model: dict[str, Any]) -> list[str]:
+    """What the search for mixed precision could not do."""
+    if variant.name != MIXED:
+        return []
+    found, notes = model["metrics"], []
+    if found["trials_measured"] < found["trials"]:
+        notes.append(
+            f"the search had time for {found['trials_measured']} of {found['trials']} trials, and parts not tried keep 8 bits: raise gguf_search.seconds"
+        )
+    if found["mean_kld"] > (limit := model["config"]["max_kld"]):
+        notes.append(f"8 bits alone diverge by {found['mean_kld']:.4f} nats, more than gguf_search.max_kld = {limit:g}: raise it")
+    return notes
 
 
 def _runs(kind: str, variant: Variant, inputs: Mapping[str, Path]) -> list[Path]:

@@ -152,8 +152,9 @@ def layer_weights(model: Any) -> Weights:
 
     def read(layer: Any) -> np.ndarray:
         with torch.inference_mode():
-            unit = torch.eye(layer.in_features, dtype=next((p.dtype for p in layer.parameters()), torch.float32))
-            return layer(unit).float().T.numpy()
+            place = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
+            unit = torch.eye(layer.in_features, dtype=next((p.dtype for p in layer.parameters()), torch.float32), device=place)
+            return layer(unit).float().T.cpu().numpy()
 
     return {
         f"{name}{_SUFFIX}": functools.partial(read, layer)

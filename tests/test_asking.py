@@ -45,6 +45,17 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(tmp_path: Path, change: dict[s
     assert [line for line, _ in bad] == [3, 4] and problem in bad[0][1] and "is not JSON" in bad[1][1]
 
 
+def test_a_line_that_is_not_utf_8_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        b'{"text": "caf\xe9", "gold": {"intent": "view_cart"}}',
+        json.dumps(GOOD).encode(),
+    ]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join(lines))
+    rows, bad = read_labelled(tmp_path / "mine.jsonl", SPEC)
+    assert [row["line"] for row in rows] == [1, 3] and bad == [(2, "is not UTF-8")]
+
+
 def test_a_slot_with_a_default_need_not_be_labelled(tmp_path: Path) -> None:
     rows, _ = read(tmp_path, {"text": "milk", "gold": {"intent": "add_to_cart", "product": "milk"}})
     assert rows[0]["gold"] == {"intent": "add_to_cart", "product": "milk", "quantity": 1}

@@ -17,7 +17,7 @@ import pytest
 from flows.cli import dashboards, main
 from flows.doctor import checks_of
 from tasks.asking import find_model
-from tasks.base_model import BaseModelConfig, base_model, resolve
+from tasks.base_model import BaseModelConfig, resolve
 from tasks.config import PROFILES, check_room, load_config, parse_overrides, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core.artifacts import Store
@@ -70,8 +70,8 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
             ["--set", "gptq=[{bits: 4}, {bits: 4, calibration_rows: 32}]"],
             "gptq-4bit is listed twice; its variants differ by bits and group_size",
         ),
-        (["--set", "evaluate.splits=[hard]"], "evaluate.splits = ['hard']: lacks `test`"),
-        (["--set", "evaluate.splits=[tset]"], "evaluate.splits.0 = 'tset'"),
+        (["--set", "evaluate.splits=[hard]"], "splits = ['hard']: some of test, hard, validation, with `test`"),
+        (["--set", "evaluate.splits=[tset]"], "splits = ['tset']: some of test, hard, validation"),
         (["--set", "benchmark.prefill_tokens=4096"], "benchmark.prefill_tokens = 4096: Input should be less than or equal to 2048"),
         (["--set", "api=[{model: nobody/knows}]"], "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
         (["--set", "api=[{model: openai/m}, {model: openai/m, few_shot: 2}]"], "api.0.model = 'openai/m': is listed twice"),
@@ -111,9 +111,11 @@ def test_only_a_run_that_has_not_begun_is_asked_for_room(tmp_path: Path, monkeyp
     store, config = Store((tmp_path / "store").as_uri(), tmp_path), resolve_run(load_config("smoke"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"has 0\.0 GB free, and the run may need"):
-        check_room(config, store)
-    store.path("base_model", base_model.key(config.base_model, {})).mkdir(parents=True)
-    check_room(config, store)
+        check_room(config, store, tmp_path)
+    (tmp_path / "logs" / f"20260101-000000-smoke-{config.key()[:4]}").mkdir(parents=True)  # as its first stage leaves it
+    check_room(config, store, tmp_path)
+    with pytest.raises(UserError, match="may need"):
+        check_room(resolve_run(load_config("smoke", {"gguf": ["F16"]})), store, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,10 @@ def test_doctor_says_what_is_wrong_and_goes_on(home: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CARTWRIGHT_STORE", "foo://somewhere")
     bad = looked()
     assert not bad["store can be written"] and bad | {"store can be written": True} == good
+    monkeypatch.delenv("CARTWRIGHT_STORE")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # the base model's package is not there
+    lacking = looked()
+    assert set(lacking) == set(good) and not lacking["offline base model"] and not lacking["room for a quick run"]
 
 
 def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template: bool = True, weights: bool = True) -> Path:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from tasks.decide import DecideConfig, pareto_front, recommend
+from tasks.decide import DecideConfig, beside_ready_made, pareto_front, recommend
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
+from tasks.variant_figures import searched
+from tasks.variants import MIXED, Variant
 
 pytestmark = pytest.mark.fast
 
@@ -18,7 +20,7 @@ def variant(
 ) -> dict[str, Any]:
     return {
         "name": name, "role": role, "format": name.split("-")[0], "runtime": runtime, "device": "cpu", "bits": 4.5, "size_mb": size, "kernel": "Linear",
-        "fidelity": None,
+        "fidelity": {"verdict": "ok"},
         "quality": {"exact_match": {"value": exact}},
         "performance": {"requests_s": speed, "rss_mb": rss, "latency_ms": {"p95": 1000 / speed}},
         "speedup_vs_fp16": speed, "speedup_vs_fp16_batched": speed, "ram_reduction_vs_fp16": 1 - rss / 700,
@@ -47,6 +49,51 @@ def test_recommendation_is_the_fastest_within_the_accuracy_limit() -> None:
     assert (choice["runner_up"], choice["gpu_runner_up"]) == ("gguf-Q8_0", "tuned-fp16") and "Runner-up: gguf-Q8_0" in choice["why"]
     assert choice["excluded"] == {"gguf-Q4_0": "loses 6.0 percentage points of exact match; at most 1 are allowed"}
     assert recommend(VARIANTS, DecideConfig())["cpu"] == "gguf-Q8_0"  # half a point is what it allows by itself
+
+
+@pytest.mark.parametrize("fidelity", [{"verdict": "degraded"}, None])
+def test_what_could_not_be_promoted_is_recommended_only_where_nothing_else_is_within_the_limits(fidelity: dict[str, str] | None) -> None:
+    doubtful = [v | {"fidelity": fidelity} if v["name"] == "gguf-Q4_K_M" else v for v in VARIANTS]
+    limits = DecideConfig(max_accuracy_loss=0.01)
+    assert recommend(doubtful, limits)["cpu"] == "gguf-Q8_0"
+    alone = recommend([v for v in doubtful if v["name"] != "gguf-Q8_0" and v["format"] != "gptq"], limits)
+    assert (
+        alone["cpu"] == "gguf-Q4_K_M"
+        and f"it is {fidelity['verdict'] if fidelity else 'unchecked'}, and will not be promoted" in alone["why"]
+    )
+
+
+def test_a_gpu_format_that_was_measured_on_the_cpu_need_not_keep_to_limits_there() -> None:
+    choice = recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_rss_mb=250, max_latency_p95_ms=500))
+    assert (choice["cpu"], choice["gpu"]) == ("gguf-Q4_K_M", "gptq-4bit") and "and keeps to the other limits" in choice["why"]
+    assert "MB; at most 250" in choice["excluded"]["gptq-4bit"]  # for a CPU
+    assert recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_size_mb=110))["gpu"] is None
+
+
+def test_what_ran_elsewhere_than_the_16_bit_model_is_not_compared_with_its_speed() -> None:
+    on_gpu = VARIANTS[1] | {"device": "cuda", "performance": VARIANTS[1]["performance"] | {"requests_s": 40.0, "rss_mb": 2900.0}}
+    apart = [on_gpu, *(v | dict.fromkeys(("speedup_vs_fp16", "ram_reduction_vs_fp16")) for v in VARIANTS[3:] if v["quality"])]
+    choice = recommend(apart, DecideConfig(max_accuracy_loss=0.01))
+    assert choice["cpu"] == "gguf-Q4_K_M" and "times as many" not in choice["why"] and choice["gpu"] == "tuned-fp16"
+    assert {"tuned-fp16", "gguf-Q4_K_M"} <= set(pareto_front(apart))  # neither says anything of the other
+    claims = {claim["claim"]: claim["ours"] for claim in compare_with_paper(apart, [])}
+    assert claims["GGUF on a CPU against FP16: speed"] is None and claims["Best GGUF by speed"] == "Q4_0"
+
+
+def test_more_memory_is_called_more() -> None:
+    assert "with 14% more memory" in recommend([VARIANTS[1], variant("gguf-Q8_0", 0.96, 4.0, 800)], DecideConfig())["why"]
+
+
+def test_the_paper_is_compared_with_the_gptq_format_and_the_size_of_model_that_it_names() -> None:
+    ours = [
+        variant("tuned-fp16", 0.96, 1.0, 700, role="reference", size=2470),
+        variant("gptq-8bit", 0.96, 2.0, 600),
+        variant("gptq-4bit-g64", 0.95, 1.5, 600),
+    ]
+    claims = {claim["claim"]: claim for claim in compare_with_paper(ours, [])}
+    assert claims["GPTQ 4-bit against FP16: speed"]["ours"] == "1.50x (on the CPU)"
+    exact = claims["Exact match, fine-tuned model"]
+    assert exact["ours"] == "96.0% (1235M parameters)" and "smaller" not in exact["note"]
 
 
 def test_what_is_significantly_less_accurate_is_not_recommended_however_little_it_loses() -> None:
@@ -115,6 +162,18 @@ def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_besid
     assert pareto_front(variants) == pareto_front(VARIANTS)
     claim = compare_with_paper([], variants[-3:])[1]
     assert (claim["paper"], claim["ours"]) == ("99%", "100.0% with no examples, 100.0% with 12 examples")
+
+
+def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:
+    mixed = Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate")
+    found = {"trials": 60, "trials_measured": 60, "mean_kld": 0.003}
+    assert searched(mixed, {"metrics": found, "config": {"max_kld": 0.004}}) == []
+    short, coarse = searched(mixed, {"metrics": found | {"trials_measured": 7}, "config": {"max_kld": 0.001}})
+    assert "time for 7 of 60 trials" in short and "raise gguf_search.seconds" in short
+    assert "0.0030 nats, more than gguf_search.max_kld = 0.001" in coarse
+    doubtful = {**variant("gguf-Q2_K", 0.96, 9.0, 100, size=60), "fidelity": {"verdict": "degraded"}}
+    (brought,) = beside_ready_made(variant(MIXED, 0.96, 7.5, 190, size=84), [*VARIANTS, doubtful])
+    assert brought == "9% smaller than gguf-Q4_0, the smallest ready-made file whose verdict is ok, with 1.25 times its requests/s"
 
 
 def test_paired_difference_against_counted_values() -> None:

@@ -188,6 +188,27 @@ def test_a_runtime_that_swaps_two_layers_is_told_from_a_bad_format(world: World)
     assert judge(swapped, exact, lambda: swapped, rows, reference)["verdict"] == "degraded"
     assert judge(right(), exact, right, rows, reference)["verdict"] == "ok"
 
+    def unknown() -> Any:
+        raise ValueError("GGUF model with architecture granite is not supported yet")
+
+    found = judge(swapped, exact, unknown, rows, reference)
+    assert found["verdict"] == "degraded" and "could not be checked in transformers: ValueError: GGUF model" in found["why"]
+    assert found["mean_kld"] > 0
+
+
+def test_answers_that_are_no_numbers_are_the_runtime_s_fault_where_the_weights_are_sound(world: World) -> None:
+    rows, reference = world.asked()
+
+    class Overflown(TwoLayersSwapped):
+        def completion_logits(self, prompt: list[int], completion: list[int]) -> Any:
+            return self.right.completion_logits(prompt, completion) * np.nan
+
+    model: Any = Overflown(world.path(world.tuned))
+    found = judge(model, Comparison(weight_rel_error=0.001, delta_retained=1.0), lambda: model, rows, reference)
+    assert found["verdict"] == "runtime-broken" and "no numbers" in found["why"] and found["weight_rel_error"] == 0.001
+    with pytest.raises(BrokenFileError, match="no numbers"):  # nothing is known of the weights
+        judge(model, None, lambda: model, rows, reference)
+
 
 @pytest.mark.parametrize(
     "template",

@@ -437,17 +437,19 @@ def test_stopped_by_hand_it_says_how_to_go_on_and_leaves_nothing_running(tmp_pat
         assert database.execute("select distinct status from runs where status != 'FINISHED'").fetchall() == [("KILLED",)]
 
 
-def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(finished: Finished) -> None:
+def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(finished: Finished, tmp_path: Path) -> None:
     """The last test of the module: it changes the champion of the first run's registry."""
     home = finished.home
     champion = latest(home)["gate"]["challenger"]
     other = next(name for name in ("F16", "Q8_0") if f"gguf-{name}" != champion)
-    changes = ["--set", f"gguf=[{other}]", "--set", "gptq=[]", "--set", "base_few_shot=0"]
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "two crates of Fritz-Kola", "gold": {"intent": "add_to_cart", "product": "Fritz-Kola", "quantity": 2}}\n')
+    changes = ["--set", f"gguf=[{other}]", "--set", "gptq=[]", "--set", "base_few_shot=0", "--set", f"registry.own_rows=[{own}]"]
     result = run(home, *changes)
     assert result.returncode == 0, result.stdout + result.stderr
     gate = latest(home)["gate"]
     groups = {check["group"]: check for check in gate["checks"] if "group" in check}
-    assert {"test", "hard", "test, en", "test, hr"} <= set(groups) and groups["test"]["n"] == 36
+    assert {"test", "hard", "own", "test, en", "test, hr"} <= set(groups) and groups["test"]["n"] == 36
     assert gate["verdict"] == "inconclusive" and gate["champion"] == "version 1"  # 36 rows are too few
     assert {"gate_rows", "evaluate challenger, for the gate", "evaluate champion, for the gate"} <= set(states(home))
     wide = [*changes, "--set", "registry.margin=1", "--set", "registry.group_margin=1"]

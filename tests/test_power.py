@@ -125,6 +125,14 @@ def test_of_a_gpu_that_counts_no_energy_the_processors_share_is_not_taken_for_al
     assert figures["energy_j_per_request"] is figures["energy_source"] is None and "GPU" in figures["energy_j_per_request_reason"]
 
 
+def test_nor_is_what_rapl_counts(tmp_path: Path) -> None:
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 100_000, 10**9)
+    energy = Energy(None, tmp_path)
+    package.write_text("8100000\n")
+    figures = per_request(energy, energy.joules(), 1.0, "cuda", requests=4)
+    assert figures["energy_j_per_request"] is figures["energy_source"] is None and "NVML" in figures["energy_j_per_request_reason"]
+
+
 def test_a_gpu_that_stops_counting_gives_no_figure(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     energy = Energy(Gpu("1"), tmp_path)
     monkeypatch.setattr(energy._gpu, "joules", lambda: None)

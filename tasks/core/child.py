@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tasks.core.stage import Stage, StageConfig
 
 FORKS = ForkServer()
+OUT_OF_MEMORY = ", as the kernel does where memory runs out (make room, or leave this variant out)"
 
 
 class StageError(RuntimeError):
@@ -104,10 +105,12 @@ def run_isolated(
     if code == 0 and "outcome" in last:
         return Outcome(last["outcome"], last["peak_rss_mb"])
     if last.get("disk_full") or hardware.disk_is_full(out_dir):  # what is not written in Python has no error of its own for it
-        raise OSError(errno.ENOSPC, "the disk is full", str(out_dir))
+        raise OSError(errno.ENOSPC, "the disk is full", last.get("file") or str(out_dir))
     if "user_error" in last:
         raise _rebuilt_user_error(last)
-    reason = last.get("error") or (f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+    reason = last.get("error") or (
+        f"killed by signal {-code}{OUT_OF_MEMORY * (code == -signal.SIGKILL)}" if code < 0 else f"exit code {code}"
+    )
     raise StageError(f"Stage {stage.name} failed: {reason}. Its log: {log}")
 
 
@@ -167,7 +170,7 @@ def _work(descriptor: int, parent: int) -> int:
         return 2
     except Exception as error:
         traceback.print_exc()
-        end({"error": f"{type(error).__name__}: {error}", "disk_full": isinstance(error, OSError) and error.errno == errno.ENOSPC})
+        end({"error": f"{type(error).__name__}: {error}", "disk_full": hardware.says_full(error), "file": getattr(error, "filename", None)})
         return 1
     peak = hardware.peak_rss_mb() + metrics.get("workers_peak_rss_mb", 0)  # of a stage that shared its work among processes
     end({"outcome": metrics, "peak_rss_mb": round(peak, 1)})

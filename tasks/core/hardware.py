@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ import psutil
 from tasks.core import settings
 
 CGROUP = Path("/sys/fs/cgroup")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = 1 << 20  # bytes: with less, neither a database nor a stage gets on, whatever its error says
 LIBRARIES = (
     "torch",
@@ -36,7 +38,19 @@ LIBRARIES = (
 
 
 def disk_is_full(folder: Path) -> bool:
-    return shutil.disk_usage(folder).free < FULL
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:  # gone: what happened to it says another error
+        return False
+
+
+def says_full(error: BaseException | None) -> bool:
+    """Whether an error is that of a full disk, a quota or a limit on the size of files, or was raised because of one."""
+    while error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @functools.cache

@@ -120,8 +120,9 @@ def per_request(energy: Energy, joules: float | None, cpu_s: float, device: str,
     """
     reason = None
     source = energy.source
-    if joules is None and device == "cuda":
-        source, reason = None, "this machine's energy counters (NVML, RAPL) cannot be read, and CodeCarbon's estimate does not know the GPU"
+    if device == "cuda" and (joules is None or not (source or "").startswith("NVML")):  # what the processors used is not what the GPU did
+        joules = source = None
+        reason = "the GPU's energy counter (NVML) cannot be read, and CodeCarbon's estimate does not know the GPU"
     elif joules is None:
         try:
             processor = tdp.ask()

@@ -70,7 +70,7 @@ def load_settings() -> Settings:
         store_uri=env.get("CARTWRIGHT_STORE") or (home / "store").as_uri(),
         mlflow_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
         prefect_api_url=env.get("PREFECT_API_URL") or None,
-        prefect_home=Path(env.get("PREFECT_HOME") or home / "prefect"),
+        prefect_home=Path(env.get("PREFECT_HOME") or home / "prefect").expanduser().absolute(),
         llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
         texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )

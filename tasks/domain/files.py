@@ -8,14 +8,26 @@ from tasks.domain.errors import UserError
 
 
 def read_text(field: str, path: Path, most: int) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """The text of a UTF-8 file, without a byte order mark; see `read_bytes`.
+
+    Raises:
+        UserError: also where it is not UTF-8.
+    """
+    try:
+        return read_bytes(field, path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(field, str(path), f"is not UTF-8 ({error})", mend="Save it as UTF-8") from None
+
+
+def read_bytes(field: str, path: Path, most: int) -> bytes:
+    """The bytes of a file.
 
     Args:
         field: what the error calls it.
         most: bytes it may have. A device or a pipe says nothing of its size, so that is seen while reading.
 
     Raises:
-        UserError: no such file, unreadable, too large, or not UTF-8.
+        UserError: no such file, unreadable, or too large.
     """
     try:
         with path.open("rb") as file:
@@ -26,7 +38,4 @@ def read_text(field: str, path: Path, most: int) -> str:
         raise UserError(field, str(path), f"cannot be read ({error})", mend="Correct the path or the permissions") from None
     if len(data) > most:
         raise UserError(field, str(path), "is too large", allowed=f"at most {most:,} bytes", mend="Give fewer rows, or several files")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(field, str(path), f"is not UTF-8 ({error})", mend="Save it as UTF-8") from None
+    return data

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
 
-from tasks.domain.files import read_text
+from tasks.domain.files import read_bytes
 from tasks.domain.spec import SlotDefault, Spec
 
 LARGEST_FILE = 256_000_000  # bytes; some millions of rows
@@ -21,7 +22,7 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
         UserError: the file cannot be read, or is larger than `LARGEST_FILE`.
     """
     rows, bad = [], []
-    lines = read_text("data", path, LARGEST_FILE).split("\n")  # splitlines() would also cut at separators inside texts
+    lines = read_bytes("data", path, LARGEST_FILE).removeprefix(codecs.BOM_UTF8).split(b"\n")  # splitlines() would also cut inside texts
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -34,8 +35,13 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
     return rows, bad
 
 
-def parse_json(line: str) -> tuple[Any, str | None]:
+def parse_json(line: str | bytes) -> tuple[Any, str | None]:
     """What a line of JSONL holds, or None and why it holds nothing that can be used."""
+    if isinstance(line, bytes):
+        try:
+            line = line.decode()
+        except UnicodeDecodeError:
+            return None, "is not UTF-8"
     if len(line) > LONGEST_LINE:
         return None, f"is longer than {LONGEST_LINE} characters"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class TransformersRuntime:
         mask = torch.tensor(
             [[1] * shared + [0] * (longest - len(ids)) + [1] * (len(ids) - shared) for _, ids in prompts], device=self.device
         )
-        clock = _FirstToken()
+        clock = _FirstToken(self._synchronize)
         cache = self._read(prefix, len(prompts))
         with torch.inference_mode():
             output = self._model.generate(
@@ -163,10 +163,13 @@ class TransformersRuntime:
 class _FirstToken:
     """A logits processor that changes nothing and remembers when the first logits came."""
 
-    def __init__(self) -> None:
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize  # a GPU is only told what to compute
         self.started = time.perf_counter()
         self.first = 0.0
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.first = self.first or time.perf_counter()
+        if not self.first:
+            self._synchronize()
+            self.first = time.perf_counter()
         return scores
