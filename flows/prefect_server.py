@@ -43,7 +43,7 @@ def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) ->
     settings.prefect_home.mkdir(parents=True, exist_ok=True)
     log = settings.home / "logs" / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.prefect_home.with_name(settings.prefect_home.name + ".lock")):  # two first starts would race in the migration
+    with FileLock(settings.prefect_home / "start.lock"):  # two first starts would race in the migration
         port = free_port()
         with log.open("ab") as output:
             server = subprocess.Popen(
