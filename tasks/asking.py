@@ -114,9 +114,12 @@ def find_model(settings: Settings, name: str) -> Found:
 
 def _dataset_of(report: Mapping[str, Any], store: Store) -> Path:
     """The data set of a run, which may be in another machine's part of the store; its place where it is gone."""
-    made = next(stage for stage in report["stages"] if stage["name"] == "synthesize")
-    store.find("synthesize", made["key"])
-    return store.path("synthesize", made["key"])
+    key = next(stage for stage in report["stages"] if stage["name"] == "synthesize")["key"]
+    folder = store.path("synthesize", key)
+    if not store.is_local and not folder.is_dir():
+        with store.lock("synthesize", key):
+            store.find("synthesize", key)
+    return folder
 
 
 def _latest_dataset(settings: Settings) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from tasks.base_model import BaseModelConfig
+from tasks.base_model import BaseModelConfig, base_model, size_16bit
 from tasks.benchmark import BenchmarkConfig
 from tasks.core.artifacts import Store
 from tasks.core.file_hash import sha256_file
@@ -39,6 +39,7 @@ from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
 Config = TypeVar("Config", bound=BaseModel)
+Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
 RUN_KEY = 4  # characters of a configuration's key in the name of a run
 EVALUATED = ("test", "hard", "validation")
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
@@ -77,11 +78,14 @@ class RunConfig(BaseModel):
     decide: DecideConfig = DecideConfig()
     registry: RegisterConfig = RegisterConfig()
 
-    @field_validator("evaluate")
+    @field_validator("evaluate", "api")
     @classmethod
-    def _splits_are_those_of_a_data_set(cls, value: EvaluateConfig) -> EvaluateConfig:
-        if "test" not in value.splits or set(value.splits) - set(EVALUATED):
-            raise ValueError(f"splits = {list(value.splits)}: some of {', '.join(EVALUATED)}, with `test`, by which variants are compared")
+    def _splits_are_those_of_a_data_set(cls, value: Asked) -> Asked:
+        for asked in value if isinstance(value, tuple) else (value,):
+            if "test" not in asked.splits or set(asked.splits) - set(EVALUATED):
+                raise ValueError(
+                    f"splits = {list(asked.splits)}: some of {', '.join(EVALUATED)}, with `test`, by which variants are compared"
+                )
         return value
 
     @field_validator("gguf", "gptq", "awq", "baselines")
@@ -253,19 +257,21 @@ def _digest(path: str) -> str:
 
 def disk_needed(config: RunConfig) -> int:
     """About how many bytes a run adds to the disk: base, merged model and checkpoints, every variant, and MLflow's copies."""
-    from tasks.base_model import size_16bit
-
     return size_16bit(config.base_model) * (3 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq) + len(config.awq))
 
 
 def check_room(config: RunConfig, store: Store, home: Path) -> None:
-    """Whether the store can be written and has room for a run. One that has begun was asked before, and has taken some of it since.
+    """Whether the store can be written and has room for a run.
+
+    One that has begun was asked before, and has taken some of it since. Of another one with the same base model much may be there, or
+    nothing: only an adapter and a merged model are asked for, so that a changed limit is not refused on a small disk.
 
     Raises:
         UserError: it cannot, or has not.
     """
-    begun = any((home / "logs").glob(f"*-{config.profile}-{config.key()[:RUN_KEY]}"))
-    store.check_writable(0 if begun else disk_needed(config))
+    known = store.path("base_model", base_model.key(config.base_model, {})).exists()
+    begun = known and any((home / "logs").glob(f"*-{config.profile}-{config.key()[:RUN_KEY]}"))
+    store.check_writable(0 if begun else 2 * size_16bit(config.base_model) if known else disk_needed(config))
 
 
 def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:

@@ -66,7 +66,8 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     recommendation = recommend(variants, config)
     for variant in variants:
         if why := recommendation.get("excluded", {}).get(variant["name"]):
-            variant["notes"].append(f"not recommended: {why}")
+            for_cpu = " for a CPU" if variant["name"] == recommendation["gpu"] else ""
+            variant["notes"].append(f"not recommended{for_cpu}: {why}")
     decision = {
         "variants": variants,
         "pareto": pareto_front(variants),
@@ -173,7 +174,7 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any]:
     """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU; and who came second.
 
-    One whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
+    For a CPU, one whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
     """
     limits = {name: getattr(config, name) for name in LIMITS}
     reference = next((v for v in measured(variants) if v["role"] == "reference"), None)
@@ -185,15 +186,17 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
             "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
         }
 
-    def fastest_first(fitting: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return sorted(fitting, key=lambda v: (is_sound(v), v["performance"]["requests_s"]), reverse=True)
+    def speed(v: dict[str, Any]) -> float:
+        return float(v["performance"]["requests_s"])
 
     candidates = [v for v in usable(variants) if v["device"] == "cpu" and v["role"] == "candidate"]
-    on_cpu = fastest_first([v for v in candidates if not _excluded(v, reference, config)])
+    fitting = [v for v in candidates if not _excluded(v, reference, config)]
+    on_cpu = sorted(fitting, key=lambda v: (is_sound(v), speed(v)), reverse=True)
     for_gpu = [v for v in usable(variants) if v["runtime"] == "transformers" and not _excluded(v, reference, config, on_gpu=True)]
-    on_gpu = fastest_first([v for v in for_gpu if v["device"] == "cuda"])
-    gpu = on_gpu or sorted(for_gpu, key=lambda v: (not is_sound(v), v["size_mb"]))
+    on_gpu = sorted((v for v in for_gpu if v["device"] == "cuda"), key=speed, reverse=True)
+    gpu = on_gpu or sorted(for_gpu, key=lambda v: v["size_mb"])
     best, second = [*on_cpu, None, None][:2]
+    passed_over = [v["name"] for v in on_cpu if best and speed(v) > speed(best)]
     return {
         "cpu": best["name"] if best else None,
         "gpu": gpu[0]["name"] if gpu else None,
@@ -201,7 +204,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         "gpu_runner_up": gpu[1]["name"] if len(gpu) > 1 else None,
         "excluded": {v["name"]: why for v in measured(variants) if v["role"] == "candidate" and (why := _excluded(v, reference, config))},
         "constraints": limits,
-        "why": f"{_why_cpu(best, second, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu[0] if gpu else None, bool(on_gpu))}",
+        "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu[0] if gpu else None, bool(on_gpu))}",
     }
 
 
@@ -235,7 +238,9 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
     return over[0] if over else ""
 
 
-def _why_cpu(v: dict[str, Any] | None, second: dict[str, Any] | None, reference: dict[str, Any], config: DecideConfig) -> str:
+def _why_cpu(
+    v: dict[str, Any] | None, second: dict[str, Any] | None, passed_over: list[str], reference: dict[str, Any], config: DecideConfig
+) -> str:
     if not v:
         return "No quantized variant kept to the limits."
     exact, was = v["quality"]["exact_match"]["value"], reference["quality"]["exact_match"]["value"]
@@ -247,6 +252,8 @@ def _why_cpu(v: dict[str, Any] | None, second: dict[str, Any] | None, reference:
     fastest = f"loses at most {config.max_accuracy_loss * 100:g} percentage points"
     if any(getattr(config, name) is not None for name in LIMITS[1:]):
         fastest += " and keeps to the other limits"
+    if passed_over:
+        fastest += f" and has the verdict ok ({', '.join(passed_over)} would be faster)"
     doubt = ""
     if not is_sound(v):
         doubt = f" No variant within the limits has the verdict ok; it is {v['fidelity']['verdict'] if v['fidelity'] else 'unchecked'}, and will not be promoted."
@@ -259,6 +266,7 @@ def _why_cpu(v: dict[str, Any] | None, second: dict[str, Any] | None, reference:
 def _why_gpu(v: dict[str, Any] | None, measured: bool) -> str:
     if not v:
         return "No variant for a GPU kept to the limits."
+    doubt = "" if is_sound(v) else f" Its verdict is {v['fidelity']['verdict']}." if v["fidelity"] else " Its fidelity is unchecked."
     if measured:
-        return f"{v['name']} was the fastest on the GPU within the limits."
-    return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured."
+        return f"{v['name']} was the fastest on the GPU within the limits.{doubt}"
+    return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured.{doubt}"

@@ -165,7 +165,8 @@ def judge(
     except NoNumbersError as error:
         if not weights:
             raise
-        return {**_broken(""), **_weight_figures(weights), "verdict": "runtime-broken", "why": f"The weights are right, and {error}."}
+        verdict, why = _erased(weights) or ("runtime-broken", f"The matrices are what they should be, and {error}.")
+        return {**_broken(""), **_weight_figures(weights), "verdict": verdict, "why": why}
     figures = {
         **asdict(found),
         **_weight_figures(weights),
@@ -187,14 +188,20 @@ def _weight_figures(weights: Comparison | None) -> dict[str, Any]:
     }
 
 
+def _erased(weights: Comparison) -> tuple[Verdict, str] | None:
+    if weights.delta_retained >= ERASED:
+        return None
+    return "erased", (
+        f"Only {max(weights.delta_retained, 0):.0%} of what fine-tuning changed is left in the weights: this format's steps are coarser than the "
+        "change, and the base model lies on them, so that rounding leads back to it."
+    )
+
+
 def _verdict(
     found: Divergence, weights: Comparison | None, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
 ) -> tuple[Verdict, str]:
-    if weights and weights.delta_retained < ERASED:
-        return "erased", (
-            f"Only {max(weights.delta_retained, 0):.0%} of what fine-tuning changed is left in the weights: this format's steps are coarser than the "
-            "change, and the base model lies on them, so that rounding leads back to it."
-        )
+    if weights and (erased := _erased(weights)):
+        return erased
     if same_prompts < rows:
         return "runtime-broken", (
             f"The runtime reads other tokens than the model was trained with in {rows - same_prompts} of {rows} prompts: its chat template or its tokenizer is not the model's."
@@ -205,7 +212,7 @@ def _verdict(
     degraded = f"{1 - found.top1_agreement:.1%} of the next tokens are others than the 16-bit model's{off}."
     try:
         same_weights = elsewhere()
-    except Exception as error:  # of a library that does not know the format, or for want of memory; what was found stands
+    except (ValueError, KeyError, NotImplementedError, ImportError) as error:  # it does not know the architecture, and never will
         return (
             "degraded",
             f"{degraded} Whether that is the runtime's fault could not be checked in transformers: {type(error).__name__}: {error}",

@@ -48,7 +48,12 @@ def problem_of(name: str, version: str) -> str:
 
 def _answer(name: str, version: str) -> None:
     with TemporaryDirectory() as folder:
-        path, runtime, asked_by = champion_files(load_settings(), name, Path(folder), version)
+        try:
+            path, runtime, asked_by = champion_files(load_settings(), name, Path(folder), version)
+        except Exception as error:
+            if hardware.says_full(error) or hardware.disk_is_full(Path(folder)):  # MLflow's own error has lost its cause
+                sys.exit(NO_ROOM)
+            raise
         model = runtimes.load(runtime, path, hardware.cores())
         (answer,) = model.generate([prompt.messages(load_spec(str(asked_by)), QUESTION)], 32, 1)
     if not answer.completion_tokens:
@@ -59,6 +64,4 @@ if __name__ == "__main__":
     try:
         _answer(*sys.argv[1:])
     except (UserError, ValueError, OSError, RuntimeError) as error:
-        if hardware.says_full(error):
-            sys.exit(NO_ROOM)
         sys.exit(f"{type(error).__name__}: {error}")

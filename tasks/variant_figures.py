@@ -98,12 +98,15 @@ def searched(variant: Variant, model: dict[str, Any]) -> list[str]:
     if variant.name != MIXED:
         return []
     found, notes = model["metrics"], []
-    if found["trials_measured"] < found["trials"]:
+    limit = model["config"]["max_kld"]
+    if found["fine_mean_kld"] >= limit:
+        notes.append(
+            f"8 bits alone diverge by {found['fine_mean_kld']:.4f} nats, all that gguf_search.max_kld = {limit:g} allows: raise it"
+        )
+    elif found["trials_measured"] < found["trials"]:
         notes.append(
             f"the search had time for {found['trials_measured']} of {found['trials']} trials, and parts not tried keep 8 bits: raise gguf_search.seconds"
         )
-    if found["mean_kld"] > (limit := model["config"]["max_kld"]):
-        notes.append(f"8 bits alone diverge by {found['mean_kld']:.4f} nats, more than gguf_search.max_kld = {limit:g}: raise it")
     return notes
 
 

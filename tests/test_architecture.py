@@ -58,6 +58,7 @@ def test_only_settings_reads_the_environment() -> None:
     assert readers == ["settings.py"]
 
 
+@pytest.mark.slow
 def test_importing_flows_loads_nothing_heavy() -> None:
     code = "import sys, flows, flows.cli, flows.retrain, flows.stages, flows.ablate, flows.drift; print(' '.join(m for m in sys.modules if '.' not in m))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split())

@@ -99,6 +99,7 @@ def test_the_page_has_a_place_for_every_dimension_and_keeps_what_stands_around_t
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_extrapolated_points_are_hollow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.figure
 
@@ -132,6 +133,7 @@ def test_every_dimension_is_planned_and_drawn_and_its_sizes_take_turns() -> None
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_what_is_in_the_file_is_not_measured_again_and_a_failure_does_not_stop_the_others(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

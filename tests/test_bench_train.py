@@ -22,6 +22,7 @@ OURS_ALONE = {"checkpoints", "unpack", "compile", "workers", "tokens_at_a_time"}
 OFF = {"finish_in_16bit"}  # which TRL has not
 
 
+@pytest.mark.slow
 def test_every_field_of_the_config_is_for_both_trainers_or_says_only_how_ours_computes() -> None:
     assert set(FinetuneConfig.model_fields) == SETTINGS | BUILT | OURS_ALONE | OFF | {"max_length"}
     compared = bench_train.comparison(argparse.Namespace(rows=128, validation=144, batch=16)).train

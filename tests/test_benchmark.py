@@ -62,6 +62,7 @@ def test_runs_together_give_medians_percentiles_of_all_requests_and_how_far_they
     assert "new" not in pooled(runs) and pooled(runs)["requests_s"] == 10.0
 
 
+@pytest.mark.slow
 def test_another_program_that_is_busy_is_noticed() -> None:
     # A session of its own: children of this process would count as its own work.
     code = "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\nend = time.time() + 4\nwhile time.time() < end: pass"
@@ -71,6 +72,7 @@ def test_another_program_that_is_busy_is_noticed() -> None:
     assert others.cores()["others_cores"] > 0.3
 
 
+@pytest.mark.slow
 def test_what_this_process_and_its_children_do_themselves_is_their_own() -> None:
     others = hardware.Disturbance()
     before, end = others._read()[3], time.monotonic() + 0.4

@@ -43,6 +43,7 @@ class Unique(Tags):
 
 
 @pytest.mark.parametrize("kind", [Tags, Unique])
+@pytest.mark.slow
 def test_hosts_that_claim_at_once_have_it_one_after_the_other(kind: type[Tags]) -> None:
     tags, inside, most = kind(), [], []
 
@@ -89,6 +90,7 @@ def test_a_claim_of_a_dead_host_is_waited_for_and_ones_own_is_not() -> None:
     assert tags.tags == {TAG: "other:/home 2"}
 
 
+@pytest.mark.slow
 def test_a_claim_that_changes_hands_is_not_taken_for_abandoned() -> None:
     tags = Tags(0.0)
     over = threading.Event()

@@ -17,8 +17,8 @@ import pytest
 from flows.cli import dashboards, main
 from flows.doctor import checks_of
 from tasks.asking import find_model
-from tasks.base_model import BaseModelConfig, resolve
-from tasks.config import PROFILES, check_room, load_config, parse_overrides, profiles
+from tasks.base_model import BaseModelConfig, base_model, resolve
+from tasks.config import PROFILES, check_room, disk_needed, load_config, parse_overrides, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core.artifacts import Store
 from tasks.core.settings import load_settings
@@ -73,12 +73,6 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "evaluate.splits=[hard]"], "splits = ['hard']: some of test, hard, validation, with `test`"),
         (["--set", "evaluate.splits=[tset]"], "splits = ['tset']: some of test, hard, validation"),
         (["--set", "benchmark.prefill_tokens=4096"], "benchmark.prefill_tokens = 4096: Input should be less than or equal to 2048"),
-        (["--set", "api=[{model: nobody/knows}]"], "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
-        (["--set", "api=[{model: openai/m}, {model: openai/m, few_shot: 2}]"], "api.0.model = 'openai/m': is listed twice"),
-        (["--set", "api=[{model: openai/of-our-own, max_usd: 2}]"], "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
-        (["--set", "api=[{model: anthropic/m}]"], "api.0.model = 'anthropic/m': needs a key"),
-        (["--set", "api=[{model: openai/m, api_base: somewhere}]"], "api.0.api_base = 'somewhere'"),
-        (["--set", "api=[{model: openai/m, api_base: 'http://me:secret@here'}]"], "api.0.api_base: has a user name or a query"),
     ],
 )
 def test_bad_input_stops_before_any_work(
@@ -95,12 +89,32 @@ def test_bad_input_stops_before_any_work(
     assert not home.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("api", "message"),
+    [
+        ("[{model: nobody/knows}]", "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
+        ("[{model: openai/m}, {model: openai/m, few_shot: 2}]", "api.0.model = 'openai/m': is listed twice"),
+        ("[{model: openai/of-our-own, max_usd: 2}]", "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
+        ("[{model: anthropic/m}]", "api.0.model = 'anthropic/m': needs a key"),
+        ("[{model: openai/m, api_base: somewhere}]", "api.0.api_base = 'somewhere'"),
+        ("[{model: openai/m, api_base: 'http://me:secret@here'}]", "api.0.api_base: has a user name or a query"),
+        ("[{model: openai/m, splits: [hard]}]", "splits = ['hard']: some of test, hard, validation, with `test`"),
+    ],
+)
+def test_so_does_an_api_that_cannot_be_asked(
+    home: Path, api: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_bad_input_stops_before_any_work(home, ["--set", f"api={api}"], message, monkeypatch, capsys)
+
+
 def test_so_does_the_command_itself(cartwright: Cartwright, home: Path) -> None:
     result = cartwright("run", "--profile", "quik")
     assert result.returncode == 2 and not result.stdout and not home.exists()
     assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_unwritable_home_stops_before_any_work(cartwright: Cartwright, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = cartwright("run", "--profile", "smoke", CARTWRIGHT_HOME=str(tmp_path / "file" / "home"))
@@ -113,9 +127,15 @@ def test_only_a_run_that_has_not_begun_is_asked_for_room(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"has 0\.0 GB free, and the run may need"):
         check_room(config, store, tmp_path)
     (tmp_path / "logs" / f"20260101-000000-smoke-{config.key()[:4]}").mkdir(parents=True)  # as its first stage leaves it
+    with pytest.raises(UserError, match="may need"):  # of a store that is gone
+        check_room(config, store, tmp_path)
+    store.path("base_model", base_model.key(config.base_model, {})).mkdir(parents=True)
     check_room(config, store, tmp_path)
+    other = resolve_run(load_config("smoke", {"decide.max_rss_mb": 500}))
     with pytest.raises(UserError, match="may need"):
-        check_room(resolve_run(load_config("smoke", {"gguf": ["F16"]})), store, tmp_path)
+        check_room(other, store, tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=disk_needed(config) // 2))
+    check_room(other, store, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +170,7 @@ def test_figures_that_could_not_be_saved_are_not_made(
     assert ended.value.code == 2 and "--output" in (said := capsys.readouterr().err) and problem in said
 
 
+@pytest.mark.slow
 def test_doctor_says_what_is_wrong_and_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> dict[str, bool]:
         return {name: good for good, name, _ in checks_of(load_settings())}

@@ -58,6 +58,7 @@ def test_every_pattern_expands_into_a_label_that_stands_in_the_text(language: st
         assert "{" not in row["text"] and "  " not in row["text"], row
 
 
+@pytest.mark.slow
 def test_splits_share_no_product_and_hard_has_patterns_of_its_own(dataset: tuple[Path, dict[str, Any]]) -> None:
     rows = {split: read_rows(dataset[0] / f"{split}.jsonl") for split in SPLITS}
     products = {split: {row["product"] for row in rows[split]} - {None} for split in SPLITS}

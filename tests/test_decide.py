@@ -55,7 +55,8 @@ def test_recommendation_is_the_fastest_within_the_accuracy_limit() -> None:
 def test_what_could_not_be_promoted_is_recommended_only_where_nothing_else_is_within_the_limits(fidelity: dict[str, str] | None) -> None:
     doubtful = [v | {"fidelity": fidelity} if v["name"] == "gguf-Q4_K_M" else v for v in VARIANTS]
     limits = DecideConfig(max_accuracy_loss=0.01)
-    assert recommend(doubtful, limits)["cpu"] == "gguf-Q8_0"
+    choice = recommend(doubtful, limits)
+    assert choice["cpu"] == "gguf-Q8_0" and "has the verdict ok (gguf-Q4_K_M would be faster)" in choice["why"]
     alone = recommend([v for v in doubtful if v["name"] != "gguf-Q8_0" and v["format"] != "gptq"], limits)
     assert (
         alone["cpu"] == "gguf-Q4_K_M"
@@ -166,11 +167,12 @@ def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_besid
 
 def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:
     mixed = Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate")
-    found = {"trials": 60, "trials_measured": 60, "mean_kld": 0.003}
+    found = {"trials": 60, "trials_measured": 60, "fine_mean_kld": 0.0003}
     assert searched(mixed, {"metrics": found, "config": {"max_kld": 0.004}}) == []
-    short, coarse = searched(mixed, {"metrics": found | {"trials_measured": 7}, "config": {"max_kld": 0.001}})
+    (short,) = searched(mixed, {"metrics": found | {"trials_measured": 7}, "config": {"max_kld": 0.004}})
+    (coarse,) = searched(mixed, {"metrics": found | {"trials_measured": 0, "fine_mean_kld": 0.003}, "config": {"max_kld": 0.001}})
     assert "time for 7 of 60 trials" in short and "raise gguf_search.seconds" in short
-    assert "0.0030 nats, more than gguf_search.max_kld = 0.001" in coarse
+    assert "0.0030 nats, all that gguf_search.max_kld = 0.001 allows" in coarse
     doubtful = {**variant("gguf-Q2_K", 0.96, 9.0, 100, size=60), "fidelity": {"verdict": "degraded"}}
     (brought,) = beside_ready_made(variant(MIXED, 0.96, 7.5, 190, size=84), [*VARIANTS, doubtful])
     assert brought == "9% smaller than gguf-Q4_0, the smallest ready-made file whose verdict is ok, with 1.25 times its requests/s"

@@ -71,6 +71,7 @@ def test_the_dockerfile_and_the_scripts_pass_their_linters() -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_the_compose_file_fits_the_compose_specification(tmp_path: Path) -> None:
     def check(path: Path) -> subprocess.CompletedProcess[str]:
         command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]

@@ -195,6 +195,12 @@ def test_a_runtime_that_swaps_two_layers_is_told_from_a_bad_format(world: World)
     assert found["verdict"] == "degraded" and "could not be checked in transformers: ValueError: GGUF model" in found["why"]
     assert found["mean_kld"] > 0
 
+    def crowded() -> Any:
+        raise MemoryError("can't allocate memory")
+
+    with pytest.raises(MemoryError):  # passes: the next run looks again
+        judge(swapped, exact, crowded, rows, reference)
+
 
 def test_answers_that_are_no_numbers_are_the_runtime_s_fault_where_the_weights_are_sound(world: World) -> None:
     rows, reference = world.asked()
@@ -206,6 +212,7 @@ def test_answers_that_are_no_numbers_are_the_runtime_s_fault_where_the_weights_a
     model: Any = Overflown(world.path(world.tuned))
     found = judge(model, Comparison(weight_rel_error=0.001, delta_retained=1.0), lambda: model, rows, reference)
     assert found["verdict"] == "runtime-broken" and "no numbers" in found["why"] and found["weight_rel_error"] == 0.001
+    assert judge(model, Comparison(weight_rel_error=0.1, delta_retained=0.1), lambda: model, rows, reference)["verdict"] == "erased"
     with pytest.raises(BrokenFileError, match="no numbers"):  # nothing is known of the weights
         judge(model, None, lambda: model, rows, reference)
 

@@ -84,6 +84,7 @@ def test_without_a_run_nothing_is_charged(monkeypatch: pytest.MonkeyPatch) -> No
     assert ledger.split()["start"] < first  # but a second run did
 
 
+@pytest.mark.slow
 def test_a_stage_is_charged_with_its_work_alone(begun: None, home: Path) -> None:
     store = Store((home / "store").as_uri(), home)
     marks: list[dict[Account, float]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 from filelock import Timeout
 
-from tasks import register
+from tasks import register, registered
+from tasks.core import hardware
 from tasks.core.file_hash import sha256_file
 from tasks.core.registry import CHAMPION, PREVIOUS, Registry
 from tasks.core.settings import load_settings
@@ -267,3 +269,34 @@ def test_a_model_that_is_logged_again_after_an_interruption_is_shown_once(home: 
     run = tracker.child("gguf-F16", "key", "variant")
     logged = {tracker.log_model(run, "gguf-F16", "digest", {"model": file, "spec": spec}, "llama_cpp") for _ in range(2)}
     assert len(logged) == 1 == len(tracker.client.get_run(run).outputs.model_outputs)
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow tells nothing of why a file could not be copied."""
+
+    def lost(*_: Any) -> Any:
+        raise UserError("champion", "version 1", "cannot be asked (INTERNAL_ERROR)")
+
+    monkeypatch.setattr(registered, "champion_files", lost)
+    with pytest.raises(UserError):
+        registered._answer(NAME, "1")
+    monkeypatch.setattr(hardware, "FULL", 10**18)  # more than is free here
+    with pytest.raises(SystemExit) as ended:
+        registered._answer(NAME, "1")
+    ended_with = subprocess.CompletedProcess([], int(str(ended.value.code)), "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended_with)
+    with pytest.raises(OSError, match="the disk is full"):
+        problem_of(NAME, "1")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"), [(OSError(28, "No space"), True), (OSError(122, "Quota"), True), (OSError(13, "Denied"), False)]
+)
+def test_a_full_disk_is_found_behind_the_errors_it_caused(error: OSError, full: bool) -> None:
+    try:
+        try:
+            raise error
+        except OSError as cause:
+            raise RuntimeError("cannot save") from cause
+    except RuntimeError as raised:
+        assert hardware.says_full(raised) is full

@@ -54,6 +54,7 @@ def test_second_call_is_cached_and_equal(run: Run) -> None:
     assert first.peak_rss_mb and first.peak_rss_mb > 1
 
 
+@pytest.mark.slow
 def test_a_changed_field_recomputes_what_depends_on_it(run: Run) -> None:
     numbers, _ = run(count, CountConfig())
     assert run(add, AddConfig(), numbers=numbers)[0].metrics["total"] == 3
@@ -63,6 +64,7 @@ def test_a_changed_field_recomputes_what_depends_on_it(run: Run) -> None:
     assert run(add, AddConfig(), numbers=numbers)[1] == "cached"
 
 
+@pytest.mark.slow
 def test_equal_content_from_another_config_does_not_recompute_what_follows(run: Run) -> None:
     numbers, _ = run(count, CountConfig())
     run(add, AddConfig(), numbers=numbers)
@@ -71,6 +73,7 @@ def test_equal_content_from_another_config_does_not_recompute_what_follows(run: 
     assert run(add, AddConfig(), numbers=same)[1] == "cached"
 
 
+@pytest.mark.slow
 def test_keys_are_the_same_in_every_process() -> None:
     code = "from tests.tiny_stages import *; print(count.key(CountConfig(), {}))"
     keys = {
@@ -155,6 +158,7 @@ def test_a_damaged_artefact_is_rebuilt(run: Run, store: Store, damage: Callable[
         assert str(folder) in caplog.text
 
 
+@pytest.mark.slow
 def test_an_artefact_of_an_earlier_version_has_no_checksum_and_is_used(run: Run, store: Store) -> None:
     first, _ = run(count, CountConfig())
     path = store.path("count", first.key) / MANIFEST
@@ -179,6 +183,7 @@ def test_nothing_is_made_from_an_input_that_was_damaged_since_it_was_found(run: 
     assert run(add, AddConfig(), numbers=run(count, CountConfig())[0])[0].metrics["total"] == 3
 
 
+@pytest.mark.slow
 def test_damage_is_noticed_where_the_clock_was_put_back(run: Run, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, _ = run(count, CountConfig())
     folder = store.path("count", numbers.key)
@@ -196,6 +201,7 @@ def test_damage_is_noticed_where_the_clock_was_put_back(run: Run, store: Store, 
     assert "0.txt has been changed" in str(damage_of(folder, numbers, only_touched=True))
 
 
+@pytest.mark.slow
 def test_what_was_made_and_could_not_be_handed_over_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(f"memory://cartwright-late-{os.getpid()}", tmp_path)
 
@@ -227,16 +233,19 @@ def test_a_failed_stage_leaves_no_artefact_and_names_its_log(run: Run, store: St
     assert not (store.path("count", count.key(CountConfig(fail="error"), {}))).exists()
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_a_failure_with_its_signal(run: Run) -> None:
     with pytest.raises(StageError, match="killed by signal 9"):
         run(count, CountConfig(fail="killed"))
 
 
+@pytest.mark.slow
 def test_a_user_error_crosses_the_process(run: Run) -> None:
     with pytest.raises(UserError, match=r"count.numbers = 3: is unlucky. Allowed: 1, 2."):
         run(count, CountConfig(fail="user"))
 
 
+@pytest.mark.slow
 def test_events_arrive_in_order(run: Run) -> None:
     events: list[Event] = []
     run(count, CountConfig(), events.append)
@@ -308,6 +317,7 @@ def test_two_processes_make_an_artefact_once(home: Path) -> None:
     assert sorted(line.split()[0] for line in last) == ["cached", "computed"]
 
 
+@pytest.mark.slow
 def test_remote_store_hands_artefacts_over(tmp_path: Path) -> None:
     uri = f"memory://cartwright-{os.getpid()}"
     one, two = Store(uri, tmp_path / "one"), Store(uri, tmp_path / "two")
@@ -325,6 +335,7 @@ def test_an_address_with_a_password_is_no_store_and_is_not_shown(tmp_path: Path)
     assert "planted" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_until_the_manifest_is_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -356,6 +367,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny_disk: Path, tmp_path: Path) -> None:
     store = Store((tiny_disk / "store").as_uri(), tiny_disk)
     kept, _ = seam.run(count, CountConfig(), {}, store, tmp_path / "logs")

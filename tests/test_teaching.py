@@ -31,6 +31,7 @@ def plan(requests: int, items: int = 10, banks: dict[str, Bank] = BANKS) -> list
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_request_is_another_and_a_longer_plan_begins_like_a_shorter_one() -> None:
     long, short = plan(400), plan(50)
     assert len({request.hash for request in long}) == 400
@@ -40,6 +41,7 @@ def test_every_request_is_another_and_a_longer_plan_begins_like_a_shorter_one() 
     assert cells == {(language, intent) for language in BANKS for intent in SPEC.intents}
 
 
+@pytest.mark.slow
 def test_a_teacher_is_shown_nothing_that_evaluation_holds_out() -> None:
     shown = {(r.language, r.kind): "" for r in plan(1)}
     for request in plan(300):

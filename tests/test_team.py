@@ -214,6 +214,7 @@ def test_every_pool_has_job_variables_that_its_kind_of_worker_takes(kind: Any) -
 
 
 @pytest.mark.fast
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_one_clear_message(cartwright: Any) -> None:
     refused = cartwright("deploy", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
     assert refused.returncode == 2 and "does not answer" in refused.stderr and "cartwright up" in refused.stderr
