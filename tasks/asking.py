@@ -180,12 +180,12 @@ def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) ->
     return sorted(found, key=lambda item: -len(item["wrong"]))
 
 
-def read_texts(lines: Iterable[bytes | str]) -> tuple[list[str], list[tuple[int, str]]]:
+def read_texts(lines: Iterable[bytes]) -> tuple[list[str], list[tuple[int, str]]]:
     """Texts of JSONL or plain lines, and the lines that cannot be used with their problem."""
     texts, bad = [], []
     for number, given in enumerate(lines, 1):
         try:
-            line = (given.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(given, bytes) else given).strip()
+            line = given.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
             bad.append((number, "is not UTF-8"))
             continue
