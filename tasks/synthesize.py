@@ -93,7 +93,7 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     return Generator(spec, banks, styles, config.seed, list(config.intents) or None, config.patterns_per_intent)
 
 
-@stage("synthesize", version=8, libraries=("rapidfuzz", "scikit-learn"))
+@stage("synthesize", version=9, libraries=("rapidfuzz", "scikit-learn"))
 def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `<split>.jsonl`, one row a line, and `data_card.json`; return the counts of the data card.
 

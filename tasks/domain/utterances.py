@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses;
 # has, and the pattern would in effect be held out.
 FIXED_DECORATION_RATE = 0.6
 FOREIGN_RATE = 0.06  # how often one greets in another language, where everything is decorated
+FOREIGN_PRODUCT_RATE = 0.06  # how often one names the product in another language, at most
 # Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
 PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
 
@@ -45,13 +47,45 @@ def split_patterns(patterns: list[Pattern], most: int | None = None) -> dict[Spl
 
 
 def split_products(products: list[Product], spec: Spec) -> dict[Split, list[Product]]:
-    """Share out a catalog; the held-out departments are in `hard` only."""
+    """Share out a catalog; the held-out departments are in `hard` only.
+
+    A product whose name holds that of a training product as whole words, or the reverse, is in no evaluation split, nor in training: it
+    would not be new to the model, and in training it would give away its name in the other languages.
+    """
     parts: dict[Split, list[Product]] = {split: [] for split in SPLITS}
     for product in products:
         position = _hash(str(normalise(product.name))) / 2**64
         drawn = next(split for split, below in PRODUCT_SHARES if position < below)
         parts["hard" if product.department in spec.held_out_departments else drawn].append(product)
-    return parts
+    trained = Names(parts["train"])
+    return {
+        split: part if split == "train" else [product for product in part if not trained.overlap(product)] for split, part in parts.items()
+    }
+
+
+class Names:
+    """The names of products, in all forms, as something another name may hold or be part of, in whole words."""
+
+    def __init__(self, products: Iterable[Product]) -> None:
+        self._names = {_words(form) for product in products for form in product.forms.values()}
+        self._parts = {part for name in self._names for part in _parts(name)}
+
+    def overlap(self, product: Product) -> bool:
+        """Whether one of the product's forms holds one of the names, or is part of one."""
+        return any(self.within(form) or _words(form) in self._parts for form in product.forms.values())
+
+    def within(self, text: str) -> bool:
+        """Whether a text holds one of the names."""
+        return any(part in self._names for part in _parts(_words(text)))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W_]+", str(normalise(text))))
+
+
+def _parts(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every run of neighbouring words."""
+    return (words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1))
 
 
 @dataclass(frozen=True)
@@ -112,18 +146,20 @@ class Generator:
         product = rng.choice(self._products[language][split])
         bank = self.banks[language]
         style = self.style[split]
+        switched = rng.random() < style.decoration_rate * FOREIGN_PRODUCT_RATE and self._foreign_product(split, language, product, rng)
+        product = switched or product
         drilled = bool(style.drilled_rate) and rng.random() < style.drilled_rate  # nothing is drawn where nothing is drilled
         segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate, drilled)
         decoration = style.decoration_rate if pattern.placeholders else max(style.decoration_rate, FIXED_DECORATION_RATE)
         foreign = rng.choice(list(self.banks.values())) if rng.random() < decoration * FOREIGN_RATE else bank
         _decorate(segments, bank, foreign, decoration, rng)
-        mixed = ["code_switch"] if foreign is not bank else []
-        noise = mixed + add_noise(segments, list(style.noise), style.noise_rate, rng)
-        text, written = _join(segments)
         names_product = any(
             placeholder.name in (MENTION, COUNTED) or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
             for placeholder in pattern.placeholders
         )
+        mixed = ["code_switch"] if foreign is not bank or (switched and names_product) else []
+        noise = mixed + add_noise(segments, list(style.noise), style.noise_rate, rng)
+        text, written = _join(segments)
         return {
             "text": text,
             "gold": self._gold(intent, {**written, **values}),
@@ -133,6 +169,15 @@ class Generator:
             "product": product.name if names_product else None,
             "noise": noise,
         }
+
+    def _foreign_product(self, split: Split, language: str, native: Product, rng: Random) -> Product | None:
+        """A product as another language names it ("due wireless headphones"); the words around it agree with a native one."""
+        others = [other for other in self.banks if other != language]
+        if not others:
+            return None
+        other = rng.choice(others)
+        foreign = rng.choice(self._products[other][split])
+        return replace(native, department=foreign.department, forms={self.banks[other].forms[0]: foreign.name}, measures=())
 
     def _gold(self, intent: str, values: dict[str, Any]) -> dict[str, Any]:
         gold: dict[str, Any] = {"intent": intent}

@@ -15,17 +15,30 @@ def _number_words(bank: Bank, number: int) -> set[str]:
     return {str(normalise(word)) for word in words if word}
 
 
+def numbers_said(text: str, bank: Bank) -> set[int]:
+    """The numbers that a (normalised) text states, in digits or as whole words, also with something behind them ("2x", "zweimal").
+
+    Of words that begin alike the longest counts: "twenty-four" is no 20, "vierzehn" no 4.
+    """
+    meant: dict[str, set[int]] = {}
+    for number in {*bank.numbers, *bank.bare_numbers}:
+        for word in _number_words(bank, number):
+            meant.setdefault(word, set()).add(number)
+    said = {int(digits) for digits in re.findall(r"(?<![\w.,])(\d{1,9})(?!\d|[.,]\d)", text)}
+    if meant:
+        longest_first = "|".join(re.escape(word) for word in sorted(meant, key=len, reverse=True))
+        said |= {number for word in re.findall(rf"(?<!\w)({longest_first})(?:mal|x)?(?!\w)", text) for number in meant[word]}
+    return said
+
+
 def says_number(number: int, text: str, bank: Bank) -> bool:
-    """Whether a (normalised) text states a number, in digits or as a word, also with something behind it ("2x", "zweimal")."""
-    words = "|".join(map(re.escape, _number_words(bank, number)))
-    return bool(re.search(rf"(?<![\w.,]){number}(?!\d)" + (rf"|(?<!\w)(?:{words})" if words else ""), text))
+    """Whether a (normalised) text states a number, see `numbers_said`."""
+    return number in numbers_said(text, bank)
 
 
 def any_number(text: str, bank: Bank) -> bool:
-    """Whether a (normalised) text states a number above one."""
-    words = {word for number in {*bank.numbers, *bank.bare_numbers} if number > 1 for word in _number_words(bank, number)}
-    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", text) if words else None
-    return bool(found or any(int(digits) != 1 for digits in re.findall(r"\d+", text)))
+    """Whether a (normalised) text states a number other than one, or has digits at all that are not a 1."""
+    return bool(numbers_said(text, bank) - {1}) or any(int(digits) != 1 for digits in re.findall(r"\d+", text))
 
 
 def starts_with_number(product: str, bank: Bank) -> bool:

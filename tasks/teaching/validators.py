@@ -8,6 +8,7 @@ A validator returns the row that may join training, or the reason why none does:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from random import Random
 from typing import Any
@@ -17,7 +18,7 @@ from tasks.domain.expansion import expand
 from tasks.domain.labelled import has_half_character
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Slot, SlotDefault, Spec
-from tasks.domain.utterances import split_products
+from tasks.domain.utterances import Names, split_products
 from tasks.teaching.answers import is_refusal
 from tasks.teaching.asking import Request
 from tasks.teaching.language import Languages
@@ -27,7 +28,8 @@ NEAR_DUPLICATE = 90.0  # rapidfuzz ratio (0..100) of normalised texts from which
 LONGEST_TEXT, LONGEST_PRODUCT, MOST_WORDS = 400, 60, 8
 # A gap left open, markup, or a link: no customer's message
 STAGE_PROPS = re.compile(r"[\n\r{}<>\[\]]|https?://|\b(insert|lorem ipsum|xxx+)\b", re.IGNORECASE)
-CODE = re.compile(r"[\w-]{2,24}")
+CODE = re.compile(r"[\w-]{1,12}(/[\w-]{1,12})?")
+COMMON = 10  # patterns from which on a word that stands before products is no part of them
 EXPANSIONS = 12  # random messages of a pattern that are looked at
 
 Judged = tuple[dict[str, Any] | None, str | None]
@@ -41,15 +43,10 @@ class Judge:
         self._languages = Languages([*spec.languages])
         self._passed: dict[tuple[str, ...], list[str]] = {}
         parts = {language: split_products(bank.products, spec) for language, bank in banks.items()}
-        self._held_out = sorted(
-            {
-                str(normalise(form))
-                for part in parts.values()
-                for s in ("validation", "test", "hard")
-                for p in part[s]
-                for form in p.forms.values()
-            }
-        )
+        held_out = [product for part in parts.values() for s in ("validation", "test", "hard") for product in part[s]]
+        self._held_out = sorted({str(normalise(form)) for product in held_out for form in product.forms.values()})
+        self._held_out_names = Names(held_out)
+        self._beginnings = {language: _Beginnings(bank, spec) for language, bank in banks.items()}
         self._training_products = {language: part["train"] for language, part in parts.items()}
         for language, bank in banks.items():
             self._passed["products", language] = [str(normalise(form)) for product in bank.products for form in product.forms.values()]
@@ -113,7 +110,7 @@ class Judge:
                     return "slot_not_in_text"
                 rest = f"{rest[: found.start()]} _ {rest[found.end() :]}"
             if isinstance(slot, CatalogSlot):
-                if len(value) > LONGEST_PRODUCT or len(value.split()) > MOST_WORDS or starts_with_number(value, bank):
+                if len(value) > LONGEST_PRODUCT or len(value.split()) > MOST_WORDS or self._beginnings[language].of(value):
                     return "implausible"
                 if self._is_held_out(value):
                     return "product_of_evaluation"
@@ -222,7 +219,7 @@ class Judge:
                 return "refusal"
             if len(form) > LONGEST_PRODUCT or len(form.split()) > MOST_WORDS or STAGE_PROPS.search(form) or not _akin(name, form):
                 return "implausible"
-        if starts_with_number(name, bank) or not re.search(r"[^\W\d_]", name):
+        if self._beginnings[bank.language].of(name) or not re.search(r"[^\W\d_]", name):
             return "implausible"
         return "product_of_evaluation" if any(self._is_held_out(form) for form in forms.values()) else None
 
@@ -231,6 +228,8 @@ class Judge:
     def _is_held_out(self, product: str) -> bool:
         from rapidfuzz import fuzz, process
 
+        if self._held_out_names.within(product):  # "red <one of test's>" would teach the name
+            return True
         return process.extractOne(str(normalise(product)), self._held_out, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE) is not None
 
     def _is_new(self, cell: tuple[str, ...], text: str) -> bool:
@@ -260,8 +259,45 @@ def _value(value: Any, slot: Slot) -> Any:
         return value if isinstance(value, int) and not isinstance(value, bool) and slot.minimum <= value <= slot.maximum else None
     if not isinstance(value, str) or not value.strip():
         return None
+    if not isinstance(slot, CodeSlot):
+        return " ".join(value.split())
     bare = value.strip().lstrip("#")
-    return (bare if CODE.fullmatch(bare) else None) if isinstance(slot, CodeSlot) else " ".join(value.split())
+    # A word is a code only where the slot's codes may be words, and stands out: "WELCOME", not "order"
+    has_digits = bool(re.search(r"\d", bare)) or (bare.isupper() and any("9" not in form for form in slot.formats))
+    return bare if CODE.fullmatch(bare) and len(bare) > 1 and has_digits else None
+
+
+class _Beginnings:
+    """What may stand before a product and is not its name: a quantity, an article ("die Milch"), a measure ("bottles of water")."""
+
+    def __init__(self, bank: Bank, spec: Spec) -> None:
+        self._bank = bank
+        self._names = {str(normalise(form)) for product in bank.products for form in product.forms.values()}
+        self._first_words = {_first_two(name) for name in self._names}  # "the" is an article, and begins "The North Face jacket"
+        agreeing = {word for by_class in bank.agree.values() for word in by_class.values() if word.endswith((" ", "'"))}
+        catalogs = "|".join([MENTION, *spec.slot_of_type("catalog")])
+        before = re.compile(rf"(\w+) \{{(?:{catalogs})[.}}]")
+        literal = Counter(word for patterns in bank.patterns.values() for pattern in patterns for word in before.findall(pattern.text))
+        agreeing |= {word for word, times in literal.items() if times >= COMMON}  # "the" agrees with nothing
+        measures = {measure.form(category) for measure in bank.measures.values() for category in ("other", *bank.plural)}
+        self._articles = tuple(sorted({_beginning(word) for word in agreeing}))
+        self._measures = tuple(sorted(_beginning(word) for word in measures))
+
+    def of(self, product: str) -> bool:
+        """Whether a product begins with one of them."""
+        said = str(normalise(product))
+        measured = any(said.startswith(word) and said.removeprefix(word) in self._names for word in self._measures)
+        article = said.startswith(self._articles) and _first_two(said) not in self._first_words
+        return measured or article or (starts_with_number(product, self._bank))
+
+
+def _first_two(name: str) -> str:
+    return " ".join(name.split(" ")[:2])
+
+
+def _beginning(word: str) -> str:
+    """A word as texts begin with it: "bottle of " and "d'"."""
+    return str(normalise(word)) + ("'" if word.endswith("'") else " ")
 
 
 def _skeleton(pattern: str) -> str:
