@@ -259,26 +259,33 @@ def predict(
             help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input."
         ),
     ] = None,
+    data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input.")] = None,
     model: ModelOption = "recommended",
 ) -> None:
-    """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on."""
+    """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on. What else a line says is kept."""
     from tasks.asking import ask, find_model, read_texts
-    from tasks.domain.labelled import has_half_character
+    from tasks.domain.files import read_bytes
+    from tasks.domain.labelled import LARGEST_FILE, has_half_character
     from tasks.domain.scoring import parse_answer
 
+    if texts and data:
+        raise UserError("--data", str(data), "is given beside texts", mend="Give one or the other")
+    if a_file := next((text for text in texts or () if Path(text).suffix in (".jsonl", ".json", ".txt") and Path(text).is_file()), ""):
+        raise UserError("texts", a_file, "is a file, and would be answered as a text", mend=f"Read it with --data {a_file}")
     found = find_model(environment.load_settings(), model)
     if broken := next((text for text in texts or () if has_half_character(text)), ""):
         raise UserError("texts", broken.encode("utf-8", "backslashreplace").decode(), "is not UTF-8", mend="Set the terminal to UTF-8")
-    items, bad = (texts, []) if texts else read_texts(sys.stdin.buffer)
+    lines = read_bytes("--data", data, LARGEST_FILE).split(b"\n") if data else sys.stdin.buffer
+    rows, bad = ([{"text": text} for text in texts], []) if texts else read_texts(lines)
     for line, problem in bad:
         print(f"line {line}: {problem}", file=sys.stderr)
-    asked = ask(found, items)
+    asked = ask(found, [row["text"] for row in rows])
     for problem in asked.failed:
         print(f"no answer: {problem}", file=sys.stderr)
-    for text, raw in zip(items, asked.answers, strict=True):
+    for row, raw in zip(rows, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
-        print(json.dumps({"text": text, **answer}, ensure_ascii=False))
+        print(json.dumps({**row, **answer}, ensure_ascii=False))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pydantic import Field
 from flows import approval, releasing, stages
 from flows.placement import Here, Machine, Pools
 from flows.session import open_run, run_log
-from tasks.config import load_config, profiles, resolve
+from tasks.config import left_out, load_config, profiles, resolve
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
 from tasks.decide import recommended_cpu
@@ -60,6 +60,8 @@ def retrain(
     overrides = {name: value for name, value in named.items() if value not in (None, "", [])} | (overrides or {})
     config = resolve(load_config(profile, overrides))
     display = Display(run_log()) if deployment.id else Display()
+    for problem in left_out(config):
+        display.say(problem)
     with open_run(config, load_settings(), display, here=execution == "local") as run:
         on = Pools(run, accelerator) if execution == "pools" else Here(run)
         extra, own = stages.own_rows(run)

@@ -20,6 +20,7 @@ from tasks.domain.prompt import Message
 
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
 REQUEST_S = 120.0  # how long one answer may take
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
@@ -98,7 +99,8 @@ def complete(
 
     Raises:
         UserError: the key is refused, or the request (`RefusedRequest`); to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries, or the provider's content policy forbids one (`ContentRefused`).
+        ApiError: no answer after `ATTEMPTS` tries, the server wants to be asked again in more than `LONGEST_RETRY_AFTER_S`, or the
+            provider's content policy forbids an answer (`ContentRefused`).
     """
     litellm = _litellm()
     reason = ""
@@ -109,7 +111,7 @@ def complete(
             response = _in_time(functools.partial(asked, num_retries=0), timeout_s)
             if response is None:  # LiteLLM's way to say that a server answered 422 twice, once without what it complained of
                 raise RefusedRequest(field, model, "the API cannot process the request", mend="Correct the model's name", status=422)
-            return _reply(litellm, model, response, time.perf_counter() - started)
+            return _reply(litellm, model, messages, response, time.perf_counter() - started)
         except RefusedRequest:
             raise
         except Exception as error:
@@ -130,8 +132,11 @@ def complete(
             if not passes:
                 problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
                 raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
+            pause = _pause(error, attempt)
+            if pause > LONGEST_RETRY_AFTER_S:
+                raise ApiError(f"{model} wants to be left alone for {pause:.0f} s ({reason})") from None
             if attempt + 1 < ATTEMPTS:
-                sleep(_pause(error, attempt))
+                sleep(pause)
     raise ApiError(f"{model} gave no answer in {ATTEMPTS} attempts. The last: {reason}")
 
 
@@ -163,14 +168,27 @@ def _litellm() -> Any:
     return litellm
 
 
-def _reply(litellm: Any, model: str, response: Any, seconds: float) -> Reply:
+def _reply(litellm: Any, model: str, messages: list[Message], response: Any, seconds: float) -> Reply:
     text = response.choices[0].message.content or ""
     usage = getattr(response, "usage", None)
+    asked, answered = getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0
+    if not asked:  # the server says nothing of it: counted here, or an answer would cost nothing
+        asked, answered = litellm.token_counter(model=model, messages=messages), litellm.token_counter(model=model, text=text)
+        usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
+    else:
+        usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
+    return Reply(text, asked, answered, usd, seconds)
+
+
+def _usd(price: Callable[[], float]) -> float | None:
     try:
-        usd = float(litellm.completion_cost(completion_response=response, model=model))
-    except Exception:  # the model is in no price list
-        usd = None
-    return Reply(text, getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, usd, seconds)
+        return float(price())
+    except Exception:  # the model is in no price list; a class of its own for each reason why
+        return None
+
+
+def _price_of_tokens(litellm: Any, model: str, prompt_tokens: int, completion_tokens: int) -> float:
+    return sum(litellm.cost_per_token(model=model, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens))
 
 
 def _pause(error: Exception, attempt: int) -> float:
@@ -179,7 +197,7 @@ def _pause(error: Exception, attempt: int) -> float:
     headers = getattr(error, "litellm_response_headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
     named = _retry_after(str(headers.get("retry-after") or ""))
     if named is not None:
-        return min(named, LONGEST_WAIT_S)
+        return named
     return min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
 
 

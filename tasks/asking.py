@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tasks import runtimes
 from tasks.api import is_model_id
-from tasks.core import hardware
+from tasks.core import hardware, progress
 from tasks.core.artifacts import Store
 from tasks.core.settings import Settings
 from tasks.domain import prompt
@@ -24,6 +25,7 @@ from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report
 from tasks.runtimes import RuntimeName
 from tasks.synthesize import read_rows
+from tasks.teaching.log import Answer, AnswerLog, request_hash
 from tasks.variants import MIXED
 from tasks.weights import check_gguf, check_no_adapter
 
@@ -42,6 +44,7 @@ class Found:
     zero_shot: bool = False
     few_shot: int = 0  # so many rows of `train` are shown as examples
     api_base: str | None = None
+    answers: Path = Path()  # where an API's are kept while others are awaited
 
 
 def find_model(settings: Settings, name: str) -> Found:
@@ -63,7 +66,7 @@ def find_model(settings: Settings, name: str) -> Found:
     except UserError:
         if name in ("champion", "recommended") or not is_model_id(name):
             raise
-        return _behind_an_api(name, load_spec("ecommerce"), None)
+        return _behind_an_api(name, load_spec("ecommerce"), None, settings)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     store = Store(settings.store_uri, settings.home)
     dataset = _dataset_of(report, store)
@@ -77,7 +80,7 @@ def find_model(settings: Settings, name: str) -> Found:
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
     if wanted not in variants and is_model_id(name):
-        return _behind_an_api(name, spec, dataset)
+        return _behind_an_api(name, spec, dataset, settings)
     if wanted not in variants:
         raise UserError(
             "model",
@@ -96,7 +99,8 @@ def find_model(settings: Settings, name: str) -> Found:
     few_shot = variant.get("few_shot", 0)
     if variant["format"] == "api":
         where = next((api["api_base"] for api in report["config"]["api"] if api["model"] == variant["model"]), None)
-        return Found(variant["model"], "litellm", spec, dataset, zero_shot=True, few_shot=few_shot, api_base=where)
+        behind = _behind_an_api(variant["model"], spec, dataset, settings)
+        return replace(behind, few_shot=few_shot, api_base=where)
     if variant["name"] == MIXED:
         kind = "search_gguf"
     else:
@@ -132,9 +136,9 @@ def _latest_dataset(settings: Settings) -> Path | None:
     return dataset if dataset.is_dir() else None
 
 
-def _behind_an_api(name: str, spec: Spec, dataset: Path | None) -> Found:
+def _behind_an_api(name: str, spec: Spec, dataset: Path | None, settings: Settings) -> Found:
     """A model of LiteLLM's, which was not fine-tuned and gets the long instructions."""
-    return Found(name, "litellm", spec, dataset or spec.path, zero_shot=True)
+    return Found(name, "litellm", spec, dataset or spec.path, zero_shot=True, answers=settings.home / "api")
 
 
 @dataclass(frozen=True)
@@ -148,23 +152,54 @@ class Asked:
 
 
 def ask(found: Found, texts: list[str]) -> Asked:
-    """Answer texts, `PARALLEL` at a time."""
-    model = runtimes.load(found.runtime, found.path, hardware.cores(), api_base=found.api_base)
+    """Answer texts, `PARALLEL` at a time. Answers that an API was paid for are kept until all are there, see `_ask_api`."""
     rows = read_rows(found.dataset / "train.jsonl") if found.few_shot else []
     examples = prompt.pick_examples(rows, found.spec, found.few_shot)
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
+    if found.runtime == "litellm":
+        return _ask_api(found, conversations)
+    model = runtimes.load_local(found.runtime, Path(found.path), hardware.cores())
     answers = [""] * len(texts)
     latencies, failed = [], []
     for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):
         answers[completion.index] = completion.text
         if not math.isnan(completion.total_s):  # a request without an answer has no latency
             latencies.append(completion.total_s)
-        elif found.runtime != "litellm":
+        else:
             failed.append(
                 f"text {completion.index + 1} has {completion.prompt_tokens:,} tokens; at most {runtimes.LONGEST_PROMPT:,} are read"
             )
-    price = getattr(model, "usd_per_1k_requests", None)
-    return Asked(answers, statistics.median(latencies) if latencies else 0.0, price, (*failed, *getattr(model, "failed", ())))
+    return Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
+
+
+def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
+    """Ask a model behind an API. Every answer is written down at once, and the file goes away when all are there: the same command after
+    a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
+    from tasks.runtimes.litellm import LiteLlmRuntime
+
+    requests = [request_hash({"model": found.path, "messages": asked, "max_tokens": MAX_TOKENS}) for asked in conversations]
+    model = LiteLlmRuntime(str(found.path), found.api_base)
+    with AnswerLog(found.answers / f"{request_hash({'requests': requests})[:16]}.jsonl", requests) as log:
+        todo = [number for number, request in enumerate(requests) if not log.get(request)]
+        if earlier := len(requests) - len(todo):
+            print(f"{earlier} answers are those of an earlier attempt, which did not end", file=sys.stderr)
+        left = [conversations[number] for number in todo]
+        for done in progress.track(model.generate(left, MAX_TOKENS, max(1, min(PARALLEL, len(left)))), len(left), model.model):
+            if not done.problem:
+                log.add(
+                    requests[todo[done.index]], Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, done.total_s), {}
+                )
+        answers = [log.get(request) for request in requests]
+        if not model.failed:
+            log.remove()
+    known = [answer for answer in answers if answer]
+    prices = [answer.usd for answer in known if answer.usd is not None]
+    return Asked(
+        [answer.text if answer else "" for answer in answers],
+        statistics.median(answer.seconds for answer in known) if known else 0.0,
+        sum(prices) * 1000 / len(known) if known and len(prices) == len(known) else None,
+        tuple(model.failed),
+    )
 
 
 def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) -> list[dict[str, Any]]:
@@ -180,9 +215,10 @@ def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) ->
     return sorted(found, key=lambda item: -len(item["wrong"]))
 
 
-def read_texts(lines: Iterable[bytes]) -> tuple[list[str], list[tuple[int, str]]]:
-    """Texts of JSONL or plain lines, and the lines that cannot be used with their problem."""
-    texts, bad = [], []
+def read_texts(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Rows of JSONL, each with a `text` and whatever else it has, or plain lines as such rows; and the lines that cannot be used with their
+    problem."""
+    rows, bad = list[dict[str, Any]](), []
     for number, given in enumerate(lines, 1):
         try:
             line = given.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -192,13 +228,13 @@ def read_texts(lines: Iterable[bytes]) -> tuple[list[str], list[tuple[int, str]]
         if not line:
             continue
         if not line.startswith("{"):
-            texts.append(line)
+            rows.append({"text": line})
             continue
         row, problem = parse_json(line)
         if problem or has_half_character(row):
             bad.append((number, problem or "has half a character"))
         elif isinstance(row.get("text"), str):
-            texts.append(row["text"])
+            rows.append(row)
         else:
             bad.append((number, "has no `text`"))
-    return texts, bad
+    return rows, bad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +20,7 @@ from tasks.core.manifests import canonical_json, describe_files, digest_of
 from tasks.core.settings import shown_uri
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import read_labelled
+from tasks.domain.labelled import read_labelled, read_training
 from tasks.domain.spec import domain_path, load_spec
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate_api import EvaluateApiConfig
@@ -42,6 +42,7 @@ Config = TypeVar("Config", bound=BaseModel)
 Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
 RUN_KEY = 4  # characters of a configuration's key in the name of a run
 EVALUATED = ("test", "hard", "validation")
+BAD_LINES_SHOWN = 20  # of each labelled file
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
 
 
@@ -232,11 +233,10 @@ def resolve(config: RunConfig) -> RunConfig:
         raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
     if config.benchmark.llama_bench:
         llama_bench_program()
-    for field, paths in (("data.extra", config.data.extra), ("registry.own_rows", config.registry.own_rows)):
-        for path in paths:
-            if not read_labelled(Path(path), spec)[0]:
-                mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
-                raise UserError(field, path, "has no usable row", mend=mend)
+    for field, path, rows, bad in _own_rows(config):
+        if not rows:
+            mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
+            raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),
@@ -249,6 +249,24 @@ def resolve(config: RunConfig) -> RunConfig:
             ),
         }
     )
+
+
+def left_out(config: RunConfig) -> Iterator[str]:
+    """What a person is told of lines of labelled files that a run will not use: the first of each file, and how many there are."""
+    for field, path, _, bad in _own_rows(config):
+        for line, problem in bad[:BAD_LINES_SHOWN]:
+            yield f"{field} {path}, line {line}: {problem}"
+        if len(bad) > BAD_LINES_SHOWN:
+            yield f"{field} {path}: {len(bad) - BAD_LINES_SHOWN} more lines cannot be used"
+
+
+def _own_rows(config: RunConfig) -> Iterator[tuple[str, str, list[dict[str, Any]], list[tuple[int, str]]]]:
+    """Of each labelled file its field, path, usable rows, and the lines that are none."""
+    spec = load_spec(config.data.domain)
+    for path in config.data.extra:
+        yield ("data.extra", path, *read_training(Path(path), spec))
+    for path in config.registry.own_rows:
+        yield ("registry.own_rows", path, *read_labelled(Path(path), spec))
 
 
 def _digest(path: str) -> str:

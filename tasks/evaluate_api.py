@@ -32,7 +32,9 @@ Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
 class EvaluateApiConfig(StageConfig):
     """A model behind an API. Its key is read from the environment, as LiteLLM does."""
 
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"api_base", "max_usd"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"api_base", "max_usd", "parallel"}
+    )  # `parallel` moves latencies: `performance` says it
     model: str = Field(min_length=1, description="A LiteLLM model id, such as openai/gpt-4.1")
     few_shot: int = Field(0, ge=0, le=64, description="Ask once more, with so many rows of `train` as examples; 0 leaves that out")
     api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")

@@ -15,7 +15,7 @@ from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
-from tasks.domain.labelled import read_labelled
+from tasks.domain.labelled import read_training
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
@@ -176,13 +176,10 @@ def extra_rows(paths: Iterable[Path], spec: Spec, admission: Admission, kind: st
         UserError: a file cannot be read.
     """
     for path in paths:
-        rows, bad = read_labelled(path, spec)
+        rows, bad = read_training(path, spec)
         for _, problem in bad:
             admission.rejected[f"{kind}: {problem.partition('. Allowed')[0]}"[:120]] += 1
-        whole = [row for row in rows if "score" not in row]  # a label in part would teach the model to leave the rest out
-        if len(whole) < len(rows):
-            admission.rejected[f"{kind}: not every field is labelled"] += len(rows) - len(whole)
-        for part in batched(whole, BLOCK):
+        for part in batched(rows, BLOCK):
             for row, may in zip(part, admission.admit(part, prefix=f"{kind}: "), strict=True):
                 if may:
                     yield {

@@ -20,6 +20,7 @@ class Faults(ThreadingHTTPServer):
             answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
             and then), `refuse` (content policy), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
+        usage: whether answers say how many tokens they took.
         answer: what is said, a text or made from the request's body.
         open: while it is not set, requests wait; they are in `requests` already.
     """
@@ -31,6 +32,7 @@ class Faults(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.always: dict[str, str] = {}
         self.retry_after = "7"
+        self.usage = True
         self.answer: str | Callable[[dict[str, Any]], str] = '{"intent":"add_to_cart","product":"milk","quantity":2}'
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -91,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": answer}
             usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice], "usage": usage}
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+            reply |= {"usage": usage} if self.server.usage else {}
             self._send(200, json.dumps(reply).encode())
 
     def _drip(self) -> None:

@@ -34,6 +34,25 @@ def test_what_may_pass_is_tried_again(server: Faults, fault: str) -> None:
         assert pauses == [7.0, 7.0]  # what the server named
 
 
+def test_a_server_that_asks_for_minutes_gets_them_and_one_that_asks_for_an_hour_is_left_alone(server: Faults) -> None:
+    server.faults, server.retry_after = ["429"], "300"
+    pauses: list[float] = []
+    assert complete("openai/m", ASK, 32, sleep=pauses.append).text == server.answer and pauses == [300.0]
+    server.faults, server.retry_after = ["429"], "3600"
+    with pytest.raises(ApiError, match="left alone for 3600 s"):
+        complete("openai/m", ASK, 32, sleep=pauses.append)
+    assert len(server.requests) == 3 and len(pauses) == 1
+
+
+def test_an_answer_whose_tokens_the_server_does_not_count_costs_what_they_do(server: Faults) -> None:
+    server.usage = False
+    server.answer = "milk " * 200
+    reply = complete("openai/gpt-4.1", ASK, 1024)
+    assert 5 < reply.prompt_tokens < 20 and 150 < reply.completion_tokens < 500
+    assert reply.usd == pytest.approx(reply.prompt_tokens * 2e-6 + reply.completion_tokens * 8e-6)
+    assert complete("openai/of-our-own", ASK, 32).usd is None
+
+
 def test_attempts_end(server: Faults) -> None:
     server.faults = ["500"] * 20
     with pytest.raises(ApiError, match=f"no answer in {ATTEMPTS} attempts"):
@@ -74,6 +93,23 @@ def test_a_model_behind_an_api_is_evaluated_like_any_other(
     assert figures["confusion"]["out_of_scope"] == {"add_to_cart": 1} and figures["bad_lines"][0]["line"] == 3
     assert "dollars for 1,000 requests" in done.stdout and "out_of_scope -> add_to_cart" in done.stdout
     assert "Intents and their slots" in server.requests[0]["messages"][0]["content"]  # it was not fine-tuned: the long instructions
+
+
+def test_an_evaluation_that_was_stopped_buys_no_answer_twice_and_one_that_ended_asks_anew(
+    server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{n} milk", "gold": {"intent": "view_cart"}}) for n in range(3)), encoding="utf-8")
+    command = ("evaluate", "--data", str(data), "--model", "openai/gpt-4.1", "--output", str(tmp_path / "out.json"))
+    server.faults = ["", "401", ""]
+    stopped = cartwright(*command)
+    assert stopped.returncode == 2 and "refuses the key" in stopped.stderr and len(server.requests) == 3
+    ended = cartwright(*command)
+    assert ended.returncode == 0 and len(server.requests) == 4 and "2 answers are those of an earlier attempt" in ended.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["exact_match"]["n"] == 3 and figures["usd_per_1k_requests"] == pytest.approx(0.06)
+    assert not list((home / "api").iterdir())
+    assert cartwright(*command).returncode == 0 and len(server.requests) == 7
 
 
 def test_a_refused_key_is_one_message(server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]) -> None:

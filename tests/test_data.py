@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from tasks.config import load_config, resolve
+from tasks.config import left_out, load_config, resolve
 from tasks.domain.bank import Bank, load_bank, make_pattern, parse_pattern
 from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
@@ -76,6 +76,28 @@ def test_held_out_departments_are_in_hard_only() -> None:
     assert all(product.department not in held_out for split in ("train", "validation", "test") for product in parts[split])
 
 
+@pytest.mark.parametrize("language", SPEC.languages)
+def test_no_held_out_product_holds_a_training_product_or_is_part_of_one(language: str) -> None:
+    parts = split_products(load_bank(SPEC, language).products, SPEC)
+    names = {split: [f" {normalise(form)} " for product in part for form in product.forms.values()] for split, part in parts.items()}
+    trained = "|".join(names["train"])
+    for split in ("validation", "test", "hard"):
+        assert not [name for name in names[split] if name in trained or any(inner in name for inner in names["train"])]
+    held_out = [product for product in load_bank(SPEC, language).products if not any(product in part for part in parts.values())]
+    assert len(held_out) < 20 and sum(map(len, parts.values())) > 400
+
+
+def test_a_product_may_be_named_in_another_language() -> None:
+    generator = make_generator(SynthesizeConfig(languages=("en", "hr"), noise_rate=0, decoration_rate=1))
+    native = {split: {p.name for p in part} for split, part in split_products(load_bank(SPEC, "hr").products, SPEC).items()}
+    english = {split: {p.name for p in part} for split, part in split_products(load_bank(SPEC, "en").products, SPEC).items()}
+    rows = [generator.row("test", index) for index in range(1, 2400, 2)]  # the Croatian ones
+    mixed = [row for row in rows if row["product"] and row["product"] not in native["test"]]
+    assert 10 < len(mixed) < 120
+    assert all(row["product"] in english["test"] and "code_switch" in row["noise"] for row in mixed)
+    assert any(row["product"] in row["text"] and row["gold"]["product"].startswith(row["product"]) for row in mixed)
+
+
 def test_a_brand_is_in_one_split_in_every_language() -> None:
     where: dict[str, set[str]] = {}
     for language in SPEC.languages:
@@ -132,6 +154,10 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
         {"text": "fliegen", "gold": {"intent": "fly"}},
         {"text": leaked["text"], "gold": leaked["gold"]},
         {"text": "was kosten Mirabellen", "gold": {"intent": "search_product"}, "score": ["intent"]},
+        {"text": "was kosten Mirabellen denn", "gold": {"intent": "search_product"}},
+        {"text": "was kosten Mirabellen so", "gold": {"intent": "search_product", "product": "Reineclauden"}},
+        {"text": "wo bleibt 4711", "gold": {"intent": "track_order", "order_id": "4712"}},
+        {"text": "fünftausend Mirabellen", "gold": {"intent": "add_to_cart", "product": "Mirabellen", "quantity": 5000}},
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in mine), encoding="utf-8")
@@ -141,8 +167,18 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
     added = read_rows(out / "train.jsonl")[-1]
     assert (added["text"], added["origin"], added["product"]) == ("zwei Kisten Fritz-Kola", "extra:chat", None)
     reasons = {reason: n for reason, n in card["rejected"].items() if reason.startswith("extra")}
-    assert sorted(reasons.values()) == [1, 1, 1, 1]
-    assert {"extra: duplicate", "extra: near_duplicate_of_evaluation", "extra: not every field is labelled"} < set(reasons)
+    assert set(reasons.values()) == {1} and len(reasons) == 8
+    assert {
+        "extra: duplicate",
+        "extra: near_duplicate_of_evaluation",
+        "extra: not every field is labelled",
+        "extra: `gold` has no product, which search_product always has",
+        "extra: `gold.product` is not in the text",
+        "extra: `gold.order_id` is not in the text",
+        "extra: `gold.quantity` is out of range",
+    } < set(reasons)
+    told = list(left_out(load_config("smoke", {"data.extra": [str(path)]})))
+    assert f"data.extra {path}, line 7: `gold.product` is not in the text" in told and len(told) == 6
 
 
 def test_the_key_depends_on_what_a_file_of_ones_own_holds_and_not_on_where_it_is() -> None:

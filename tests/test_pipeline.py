@@ -272,6 +272,11 @@ def test_the_model_can_be_asked(finished: Finished, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in answers.stdout.splitlines()]
     assert [line["text"] for line in lines] == ["two milk", "plain words"]
     assert "line 2: has no `text`" in answers.stderr and "line 4: is not JSON" in answers.stderr
+    (tmp_path / "texts.jsonl").write_text('{"id": 7, "text": "two milk"}\n')
+    kept = call(home, "predict", "--data", str(tmp_path / "texts.jsonl"))
+    assert json.loads(kept.stdout) == {"id": 7, **lines[0]}
+    a_file = call(home, "predict", str(tmp_path / "texts.jsonl"))
+    assert a_file.returncode == 2 and f"Read it with --data {tmp_path}/texts.jsonl" in a_file.stderr
     data = tmp_path / "mine.jsonl"
     data.write_text('{"text": "my cart", "gold": {"intent": "view_cart"}}\nnonsense\n{"text": "x", "gold": {"intent": "fly"}}\n')
     scored = call(home, "evaluate", "--data", str(data), "--model", "gguf-F16", "--output", str(tmp_path / "out.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tasks.teaching.prompts import REGISTERS
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
 BANKS = {language: load_bank(SPEC, language) for language in ("en", "de", "hr")}
+REQUEST = Request("utterances", "en", "view_cart", "plain", (), {"max_tokens": 100}, "m", 1)
 ANSWER = Answer("{}", 10, 5, 0.01, 0.1)
 
 
@@ -119,17 +121,19 @@ def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
 
 
 def test_a_budget_expects_of_an_awaited_answer_what_the_dearest_cost() -> None:
+    short, long = (replace(REQUEST, parameters={"max_tokens": most}) for most in (100, 200))
     budget = Budget(max_tokens=100)
-    assert budget.limit(0) is None
-    budget.spend(Answer("", 20, 10, None, 0.0))
-    budget.spend(Answer("", 10, 10, None, 0.0))
-    assert budget.limit(0) is None and "max_tokens = 100" in str(budget.limit(1))
-    assert "max_requests" in str(Budget(max_requests=2).limit(2)) and Budget(max_requests=2).limit(1) is None
+    assert budget.limit((), long) is None
+    budget.spend(Answer("", 20, 10, None, 0.0), short)
+    budget.spend(Answer("", 10, 10, None, 0.0), short)
+    assert budget.limit((), short) is None and "max_tokens = 100" in str(budget.limit([short], short))
+    assert "max_tokens = 100" in str(budget.limit((), long))  # it may answer twice as much
+    assert "max_requests" in str(Budget(max_requests=2).limit([short] * 2, short)) and Budget(max_requests=2).limit([short], short) is None
     dollars = Budget(max_usd=0.025)
-    dollars.spend(ANSWER)
-    assert dollars.limit(0) is None
-    dollars.spend(ANSWER)
-    assert "0.0200 dollars spent" in str(dollars.limit(0))
+    dollars.spend(ANSWER, short)
+    assert dollars.limit((), short) is None
+    dollars.spend(ANSWER, short)
+    assert "0.0200 dollars spent" in str(dollars.limit((), short))
 
 
 # --- reading answers ---------------------------------------------------------------------------------------------

@@ -50,6 +50,10 @@ GOOD = [
     ("add_to_cart", "de", {"text": "Ich hätte gern zwölf Messingkessel, danke dir", "product": "Messingkessel", "quantity": 12}),
     ("track_order", "en", {"text": "where on earth is #A-90210, it is late again", "order_id": "#A-90210"}),
     ("track_order", "en", {"text": "where on earth is my parcel, it is late again", "order_id": None}),
+    ("track_order", "en", {"text": "any news of order AB1234/12345 by now", "order_id": "AB1234/12345"}),
+    ("apply_coupon", "en", {"text": "take WELCOME off that basket, please", "coupon_code": "WELCOME"}),
+    ("add_to_cart", "en", {"text": "stick a New Balance running vest in there", "product": "New Balance running vest", "quantity": None}),
+    ("add_to_cart", "de", {"text": "Ich hätte gern zweimal Messingkessel, danke dir", "product": "Messingkessel", "quantity": 2}),
     ("view_cart", "hr", {"text": "ma daj pokaži što sam sve dosad nabacao u košaricu"}),
     ("out_of_scope", "en", {"text": "🙃🙃"}),
 ]  # fmt: skip
@@ -63,7 +67,7 @@ def test_a_right_utterance_passes(judge: Judge, intent: str, language: str, item
     if intent == "add_to_cart":
         wanted.setdefault("quantity", 1)  # what holds when none is stated
     if "order_id" in wanted:
-        wanted["order_id"] = "A-90210"
+        wanted["order_id"] = wanted["order_id"].lstrip("#")
     assert row["gold"] == wanted and row["source"] == request("utterances", intent, language).hash
 
 
@@ -89,6 +93,13 @@ BAD = [
     ("implausible", "view_cart", {"text": "see https://example.com for my cart"}),
     ("implausible", "view_cart", {"text": "!!!"}),
     ("implausible", "view_cart", {"text": "show me my cart " * 40}),
+    ("implausible", "add_to_cart", {"text": "get me the brass kettle now", "product": "the brass kettle", "quantity": 1}),
+    ("implausible", "add_to_cart", {"text": "get me two bunches of bananas now", "product": "bunches of bananas", "quantity": 2}),
+    ("unlabelled_number", "add_to_cart", {"text": "fourteen brass kettles for me please", "product": "brass kettles", "quantity": None}),
+    ("slot_not_in_text", "add_to_cart", {"text": "fourteen brass kettles for me please", "product": "brass kettles", "quantity": 4}),
+    ("slot_not_in_text", "add_to_cart", {"text": "twenty-four brass kettles for me", "product": "brass kettles", "quantity": 20}),
+    ("wrong_schema", "track_order", {"text": "where on earth is my order right now", "order_id": "order"}),
+    ("wrong_schema", "apply_coupon", {"text": "put the discount on my basket please", "coupon_code": "discount"}),
     ("implausible", "add_to_cart", {"text": "get me 2 brass kettles now", "product": "2 brass kettles", "quantity": 2}),
     ("refusal", "view_cart", {"text": "As an AI language model I cannot see your cart"}),
     ("duplicate", "view_cart", {"text": "pop two trombones in, would you"}),
@@ -104,6 +115,8 @@ def test_products_of_evaluation_and_near_duplicates_are_rejected(judge: Judge) -
     name = held_out_name()
     item = {"text": f"hey stick {name} in there", "product": name, "quantity": 1}
     assert judge.judge(item, request("utterances", "add_to_cart")) == (None, "product_of_evaluation")
+    more = {"text": f"hey stick a scarlet {name} in there", "product": f"scarlet {name}", "quantity": 1}
+    assert judge.judge(more, request("utterances", "add_to_cart")) == (None, "product_of_evaluation")
     first = {"text": "let me see everything I picked so far"}
     assert judge.judge(first, request("utterances", "view_cart"))[1] is None
     assert judge.judge({"text": "Let me see everything I picked so far!!"}, request("utterances", "view_cart"))[1] == "duplicate"

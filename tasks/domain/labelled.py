@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.domain.files import read_bytes
-from tasks.domain.spec import SlotDefault, Spec
+from tasks.domain.scoring import normalise
+from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, SlotDefault, Spec
 
 LARGEST_FILE = 256_000_000  # bytes; some millions of rows
 LONGEST_LINE = 1_000_000  # characters
@@ -33,6 +34,39 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
         else:
             rows.append({**row, "line": number, "gold": {**_defaults(row["gold"], spec), **row["gold"]}})
     return rows, bad
+
+
+def read_training(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """As `read_labelled`, of the rows that a model may learn from: every field is labelled, and what is labelled is said.
+
+    Raises:
+        UserError: as `read_labelled`.
+    """
+    labelled, bad = read_labelled(path, spec)
+    rows = []
+    for row in labelled:
+        problem = _unfit_for_training(row, spec)
+        if problem:
+            bad.append((row["line"], problem))
+        else:
+            rows.append(row)
+    return rows, sorted(bad)
+
+
+def _unfit_for_training(row: dict[str, Any], spec: Spec) -> str | None:
+    gold = row["gold"]
+    if "score" in row:  # a label in part would teach the model to leave the rest out
+        return "not every field is labelled"
+    if missing := [name for name, use in spec.intents[gold["intent"]].slots.items() if use == "always" and name not in gold]:
+        return f"`gold` has no {missing[0]}, which {gold['intent']} always has"
+    said = normalise(row["text"])
+    for name, value in gold.items():
+        slot = spec.slots.get(name)
+        if isinstance(slot, CatalogSlot | CodeSlot) and normalise(value) not in said:
+            return f"`gold.{name}` is not in the text"
+        if isinstance(slot, IntegerSlot) and not slot.minimum <= value <= slot.maximum:
+            return f"`gold.{name}` is out of range. Allowed: {slot.minimum} to {slot.maximum}"
+    return None
 
 
 def parse_json(line: str | bytes) -> tuple[Any, str | None]:

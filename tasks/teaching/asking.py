@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,12 +47,18 @@ class Request:
     def hash(self) -> str:
         return request_hash(self.body)
 
+    @property
+    def allowed(self) -> int:
+        """Tokens an answer may have."""
+        return int(self.parameters["max_tokens"])
+
 
 @dataclass
 class Budget:
     """What may be spent, and what was. Answers of an earlier run that are used again count: they were paid for.
 
-    Nobody knows what an answer will cost, so the dearest so far stands for those that are still awaited.
+    Nobody knows what an answer will cost, so the dearest so far, for each token it was allowed, stands for those that are still awaited:
+    a request that is allowed twice as many tokens is expected to cost twice as much. The first answer is bought unseen.
     """
 
     max_usd: float | None = None
@@ -61,25 +67,26 @@ class Budget:
     usd: float = 0.0
     tokens: int = 0
     requests: int = 0
-    dearest_usd: float = 0.0
-    dearest_tokens: int = 0
+    dearest_usd: float = 0.0  # for each token allowed
+    dearest_tokens: float = 0.0
 
-    def spend(self, answer: Answer) -> None:
+    def spend(self, answer: Answer, request: Request) -> None:
         self.requests += 1
         self.tokens += answer.tokens
         self.usd += answer.usd or 0.0
-        self.dearest_usd, self.dearest_tokens = max(self.dearest_usd, answer.usd or 0.0), max(self.dearest_tokens, answer.tokens)
+        self.dearest_usd = max(self.dearest_usd, (answer.usd or 0.0) / request.allowed)
+        self.dearest_tokens = max(self.dearest_tokens, answer.tokens / request.allowed)
 
-    def limit(self, awaited: int) -> str | None:
-        """The limit that one more request would pass, besides those that are awaited, in words; None if it is within all."""
-        more = awaited + 1
+    def limit(self, awaited: Collection[Request], another: Request) -> str | None:
+        """The limit that another request would pass, besides those that are awaited, in words; None if it is within all."""
+        allowed = sum(request.allowed for request in (*awaited, another))
         limits = (
-            ("max_requests", self.max_requests, self.requests + more, f"{self.requests} requests"),
-            ("max_tokens", self.max_tokens, self.tokens + more * self.dearest_tokens, f"{self.tokens} tokens"),
-            ("max_usd", self.max_usd, self.usd + more * self.dearest_usd, f"{self.usd:.4f} dollars"),
+            ("max_requests", self.max_requests, self.requests + len(awaited) + 1, f"{self.requests} requests"),
+            ("max_tokens", self.max_tokens, self.tokens + allowed * self.dearest_tokens, f"{self.tokens} tokens"),
+            ("max_usd", self.max_usd, self.usd + allowed * self.dearest_usd, f"{self.usd:.4f} dollars"),
         )
         for name, most, expected, spent in limits:
-            if most is not None and expected > most:
+            if most is not None and expected > most * (1 + 1e-9):  # a sum of floats
                 return f"budget teacher.{name} = {most:g}: {spent} spent, and another request would pass it"
         return None
 
@@ -126,11 +133,11 @@ class Teacher:
             try:
                 while left or running:
                     most = concurrency if bought else 1
-                    while left and len(running) < most and not budget.limit(len(running)):
+                    while left and len(running) < most and not budget.limit(running.values(), left[0]):
                         request = left.popleft()
                         running[pool.submit(self._ask, request)] = request
                     if not running:
-                        asked.stopped = budget.limit(0)
+                        asked.stopped = budget.limit((), left[0])
                         break
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         request = running.pop(future)
@@ -144,7 +151,7 @@ class Teacher:
                             if not bought or failures >= FAILURES_IN_A_ROW:
                                 raise self._gone(str(error)) from None
                         else:
-                            budget.spend(answer)
+                            budget.spend(answer, request)
                             bought, failures = bought + 1, 0
                     progress.advance(len(asked.answers) + len(asked.unanswered), len(plan), "requests")
             finally:
@@ -156,7 +163,7 @@ class Teacher:
         for request in plan:
             if answer := self._log.get(request.hash):
                 asked.answers[request.hash] = answer
-                budget.spend(answer)
+                budget.spend(answer, request)
         asked.from_log = len(asked.answers)
         return asked
 

@@ -82,6 +82,11 @@ class AnswerLog:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or changed: that answer is bought again
             return
 
+    def remove(self) -> None:
+        """Take the log from the disk, where its answers are no longer wanted; it stays open until its end."""
+        self.path.unlink()
+        self.path.with_suffix(".lock").unlink()
+
     def get(self, request: str) -> Answer | None:
         return self._answers.get(request)
 
