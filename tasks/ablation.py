@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.config import RunConfig, load_config, resolve
@@ -97,8 +96,6 @@ def load_ablation(path: Path) -> Ablation:
     name = path.stem
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError("file", str(path), "has a name that cannot name an ablation", mend="Use letters, digits, `_`, `.`, `+` and `-`")
-    for key, line in _repeated(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)):
-        raise UserError(f"{path}:{line}", key, "stands twice", mend="Give each arm and each field one entry")
     try:
         read = AblationFile.model_validate(json.loads(json.dumps(raw, default=str)))
     except ValidationError as error:
@@ -167,20 +164,6 @@ def _check_changes(path: Path, location: tuple[str, ...], changes: Mapping[str, 
 def _at(path: Path, location: tuple[str, ...], error: UserError) -> UserError:
     """The same error, with the file and the arm in front."""
     return UserError(f"{path}:{line_of(path, location)}: {'.'.join(location)}", None, str(error))
-
-
-def _repeated(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Keys that stand twice in a mapping, of which YAML would silently take the last; with their lines."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _repeated(item)
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield str(key.value), key.start_mark.line + 1
-            seen.add(key.value)
-            yield from _repeated(value)
 
 
 def figures(adapter: Manifest) -> dict[str, float]:

@@ -65,6 +65,26 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     return config.model_copy(update={"revision": revision})
 
 
+TINY_SIZES = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def dimensions(config: BaseModelConfig) -> list[int]:
+    """Hidden and feed-forward size, which group sizes must divide; empty where they are not known before the model is fetched."""
+    from tasks.weights import check_gguf
+
+    if config.source == TINY:
+        return list(TINY_SIZES.values())
+    path = offline_gguf() if config.source == OFFLINE else Path(config.source)
+    if path.suffix == ".gguf":
+        fields = check_gguf("base_model.source", path)
+        architecture = str(fields["general.architecture"].contents())
+        names = [f"{architecture}.{name}" for name in ("embedding_length", "feed_forward_length")]
+        return [int(fields[name].contents()) for name in names if name in fields]
+    file = path / "config.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return [known[name] for name in TINY_SIZES if isinstance(known.get(name), int)]
+
+
 def size_16bit(config: BaseModelConfig) -> int:
     """About how many bytes the model takes with 16-bit weights; 0 where that is not known before it is fetched."""
     if config.source == TINY:
@@ -206,8 +226,8 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
 
 
 def random_llama(
-    hidden_size: int = 64,
-    intermediate_size: int = 128,
+    hidden_size: int = TINY_SIZES["hidden_size"],
+    intermediate_size: int = TINY_SIZES["intermediate_size"],
     num_hidden_layers: int = 2,
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,

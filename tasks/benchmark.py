@@ -74,7 +74,7 @@ class BenchmarkConfig(StageConfig):
 
 @stage(
     "benchmark",
-    version=5,
+    version=6,
     libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
     measures=True,
     varies=MEASURED,
@@ -83,9 +83,11 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "test.jsonl")
-    texts = [rows[i % len(rows)]["text"] for i in range(config.batched_requests)]
+    texts = [rows[i % len(rows)]["text"] for i in range(max(config.requests, config.batched_requests) + config.warmup)]
     asked = conversations(config, inputs["dataset"], spec, texts)
-    loads = sorted({config.parallel, *config.loads} - {1})
+    together = asked[: config.batched_requests]
+    parallel, *loads = (min(load, len(together)) for load in (config.parallel, *config.loads))  # no more than there are run at a time
+    loads = sorted({parallel, *loads} - {1})
     total = config.requests + len(loads) + 2 * config.repeats + 3
     others = hardware.Disturbance()
     started = time.perf_counter()
@@ -93,23 +95,23 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     load_s = time.perf_counter() - started
     gpu = power.first_gpu(model.device, settings.visible_gpus())
 
-    for conversation in asked[-config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
+    for conversation in asked[len(asked) - config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
         _one(model, conversation, config.max_tokens)
     energy = power.Energy(gpu)
     alone, joules, cpu_before = [], None, time.process_time()
     for i in progress.track(range(config.requests), total, "one at a time"):
-        alone.append(_one(model, asked[i % len(asked)], config.max_tokens))
+        alone.append(_one(model, asked[i], config.max_tokens))
         joules = energy.joules()  # each time, since counters wrap
     cpu_s = time.process_time() - cpu_before
     busy, memory = gpu and gpu.utilization(), hardware.memory_mb()
     by_load = {}
     for done, load in enumerate(loads, 1):
-        by_load[load] = _at_a_time(model, asked, load, config.max_tokens)
+        by_load[load] = _at_a_time(model, together, load, config.max_tokens)
         progress.advance(config.requests + done, total, f"{load} at a time")
     unshared = None
     if config.unshared_too:
         model.share_prefix = False
-        unshared = _at_a_time(model, asked, config.parallel, config.max_tokens)
+        unshared = _at_a_time(model, together, parallel, config.max_tokens)
     prefill, decode = [], []
     for repeat in range(config.repeats + 1):  # the first warms up
         prefill.append(model.prefill_tokens_per_s(config.prefill_tokens))
@@ -130,10 +132,10 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "dtype": getattr(model, "dtype", None),
         "load_s": load_s,
         **summary(samples),
-        "requests_s_batched": by_load.get(config.parallel, len(alone) / sum(samples["latency_s"])),
+        "requests_s_batched": by_load.get(parallel, len(alone) / sum(samples["latency_s"])),
         "requests_s_prefix_not_shared": unshared,
         "requests_s_by_load": {str(load): requests_s for load, requests_s in by_load.items()},
-        "parallel": config.parallel,
+        "parallel": parallel,
         "completion_tokens": statistics.mean(samples["tokens"]),
         "prompt_tokens": statistics.mean(a["prompt_tokens"] for a in alone),
         **memory,

@@ -33,7 +33,7 @@ from tasks.merge import MergeConfig
 from tasks.qlora import FinetuneConfig
 from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
-from tasks.quantize_gptq import QuantizeGptqConfig
+from tasks.quantize_gptq import QuantizeGptqConfig, choose_group_size
 from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
@@ -216,6 +216,7 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, an unknown API, a misconfigured teacher.
     """
+    from tasks.base_model import dimensions
     from tasks.base_model import resolve as resolve_base_model
 
     spec = load_spec(config.data.domain)
@@ -237,10 +238,15 @@ def resolve(config: RunConfig) -> RunConfig:
         if not rows:
             mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
             raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
+    base_model = resolve_base_model(config.base_model)
+    for kind, wanted in (("gptq", config.gptq), ("awq", config.awq)):
+        for number, variant in enumerate(wanted):
+            if variant.group_size and (sizes := dimensions(base_model)):
+                choose_group_size(variant.group_size, sizes, f"{kind}.{number}.group_size")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),
-            "base_model": resolve_base_model(config.base_model),
+            "base_model": base_model,
             "registry": config.registry.model_copy(
                 update={
                     "own_rows": tuple(str(Path(path).absolute()) for path in config.registry.own_rows),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import runpy
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ GgufFormat = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", 
 GGUF_FORMATS: tuple[str, ...] = get_args(GgufFormat)
 UNWEIGHTED = ("F16", "Q8_0")  # formats which an importance matrix changes nothing of
 MODEL_FILE = "model.gguf"
+LOG_LINES = 8  # of what llama.cpp said last, for an error
 
 
 class ConvertGgufConfig(StageConfig):
@@ -102,9 +104,15 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
         types: type of single tensors by name, where it is not to be what `kind` gives them.
 
     Raises:
-        RuntimeError: llama.cpp cannot do it.
+        RuntimeError: llama.cpp cannot do it; with the last it said.
     """
     import llama_cpp.llama_cpp as api
+
+    said: deque[str] = deque(maxlen=LOG_LINES)
+
+    @api.llama_log_callback
+    def hear(level: int, text: bytes, user_data: Any) -> None:
+        said.append(text.decode(errors="replace"))
 
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = hardware.cores()
@@ -120,9 +128,14 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
         for field, name in (("token_embedding_type", "token_embd.weight"), ("output_tensor_type", "output.weight")):
             if name in types:  # these two have settings of their own
                 setattr(parameters, field, getattr(api, f"GGML_TYPE_{types[name]}"))
-    code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    api.llama_log_set(hear, ctypes.c_void_p(0))
+    try:
+        code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    finally:
+        api.llama_log_set(api.llama_log_callback(), ctypes.c_void_p(0))  # its own again, before ours goes away
     if code:
-        raise RuntimeError(f"llama_model_quantize returned {code} for {kind}")
+        failures = [line for line in "".join(said).splitlines() if "failed" in line]
+        raise RuntimeError(f"llama.cpp cannot quantize to {kind}: {failures[-1][-300:] if failures else 'it does not say why'}")
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_an_arm_is_the_base_and_its_changes(tmp_path: Path) -> None:
         ("train.rank: 8", "data.languages: [xx]", "tiny.yaml:7: arms.rank 8: data.languages = 'xx': is unknown"),
         ("{train.rank: 8}", "[8]", "tiny.yaml:7: arms.rank 8: Input should be a valid dictionary"),
         ("{train.rank: 8}", "{train.rank: 4}", "tiny.yaml:7: arms.rank 8: is the same as baseline"),
-        ("rank 8:", "baseline:", "tiny.yaml:7 = 'baseline': stands twice"),
+        ("rank 8:", "baseline:", "tiny.yaml:7': is not valid YAML: 'baseline' stands twice"),
         ("rank 8:", "rank|8:", "tiny.yaml:7: arms = 'rank|8': is no name for an arm"),
         ("arms:", "arms: {", "is not valid YAML"),
         (GOOD, "", "tiny.yaml:?: file: Input should be a valid dictionary or instance of AblationFile. Allowed: profile"),

@@ -61,6 +61,11 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "base_model.source=/nowhere/model.gguf"], "does not exist"),
         (["--set", "train.epochs"], "is not of the form field=value"),
         (["--set", "gptq=[{bits: 5}]"], "gptq.0.bits = 5"),
+        (["--set", "gptq=[{bits: 4, group_size: 128}]"], "gptq.0.group_size = 128: does not divide the model's dimensions [64, 128]"),
+        (
+            ["--profile", "quick", "--set", "awq=[{group_size: 128}]"],
+            "awq.0.group_size = 128: does not divide the model's dimensions [576, 1536]. Allowed: 64, 32, 16",
+        ),
         (["--set", "gptq.0.group_size=64"], "gptq.0.group_size = 64: gptq has no fields to set one by one. Give all of it"),
         (["--set", "train.epochs.most=1"], "train.epochs.most = 1: train.epochs has no fields"),
         (["--set", "decide.max_size_mb=.inf"], "decide.max_size_mb = inf: Input should be a finite number"),

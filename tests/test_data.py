@@ -288,6 +288,48 @@ def test_a_wrong_pattern_names_file_and_line(domain: Path, pattern: str, problem
     assert f"en.yaml:{at + 1}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("language: en", "language: de", "language = '.*en.yaml:1': is 'de' in the phrase bank of 'en'"),
+        ("counted: {one: one, other: pl}", "counted: {one: one}", "counted = '.*en.yaml:4': has no form for `other`"),
+        (
+            "counted: {one: one, other: pl}",
+            "counted: {one: one, other: plural}",
+            "counted.other = .*form 'plural' is unknown. Allowed: one, pl",
+        ),
+        ("counted: {one: one, other: pl}", "counted: {one: one, few: one, other: pl}", "counted.few = .*category 'few' is unknown"),
+        ("measured: pl", "measured: many", "measured = .*form 'many' is unknown"),
+        ('  3: ["three"]', "  3: [{}]", "numbers.3 = .*has no word, or one that is empty"),
+        ('  3: ["three"]', "  3: []", "numbers.3 = .*has no word"),
+        ("  view_cart:", "  checkout:\n    - pay\n  view_cart:", "en.yaml:[0-9]+': is not valid YAML: 'checkout' stands twice"),
+        (
+            "  search_product:\n",
+            '  search_product:\n    - "[{product}] please"\n',
+            "may leave out product, which search_product always has",
+        ),
+    ],
+)
+def test_what_a_bank_cannot_say_is_found_before_any_work(domain: Path, old: str, new: str, problem: str) -> None:
+    edit(domain / "phrases" / "en.yaml", old.replace("\\n", "\n"), new.replace("\\n", "\n"))
+    with pytest.raises(UserError, match=problem):
+        load_bank(load_spec(str(domain)), "en")
+
+
+def test_a_domain_whose_splits_would_be_empty_is_refused(domain: Path) -> None:
+    here = SMALL.model_copy(update={"domain": str(domain), "languages": ("en",)})
+    path = domain / "phrases" / "en.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r"(?m)(^  view_cart:\n    - .*\n)(    - .*\n)+", r"\1", text), encoding="utf-8")
+    with pytest.raises(UserError, match=r"intents.view_cart = '.*en.yaml': has a single pattern.*at least one more"):
+        make_generator(here)
+    path.write_text(text, encoding="utf-8")
+    catalog = domain / "catalog" / "en.csv"
+    catalog.write_text("\n".join(catalog.read_text(encoding="utf-8").splitlines()[:11]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"catalog = '.*en.csv': has no product for the split"):
+        make_generator(here)
+
+
 def test_a_wrong_catalog_row_names_file_and_line(domain: Path) -> None:
     path = domain / "catalog" / "en.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -391,11 +433,14 @@ def test_training_meets_seldom_number_words_more_often_than_evaluation() -> None
 
 
 @pytest.mark.parametrize(
-    ("attributes", "problem"),
-    [("{cars: [red]}", r"'cars' is unknown.*any"), ('{any: ["size {size}"]}', r"'size \{size\}' has an unknown placeholder.*\{n\}")],
+    ("changed", "problem"),
+    [
+        (("  any:\n", "  cars:\n"), r"'cars' is unknown.*any"),
+        (("in the large size", "size {size}"), r"'size \{size\}' has an unknown placeholder.*\{n\}"),
+    ],
 )
-def test_attributes_that_cannot_be_used_name_file_and_line(domain: Path, attributes: str, problem: str) -> None:
+def test_attributes_that_cannot_be_used_name_file_and_line(domain: Path, changed: tuple[str, str], problem: str) -> None:
     path = domain / "phrases" / "en.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + f"\nattributes: {attributes}\n", encoding="utf-8")
+    edit(path, *changed)
     with pytest.raises(UserError, match=rf"en\.yaml:\d+.*{problem}"):
         load_bank(load_spec(str(domain)), "en")

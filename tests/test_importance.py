@@ -17,7 +17,7 @@ from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.domain.errors import UserError
 from tasks.importance import IMPORTANCE, ImportanceConfig, gguf_names, importance
-from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize, quantize_gguf
 from tasks.synthesize import SynthesizeConfig, synthesize
 from tasks.weights import gguf_weights
 
@@ -124,3 +124,10 @@ def test_too_few_rows_to_calibrate_on_are_refused(world: World, tmp_path: Path) 
 )
 def test_a_run_makes_formats_with_it_without_it_or_both(choice: str, kinds: list[tuple[str, bool]]) -> None:
     assert load_config("smoke", {"gguf": ["F16", "Q4_0"], "gguf_importance": choice}).gguf_kinds() == kinds
+
+
+@pytest.mark.fast
+def test_a_file_that_cannot_be_quantized_is_an_error_that_says_what_llama_cpp_said(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(RuntimeError, match=r"cannot quantize to Q4_0: .*failed to load model"):
+        quantize(tmp_path / "broken.gguf", tmp_path / "out.gguf", "Q4_0")

@@ -31,6 +31,7 @@ _QUIET = {
     # With fewer workers than 2 GPTQModel 7.6 refuses to start: "Virtual pool 'model_loader:cpu' requests 2 workers".
     "GPTQMODEL_CPU_WORKERS": "2",
     "MPLBACKEND": "Agg",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML numbers them; CUDA's own order is by speed, and another GPU's memory would be read
 }
 
 

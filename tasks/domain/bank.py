@@ -146,6 +146,7 @@ def load_bank(spec: Spec, language: str) -> Bank:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "bank"
         raise UserError(where, f"{path}:{line_of(path, first['loc'])}", first["msg"], mend="Mend that field") from None
+    _check_words(bank, path)
     for department in bank.attributes:
         if department not in (ANY, *spec.departments):
             where = f"{path}:{line_of(path, ('attributes', department))}"
@@ -160,6 +161,32 @@ def load_bank(spec: Spec, language: str) -> Bank:
     if unknown:
         raise UserError("intents", sorted(unknown)[0], f"in {path} is not an intent of {spec.name}", allowed=list(spec.intents))
     return bank.model_copy(update={"patterns": patterns, "products": products})
+
+
+def _check_words(bank: Bank, path: Path) -> None:
+    """What the fields of a bank say of each other."""
+
+    def refuse(location: tuple[str | int, ...], problem: str, allowed: list[str] | None = None) -> None:
+        mend = None if allowed else "Mend that field"
+        raise UserError(".".join(map(str, location)), f"{path}:{line_of(path, location)}", problem, allowed=allowed, mend=mend)
+
+    if bank.language != path.stem:
+        refuse(("language",), f"is {bank.language!r} in the phrase bank of {path.stem!r}", [path.stem])
+    if "other" not in bank.counted:
+        refuse(("counted",), "has no form for `other`, the numbers that are in no category of `plural`", [f"other: one of {bank.forms}"])
+    for category, form in bank.counted.items():
+        if category not in ("other", *bank.plural):
+            refuse(("counted", category), f"category {category!r} is unknown", ["other", *bank.plural])
+        if form not in bank.forms:
+            refuse(("counted", category), f"form {form!r} is unknown", bank.forms)
+    if bank.measured not in bank.forms:
+        refuse(("measured",), f"form {bank.measured!r} is unknown", bank.forms)
+    for number, words in bank.numbers.items():
+        if not words or not all(words):
+            refuse(("numbers", number), "has no word, or one that is empty")
+    for number, alone in bank.bare_numbers.items():
+        if not alone or not all(alone):
+            refuse(("bare_numbers", number), "has no word, or one that is empty")
 
 
 def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
@@ -215,8 +242,28 @@ def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path:
                 )
             if placeholder.form and placeholder.form not in bank.forms:
                 raise UserError(f"intents.{intent}", where, f"form {placeholder.form!r} is unknown", allowed=bank.forms)
+        for slot, use in spec.intents[intent].slots.items():
+            names = _names_that_fill(spec, slot)
+            if use == "always" and not _fills(pattern.nodes, names):
+                problem = f"may leave out {slot}, which {intent} always has"
+                raise UserError(f"intents.{intent}", where, problem, allowed=sorted(f"{{{name}}}" for name in names))
         patterns[pattern.id] = pattern
     return list(patterns.values())
+
+
+def _names_that_fill(spec: Spec, slot: str) -> set[str]:
+    kind = spec.slots[slot].type
+    return {slot} | ({COUNTED} if kind in ("catalog", "integer") else set()) | ({DIGITS} if kind == "integer" else set())
+
+
+def _fills(nodes: tuple[Node, ...], names: set[str]) -> bool:
+    """Whether every way to say it has one of these placeholders."""
+    return any(
+        all(_fills(option, names) for option in node.options)
+        if isinstance(node, Choice)
+        else isinstance(node, Placeholder) and node.name in names
+        for node in nodes
+    )
 
 
 def allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:

@@ -135,7 +135,15 @@ class Text(str):
 
 
 class LineLoader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):  # type: ignore[misc]
-    """A safe YAML loader whose strings are `Text`, so that an error can name the line."""
+    """A safe YAML loader whose strings are `Text`, so that an error can name the line, and that refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Text:

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, Literal, get_args
 
 from tasks.domain.bank import COUNTED, MENTION, Bank, Pattern, Product
+from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
 from tasks.domain.noise import add_noise
 from tasks.domain.scoring import normalise
@@ -125,6 +126,21 @@ class Generator:
             language: {intent: split_patterns(bank.patterns[intent], most_patterns) for intent in self.intents}
             for language, bank in banks.items()
         }
+
+        for language in banks:
+            self._check_nothing_is_empty(language)
+
+    def _check_nothing_is_empty(self, language: str) -> None:
+        """A split without products, or without patterns of an intent, has nothing to say."""
+        for split, products in self._products[language].items():
+            if not products:
+                where, mend = self.spec.path / "catalog" / f"{language}.csv", "Write more products: some hundred give each split its own"
+                held_out = f", whose departments are {', '.join(self.spec.held_out_departments)}" if split == "hard" else ""
+                raise UserError("catalog", str(where), f"has no product for the split {split!r}{held_out}", mend=mend)
+        for intent, parts in self._patterns[language].items():
+            if not all(parts.values()):
+                where, problem = self.spec.path / "phrases" / f"{language}.yaml", "has a single pattern, and `hard` has patterns of its own"
+                raise UserError(f"intents.{intent}", str(where), problem, mend="Write at least one more")
 
     def extend_training(self, language: str, patterns: list[Pattern], products: list[Product]) -> None:
         """Let `train` use more patterns and products; the other splits stay as they are, so that figures stay comparable."""
