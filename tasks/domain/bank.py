@@ -167,7 +167,7 @@ def _check_words(bank: Bank, path: Path) -> None:
     """What the fields of a bank say of each other."""
 
     def refuse(location: tuple[str | int, ...], problem: str, allowed: list[str] | None = None) -> None:
-        mend = None if allowed else "Mend that field"
+        mend = "" if allowed else "Mend that field"
         raise UserError(".".join(map(str, location)), f"{path}:{line_of(path, location)}", problem, allowed=allowed, mend=mend)
 
     if bank.language != path.stem:
