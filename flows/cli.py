@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import webbrowser
@@ -270,7 +271,7 @@ def predict(
 
     if texts and data:
         raise UserError("--data", str(data), "is given beside texts", mend="Give one or the other")
-    if a_file := next((text for text in texts or () if Path(text).suffix in (".jsonl", ".json", ".txt") and Path(text).is_file()), ""):
+    if a_file := next((text for text in texts or () if re.fullmatch(r"\S{1,250}\.(jsonl?|txt)", text) and Path(text).is_file()), ""):
         raise UserError("texts", a_file, "is a file, and would be answered as a text", mend=f"Read it with --data {a_file}")
     found = find_model(environment.load_settings(), model)
     if broken := next((text for text in texts or () if has_half_character(text)), ""):
@@ -285,7 +286,8 @@ def predict(
     for row, raw in zip(rows, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
-        print(json.dumps({**row, **answer}, ensure_ascii=False))
+        kept = {name: value for name, value in row.items() if name not in ("answer", "problem", "output")}  # an earlier one's
+        print(json.dumps({**kept, **answer}, ensure_ascii=False))
 
 
 @app.command()

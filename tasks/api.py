@@ -37,6 +37,10 @@ class ApiError(RuntimeError):
     """No answer came, for a reason that may pass; it was tried again until the attempts were used up."""
 
 
+class Stopped(RuntimeError):
+    """Raised by a `sleep` of `complete` whose caller has given up meanwhile."""
+
+
 class ContentRefused(ApiError):
     """The provider's content policy forbids an answer to this one request."""
 
@@ -111,7 +115,7 @@ def complete(
             response = _in_time(functools.partial(asked, num_retries=0), timeout_s)
             if response is None:  # LiteLLM's way to say that a server answered 422 twice, once without what it complained of
                 raise RefusedRequest(field, model, "the API cannot process the request", mend="Correct the model's name", status=422)
-            return _reply(litellm, model, messages, response, time.perf_counter() - started)
+            break
         except RefusedRequest:
             raise
         except Exception as error:
@@ -137,7 +141,12 @@ def complete(
                 raise ApiError(f"{model} wants to be left alone for {pause:.0f} s ({reason})") from None
             if attempt + 1 < ATTEMPTS:
                 sleep(pause)
-    raise ApiError(f"{model} gave no answer in {ATTEMPTS} attempts. The last: {reason}")
+    else:
+        raise ApiError(f"{model} gave no answer in {ATTEMPTS} attempts. The last: {reason}")
+    try:
+        return _reply(litellm, model, messages, response, time.perf_counter() - started)
+    except (AttributeError, IndexError, TypeError) as error:  # it was paid for: not asked again
+        raise ApiError(f"{model} gave an answer without a message ({type(error).__name__}: {error})") from None
 
 
 def _in_time(call: Callable[[], Any], seconds: float) -> Any:
@@ -165,19 +174,27 @@ def _litellm() -> Any:
 
     litellm.suppress_debug_info = True
     litellm.drop_params = True
+    litellm.disable_hf_tokenizer_download = True  # counting tokens must not look for a hub
     return litellm
 
 
 def _reply(litellm: Any, model: str, messages: list[Message], response: Any, seconds: float) -> Reply:
-    text = response.choices[0].message.content or ""
+    text = (response.choices[0].message.content or "").encode("utf-8", "replace").decode()  # half a character cannot be written down
     usage = getattr(response, "usage", None)
     asked, answered = getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0
     if not asked:  # the server says nothing of it: counted here, or an answer would cost nothing
-        asked, answered = litellm.token_counter(model=model, messages=messages), litellm.token_counter(model=model, text=text)
+        asked, answered = _tokens(litellm, model, messages, text)
         usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
     else:
         usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
     return Reply(text, asked, answered, usd, seconds)
+
+
+def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tuple[int, int]:
+    try:
+        return litellm.token_counter(model=model, messages=messages), litellm.token_counter(model=model, text=text)
+    except Exception:  # no tokenizer for it
+        return sum(len(message["content"]) for message in messages) // 4, len(text) // 4
 
 
 def _usd(price: Callable[[], float]) -> float | None:

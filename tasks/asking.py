@@ -173,25 +173,28 @@ def ask(found: Found, texts: list[str]) -> Asked:
 
 
 def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
-    """Ask a model behind an API. Every answer is written down at once, and the file goes away when all are there: the same command after
-    a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
+    """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be: a command that
+    asks the same after a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
     from tasks.runtimes.litellm import LiteLlmRuntime
 
-    requests = [request_hash({"model": found.path, "messages": asked, "max_tokens": MAX_TOKENS}) for asked in conversations]
+    where = {"model": str(found.path), "api_base": found.api_base}
+    requests = [request_hash({**where, "messages": asked, "max_tokens": MAX_TOKENS}) for asked in conversations]
     model = LiteLlmRuntime(str(found.path), found.api_base)
-    with AnswerLog(found.answers / f"{request_hash({'requests': requests})[:16]}.jsonl", requests) as log:
+    lacking = False
+    with AnswerLog(found.answers / f"{request_hash(where)[:16]}.jsonl", requests) as log:
         todo = [number for number, request in enumerate(requests) if not log.get(request)]
         if earlier := len(requests) - len(todo):
             print(f"{earlier} answers are those of an earlier attempt, which did not end", file=sys.stderr)
         left = [conversations[number] for number in todo]
         for done in progress.track(model.generate(left, MAX_TOKENS, max(1, min(PARALLEL, len(left)))), len(left), model.model):
+            lacking |= bool(done.problem) and not done.refused
             if not done.problem:
                 log.add(
                     requests[todo[done.index]], Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, done.total_s), {}
                 )
         answers = [log.get(request) for request in requests]
-        if not model.failed:
-            log.remove()
+        if not lacking:
+            log.forget()
     known = [answer for answer in answers if answer]
     prices = [answer.usd for answer in known if answer.usd is not None]
     return Asked(

@@ -69,20 +69,20 @@ TINY_SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def dimensions(config: BaseModelConfig) -> list[int]:
-    """Hidden and feed-forward size, which group sizes must divide; empty where they are not known before the model is fetched."""
+    """Hidden and feed-forward size of a model that `resolve` has found, which group sizes must divide; fewer if it does not say both."""
     from tasks.weights import check_gguf
 
     if config.source == TINY:
         return list(TINY_SIZES.values())
-    path = offline_gguf() if config.source == OFFLINE else Path(config.source)
-    if path.suffix == ".gguf":
-        fields = check_gguf("base_model.source", path)
+    if config.source == OFFLINE or config.source.endswith(".gguf"):
+        fields = check_gguf("base_model.source", offline_gguf() if config.source == OFFLINE else Path(config.source))
         architecture = str(fields["general.architecture"].contents())
         names = [f"{architecture}.{name}" for name in ("embedding_length", "feed_forward_length")]
-        return [int(fields[name].contents()) for name in names if name in fields]
-    file = path / "config.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return [known[name] for name in TINY_SIZES if isinstance(known.get(name), int)]
+        found = [fields[name].contents() for name in names if name in fields]
+    else:
+        known = json.loads((folder_of(config) / "config.json").read_text(encoding="utf-8"))
+        found = [known.get(name) for name in TINY_SIZES]
+    return [size for size in found if isinstance(size, int)]
 
 
 def size_16bit(config: BaseModelConfig) -> int:

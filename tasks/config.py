@@ -241,9 +241,11 @@ def resolve(config: RunConfig) -> RunConfig:
     base_model = resolve_base_model(config.base_model)
     sizes_of_groups = [(f"gptq.{number}", variant.group_size) for number, variant in enumerate(config.gptq)]
     sizes_of_groups += [(f"awq.{number}", variant.group_size) for number, variant in enumerate(config.awq)]
-    for field, wanted in sizes_of_groups:
-        if wanted and (sizes := dimensions(base_model)):
-            choose_group_size(wanted, sizes, f"{field}.group_size")
+    if any(wanted for _, wanted in sizes_of_groups):
+        sizes = dimensions(base_model)
+        for field, wanted in sizes_of_groups:
+            if wanted and sizes:
+                choose_group_size(wanted, sizes, f"{field}.group_size")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),

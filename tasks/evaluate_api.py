@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +34,7 @@ class EvaluateApiConfig(StageConfig):
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"api_base", "max_usd", "parallel"}
-    )  # `parallel` moves latencies: `performance` says it
+    )  # `parallel` moves latencies, which `performance` says
     model: str = Field(min_length=1, description="A LiteLLM model id, such as openai/gpt-4.1")
     few_shot: int = Field(0, ge=0, le=64, description="Ask once more, with so many rows of `train` as examples; 0 leaves that out")
     api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")
@@ -125,6 +125,7 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
                 "prompt_tokens": done.prompt_tokens,
                 "completion_tokens": done.completion_tokens,
                 "usd": done.usd,
+                "parallel": config.parallel,
             }
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
             file.flush()
@@ -137,7 +138,7 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     performance = _performance(list(answers.values())) | {
         "requests_s_batched": len(answers) / wall_s if not earlier else None,
         "requests_s_batched_reason": "asking was interrupted and taken up again" if earlier else None,
-        "parallel": config.parallel,
+        **_parallel(answers.values()),
         "requests_failed": len(model.failed),
         "first_failure": model.failed[0] if model.failed else None,
     }
@@ -161,6 +162,14 @@ def _read_answers(path: Path) -> Answers:
         new.write_bytes(b"".join(whole))
         new.replace(path)
     return found
+
+
+def _parallel(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many requests were under way at a time: not one number, if asking was stopped and taken up with another."""
+    at_a_time = sorted({answer["parallel"] for answer in answers if "parallel" in answer})
+    if len(at_a_time) == 1:
+        return {"parallel": at_a_time[0]}
+    return {"parallel": None, "parallel_reason": f"latencies are of answers with {' and '.join(map(str, at_a_time))} requests at a time"}
 
 
 def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:

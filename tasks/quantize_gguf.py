@@ -104,7 +104,7 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
         types: type of single tensors by name, where it is not to be what `kind` gives them.
 
     Raises:
-        RuntimeError: llama.cpp cannot do it; with the last it said.
+        RuntimeError: llama.cpp cannot do it, and why.
     """
     import llama_cpp.llama_cpp as api
 
@@ -112,7 +112,9 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
 
     @api.llama_log_callback
     def hear(level: int, text: bytes, user_data: Any) -> None:
-        said.append(text.decode(errors="replace"))
+        line = text.decode(errors="replace")
+        said.append(line)
+        sys.stderr.write(line)  # the stage's log
 
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = hardware.cores()
@@ -128,11 +130,13 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
         for field, name in (("token_embedding_type", "token_embd.weight"), ("output_tensor_type", "output.weight")):
             if name in types:  # these two have settings of their own
                 setattr(parameters, field, getattr(api, f"GGML_TYPE_{types[name]}"))
+    before, data = api.llama_log_callback(), ctypes.c_void_p()
+    api.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     api.llama_log_set(hear, ctypes.c_void_p(0))
     try:
         code = api.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     finally:
-        api.llama_log_set(api.llama_log_callback(), ctypes.c_void_p(0))  # its own again, before ours goes away
+        api.llama_log_set(before, data)  # before ours goes away
     if code:
         failures = [line for line in "".join(said).splitlines() if "failed" in line]
         raise RuntimeError(f"llama.cpp cannot quantize to {kind}: {failures[-1][-300:] if failures else 'it does not say why'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,17 @@ def test_a_request_that_content_policy_forbids_fails_alone(server: Faults) -> No
     found = {c.index: c for c in model.generate([ASK, [{"role": "user", "content": "rude"}], ASK], 32, 2)}
     assert [found[i].text for i in range(3)] == [server.answer, "", server.answer]
     assert "content_policy_violation" in found[1].problem and len(model.failed) == 1 and len(server.requests) == 3
-    assert model.usd_per_1k_requests == pytest.approx(found[0].usd * 1000)  # type: ignore[operator]
+    assert found[1].refused and not found[0].refused
+    assert model.usd == pytest.approx(found[0].usd + found[2].usd)
+
+
+def test_a_refused_key_does_not_wait_for_requests_that_were_told_to_come_again_later(server: Faults) -> None:
+    server.faults, server.retry_after = ["429", "401"], "600"
+    model = LiteLlmRuntime("openai/gpt-4.1")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="refuses the key"):
+        list(model.generate([ASK, ASK], 32, 2))
+    assert len(server.requests) == 2 and time.monotonic() - started < 60
 
 
 def test_the_budget_ends_the_asking_and_what_was_paid_for_is_kept(server: Faults) -> None:
@@ -90,8 +101,9 @@ def test_no_answer_is_bought_twice(server: Faults, dataset: Path, tmp_path: Path
         assert len(server.requests) == bought
     log = tmp_path / ANSWERS
     log.write_bytes(log.read_bytes()[:-5])  # a kill in the middle of a line
-    metrics = evaluate_api.function(config.model_copy(update={"max_usd": None}), {"dataset": dataset}, tmp_path)
+    metrics = evaluate_api.function(config.model_copy(update={"max_usd": None, "parallel": 4}), {"dataset": dataset}, tmp_path)
     assert len(server.requests) == total + 1
+    assert metrics["performance"]["parallel"] is None and "with 4 and 8 requests" in metrics["performance"]["parallel_reason"]
     assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
     performance = metrics["performance"]
     assert performance["requests"] == total == len(log.read_text().splitlines())

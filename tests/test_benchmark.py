@@ -13,7 +13,7 @@ import pytest
 
 from flows.session import Run
 from flows.stages import measurements
-from tasks.benchmark import SAMPLES, pooled
+from tasks.benchmark import SAMPLES, BenchmarkConfig, benchmark, pooled
 from tasks.config import load_config
 from tasks.core import hardware
 from tasks.core.child import StageError
@@ -21,6 +21,8 @@ from tasks.core.stage import Stage
 from tasks.decide import QUIET, measurement
 from tasks.domain.errors import UserError
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
+from tasks.runtimes.llama_cpp import LlamaCppRuntime
+from tasks.synthesize import synthesize
 from tasks.variants import Variant
 
 pytestmark = pytest.mark.fast
@@ -117,8 +119,6 @@ def test_what_is_asked_for_beside_speed_is_measured_once_and_llama_bench_in_ever
 
 def test_how_often_is_measured_is_not_part_of_what_is_measured() -> None:
     """So that a second `make bench`, or one with more runs, keeps the runs that are there."""
-    from tasks.benchmark import BenchmarkConfig, benchmark
-
     assert benchmark.key(BenchmarkConfig(runs=1), {}) == benchmark.key(BenchmarkConfig(runs=5, llama_bench=True, mapped_too=True), {})
     assert benchmark.key(BenchmarkConfig(run=1), {}) != benchmark.key(BenchmarkConfig(run=0), {})
 
@@ -211,3 +211,34 @@ def test_gguf_variants_fail_alone_when_what_they_are_made_from_fails(monkeypatch
     assert names == {"gguf-F16", "gguf-Q4_0", "gguf-Q4_0-imatrix", "gguf-mixed"} and set(models) | set(failed) == names
     lost = {"convert_gguf": names, "importance": {"gguf-Q4_0-imatrix", "gguf-mixed"}, "search_gguf": {"gguf-mixed"}}[broken]
     assert set(failed) == lost and set(failed.values()) == {f"{broken} cannot"} and (converted is None) == (broken == "convert_gguf")
+
+
+@pytest.mark.slow
+def test_a_load_is_called_by_what_ran_and_no_row_is_asked_twice(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], int]] = []
+    usual = LlamaCppRuntime.generate
+
+    def generate(model: LlamaCppRuntime, conversations: Any, max_tokens: int, parallel: int) -> Any:
+        asked.append(([conversation[-1]["content"] for conversation in conversations], parallel))
+        return usual(model, conversations, max_tokens, parallel)
+
+    monkeypatch.setattr(LlamaCppRuntime, "generate", generate)
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir(), out.mkdir()
+    synthesize.function(load_config("smoke").data.model_copy(update={"test_rows": 36}), {}, data)
+    config = BenchmarkConfig(
+        runtime="llama_cpp",
+        requests=12,
+        batched_requests=6,
+        loads=(4, 32),
+        parallel=16,
+        repeats=1,
+        warmup=2,
+        max_tokens=8,
+        prefill_tokens=16,
+    )
+    figures = benchmark.function(config, {"model": tiny_gguf.parent, "dataset": data}, out)
+    assert list(figures["requests_s_by_load"]) == ["4", "6"] and figures["parallel"] == 6
+    alone = [texts[0] for texts, parallel in asked if parallel == 1]
+    assert len(alone) == len(set(alone)) == 14
+    assert [(len(texts), parallel) for texts, parallel in asked if parallel > 1][:2] == [(6, 4), (6, 6)]

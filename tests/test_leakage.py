@@ -128,9 +128,8 @@ def test_a_sound_data_set_passes_and_has_no_text_twice(dataset: Path) -> None:
 def test_rows_of_ones_own_are_refused_in_any_spelling(dataset: Path, tmp_path: Path) -> None:
     victim = next(row for row in read_rows(dataset / "validation.jsonl") if row["language"] == "hr" and len(row["text"]) > 30)
     mine = tmp_path / "mine.jsonl"
-    mine.write_text(
-        json.dumps({"text": without_marks(victim["text"]).upper() + "!!", "gold": victim["gold"], "language": "en"}), encoding="utf-8"
-    )
+    gold = {name: without_marks(value) if isinstance(value, str) else value for name, value in victim["gold"].items()}
+    mine.write_text(json.dumps({"text": without_marks(victim["text"]).upper() + "!!", "gold": gold, "language": "en"}), encoding="utf-8")
     card = synthesize_with(SMALL, mine, tmp_path / "out")
     assert card["rejected"]["extra: near_duplicate_of_evaluation"] == 1
     assert "extra" not in card["origins"]["train"]

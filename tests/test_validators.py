@@ -10,7 +10,7 @@ import pytest
 from tasks.domain.bank import load_bank
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import load_spec
-from tasks.domain.utterances import split_patterns, split_products
+from tasks.domain.utterances import split_catalogs, split_patterns
 from tasks.teaching.asking import Request
 from tasks.teaching.language import Languages
 from tasks.teaching.validators import Judge, as_pattern, as_product
@@ -40,7 +40,7 @@ def request(kind: str, topic: str, language: str = "en") -> Request:
 
 
 def held_out_name(language: str = "en") -> str:
-    return split_products(BANKS[language].products, SPEC)["test"][0].name
+    return split_catalogs(BANKS, SPEC)[language]["test"][0].name
 
 
 GOOD = [
@@ -51,6 +51,7 @@ GOOD = [
     ("track_order", "en", {"text": "where on earth is #A-90210, it is late again", "order_id": "#A-90210"}),
     ("track_order", "en", {"text": "where on earth is my parcel, it is late again", "order_id": None}),
     ("track_order", "en", {"text": "any news of order AB1234/12345 by now", "order_id": "AB1234/12345"}),
+    ("apply_coupon", "en", {"text": "try that BLACKFRIDAY-2024 of yours, please", "coupon_code": "BLACKFRIDAY-2024"}),
     ("apply_coupon", "en", {"text": "take WELCOME off that basket, please", "coupon_code": "WELCOME"}),
     ("add_to_cart", "en", {"text": "stick a New Balance running vest in there", "product": "New Balance running vest", "quantity": None}),
     ("add_to_cart", "de", {"text": "Ich hätte gern zweimal Messingkessel, danke dir", "product": "Messingkessel", "quantity": 2}),
@@ -98,6 +99,8 @@ BAD = [
     ("unlabelled_number", "add_to_cart", {"text": "fourteen brass kettles for me please", "product": "brass kettles", "quantity": None}),
     ("slot_not_in_text", "add_to_cart", {"text": "fourteen brass kettles for me please", "product": "brass kettles", "quantity": 4}),
     ("slot_not_in_text", "add_to_cart", {"text": "twenty-four brass kettles for me", "product": "brass kettles", "quantity": 20}),
+    ("slot_not_in_text", "add_to_cart", {"text": "thirty-four brass kettles for me", "product": "brass kettles", "quantity": 4}),
+    ("unlabelled_number", "add_to_cart", {"text": "thirty-four brass kettles for me", "product": "brass kettles", "quantity": None}),
     ("wrong_schema", "track_order", {"text": "where on earth is my order right now", "order_id": "order"}),
     ("wrong_schema", "apply_coupon", {"text": "put the discount on my basket please", "coupon_code": "discount"}),
     ("implausible", "add_to_cart", {"text": "get me 2 brass kettles now", "product": "2 brass kettles", "quantity": 2}),
@@ -201,6 +204,5 @@ def test_languages_are_told_apart() -> None:
 
 
 def test_normalised_products_of_evaluation_are_all_known_to_the_judge(judge: Judge) -> None:
-    for bank in BANKS.values():
-        parts = split_products(bank.products, SPEC)
+    for parts in split_catalogs(BANKS, SPEC).values():
         assert all(judge._is_held_out(str(normalise(p.name)).upper()) for s in ("validation", "test", "hard") for p in parts[s])

@@ -163,5 +163,5 @@ def fill(config: FillConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[
     except OSError:
         if config.said:
             raise
-        raise RuntimeError("llama_model_quantize returned 1") from None
+        raise RuntimeError("llama.cpp cannot quantize to Q4_0: it does not say why") from None
     return {}

@@ -182,8 +182,15 @@ def _check_words(bank: Bank, path: Path) -> None:
     if bank.measured not in bank.forms:
         refuse(("measured",), f"form {bank.measured!r} is unknown", bank.forms)
     for number, words in bank.numbers.items():
-        if not words or not all(words):
+        if not words or not all(all(word.values()) if isinstance(word, dict) else word for word in words) or {} in words:
             refuse(("numbers", number), "has no word, or one that is empty")
+    classes = {name for by_class in bank.agree.values() for name in by_class}
+    for name, measure in bank.measures.items():
+        for category in measure.model_extra or {}:
+            if category not in ("other", *bank.plural):
+                refuse(("measures", name, category), f"category {category!r} is unknown", ["other", *bank.plural])
+        if classes and measure.agreement not in classes:
+            refuse(("measures", name, "class"), f"class {measure.agreement!r} is unknown", sorted(classes))
     for number, alone in bank.bare_numbers.items():
         if not alone or not all(alone):
             refuse(("bare_numbers", number), "has no word, or one that is empty")
@@ -246,7 +253,7 @@ def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path:
             names = _names_that_fill(spec, slot)
             if use == "always" and not _fills(pattern.nodes, names):
                 problem = f"may leave out {slot}, which {intent} always has"
-                raise UserError(f"intents.{intent}", where, problem, allowed=sorted(f"{{{name}}}" for name in names))
+                raise UserError(f"intents.{intent}", where, problem, allowed=sorted(f"{{{name}}}" for name in names & allowed))
         patterns[pattern.id] = pattern
     return list(patterns.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def read_training(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
         if problem:
             bad.append((row["line"], problem))
         else:
-            rows.append(row)
+            codes = {name: value.lstrip("#") for name, value in row["gold"].items() if isinstance(spec.slots.get(name), CodeSlot)}
+            rows.append({**row, "gold": {**row["gold"], **codes}})  # without the "#", as the generator labels them
     return rows, sorted(bad)
 
 
@@ -59,11 +61,15 @@ def _unfit_for_training(row: dict[str, Any], spec: Spec) -> str | None:
         return "not every field is labelled"
     if missing := [name for name, use in spec.intents[gold["intent"]].slots.items() if use == "always" and name not in gold]:
         return f"`gold` has no {missing[0]}, which {gold['intent']} always has"
-    said = normalise(row["text"])
+    said = str(normalise(row["text"]))
     for name, value in gold.items():
-        slot = spec.slots.get(name)
-        if isinstance(slot, CatalogSlot | CodeSlot) and normalise(value) not in said:
-            return f"`gold.{name}` is not in the text"
+        slot, use = spec.slots.get(name), spec.intents[gold["intent"]].slots.get(name)
+        if isinstance(use, SlotDefault) and value == use.default:
+            continue
+        if isinstance(slot, CatalogSlot | CodeSlot):
+            written = str(normalise(value))
+            if not written or not re.search(rf"(?<!\w){re.escape(written)}(?!\w)", said):
+                return f"`gold.{name}` is not in the text"
         if isinstance(slot, IntegerSlot) and not slot.minimum <= value <= slot.maximum:
             return f"`gold.{name}` is out of range. Allowed: {slot.minimum} to {slot.maximum}"
     return None

@@ -96,6 +96,11 @@ def _typo(segments: list[Segment], rng: Random) -> None:
     _change_words(segments, rng, _slip, most=2)
 
 
+def _emphasis(segments: list[Segment], rng: Random) -> None:
+    """One to three words in capitals: "I said TWO"."""
+    _change_words(segments, rng, lambda word, _: word.upper(), most=3)
+
+
 def _keyboard(segments: list[Segment], rng: Random) -> None:
     _change_words(segments, rng, _wrong_key, most=2)
 
@@ -126,6 +131,7 @@ KINDS: dict[str, Noise] = {
     "no_diacritics": _no_diacritics,
     "typo": _typo,
     "emoji": _emoji,
+    "emphasis": _emphasis,
     "upper": _upper,
     "keyboard": _keyboard,
     "missing_space": _missing_space,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal, get_args
@@ -23,7 +25,8 @@ HELD_OUT_PATTERNS = 0.12  # share of an intent's patterns that only `hard` uses;
 # has, and the pattern would in effect be held out.
 FIXED_DECORATION_RATE = 0.6
 FOREIGN_RATE = 0.06  # how often one greets in another language, where everything is decorated
-FOREIGN_PRODUCT_RATE = 0.06  # how often one names the product in another language, at most
+FOREIGN_PRODUCT_RATE = 0.06  # how often one names the product in another language, where everything is decorated
+ATTEMPTS_TO_FIND = 20  # a native product that begins like one that is named otherwise
 # Products by a hash of their name, the same in every language: a brand name is in one split everywhere.
 PRODUCT_SHARES: tuple[tuple[Split, float], ...] = (("validation", 0.06), ("test", 0.16), ("train", 1.0))
 
@@ -47,21 +50,32 @@ def split_patterns(patterns: list[Pattern], most: int | None = None) -> dict[Spl
     return {"train": shared, "validation": shared, "test": shared, "hard": hard}
 
 
-def split_products(products: list[Product], spec: Spec) -> dict[Split, list[Product]]:
-    """Share out a catalog; the held-out departments are in `hard` only.
+Catalog = dict[Split, list[Product]]
 
-    A product whose name holds that of a training product as whole words, or the reverse, is in no evaluation split, nor in training: it
-    would not be new to the model, and in training it would give away its name in the other languages.
-    """
-    parts: dict[Split, list[Product]] = {split: [] for split in SPLITS}
+
+def split_products(products: list[Product], spec: Spec) -> Catalog:
+    """Share out a catalog; the held-out departments are in `hard` only."""
+    parts: Catalog = {split: [] for split in SPLITS}
     for product in products:
         position = _hash(str(normalise(product.name))) / 2**64
         drawn = next(split for split, below in PRODUCT_SHARES if position < below)
         parts["hard" if product.department in spec.held_out_departments else drawn].append(product)
-    trained = Names(parts["train"])
-    return {
-        split: part if split == "train" else [product for product in part if not trained.overlap(product)] for split, part in parts.items()
-    }
+    return parts
+
+
+def split_catalogs(banks: Mapping[str, Bank], spec: Spec) -> dict[str, Catalog]:
+    """Share out the catalogs of several languages, one of which may hold another's names.
+
+    A product whose name holds that of a training product as whole words, or is part of one, in whichever of the languages, is in no
+    evaluation split, nor in training: it would not be new to the model, and in training it would give away its name elsewhere.
+    """
+    catalogs = {language: split_products(bank.products, spec) for language, bank in banks.items()}
+    trained = Names(product for parts in catalogs.values() for product in parts["train"])
+    for parts in catalogs.values():
+        for split in SPLITS:
+            if split != "train":
+                parts[split] = [product for product in parts[split] if not any(map(trained.meet, product.forms.values()))]
+    return catalogs
 
 
 class Names:
@@ -71,13 +85,10 @@ class Names:
         self._names = {_words(form) for product in products for form in product.forms.values()}
         self._parts = {part for name in self._names for part in _parts(name)}
 
-    def overlap(self, product: Product) -> bool:
-        """Whether one of the product's forms holds one of the names, or is part of one."""
-        return any(self.within(form) or _words(form) in self._parts for form in product.forms.values())
-
-    def within(self, text: str) -> bool:
-        """Whether a text holds one of the names."""
-        return any(part in self._names for part in _parts(_words(text)))
+    def meet(self, text: str) -> bool:
+        """Whether a text holds one of the names, or is part of one."""
+        words = _words(text)
+        return words in self._parts or any(part in self._names for part in _parts(words))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -91,12 +102,13 @@ def _parts(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Style:
-    """How much is put around and onto an utterance, and how often its numbers are drilled, see `expand`."""
+    """How much is put around and onto an utterance, how often its numbers are drilled, see `expand`, and its product made up."""
 
     noise: tuple[str, ...]
     noise_rate: float
     decoration_rate: float
     drilled_rate: float = 0.0
+    made_up_rate: float = 0.0
 
 
 class Generator:
@@ -107,6 +119,7 @@ class Generator:
         style: noise and decoration of each split.
         seed: changes every row; the split of a pattern or product never depends on it.
         most_patterns: how many patterns of an intent and language are used, besides those of `hard`.
+        catalogs: of `split_catalogs`, where they are at hand.
     """
 
     def __init__(
@@ -117,18 +130,27 @@ class Generator:
         seed: int,
         intents: list[str] | None = None,
         most_patterns: int | None = None,
+        catalogs: dict[str, Catalog] | None = None,
     ) -> None:
         self.spec, self.banks, self.style, self.seed = spec, banks, style, seed
         self.intents = intents or list(spec.intents)
         self._turns = [intent for intent in self.intents for _ in range(spec.intents[intent].weight)]
-        self._products = {language: split_products(bank.products, spec) for language, bank in banks.items()}
+        catalogs = catalogs or split_catalogs(banks, spec)
+        self._products = {language: dict(catalogs[language]) for language in banks}
         self._patterns = {
             language: {intent: split_patterns(bank.patterns[intent], most_patterns) for intent in self.intents}
             for language, bank in banks.items()
         }
-
         for language in banks:
             self._check_nothing_is_empty(language)
+
+    @functools.cached_property
+    def _held_out(self) -> Names:
+        return Names(p for parts in self._products.values() for split in SPLITS if split != "train" for p in parts[split])
+
+    @functools.cached_property
+    def _vocabularies(self) -> dict[str, _Vocabulary]:
+        return {language: _Vocabulary(bank, self._products[language]["train"]) for language, bank in self.banks.items()}
 
     def _check_nothing_is_empty(self, language: str) -> None:
         """A split without products, or without patterns of an intent, has nothing to say."""
@@ -162,8 +184,7 @@ class Generator:
         product = rng.choice(self._products[language][split])
         bank = self.banks[language]
         style = self.style[split]
-        switched = rng.random() < style.decoration_rate * FOREIGN_PRODUCT_RATE and self._foreign_product(split, language, product, rng)
-        product = switched or product
+        product, switched = self._renamed(split, language, product, style, rng)
         drilled = bool(style.drilled_rate) and rng.random() < style.drilled_rate  # nothing is drawn where nothing is drilled
         segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate, drilled)
         decoration = style.decoration_rate if pattern.placeholders else max(style.decoration_rate, FIXED_DECORATION_RATE)
@@ -186,14 +207,28 @@ class Generator:
             "noise": noise,
         }
 
-    def _foreign_product(self, split: Split, language: str, native: Product, rng: Random) -> Product | None:
-        """A product as another language names it ("due wireless headphones"); the words around it agree with a native one."""
+    def _renamed(self, split: Split, language: str, product: Product, style: Style, rng: Random) -> tuple[Product, bool]:
+        """Now and then another product in its place, as another language names it ("due wireless headphones") or made up; and whether
+        the language was switched. The words around it agree with a native product that begins alike ("l'", "an").
+
+        Nothing is drawn where a style has neither: a teacher's examples, and with them what was paid for, stay what they are.
+        """
         others = [other for other in self.banks if other != language]
-        if not others:
-            return None
-        other = rng.choice(others)
-        foreign = rng.choice(self._products[other][split])
-        return replace(native, department=foreign.department, forms={self.banks[other].forms[0]: foreign.name}, measures=())
+        if style.decoration_rate and rng.random() < style.decoration_rate * FOREIGN_PRODUCT_RATE and others:
+            other = rng.choice(others)
+            foreign = rng.choice(self._products[other][split])
+            if native := self._beginning_like(foreign.name, language, split, rng):
+                return replace(native, department=foreign.department, forms={self.banks[other].forms[0]: foreign.name}, measures=()), True
+        if style.made_up_rate and rng.random() < style.made_up_rate and (name := self._vocabularies[language].name(rng)):
+            native = self._beginning_like(name, language, split, rng)
+            if native and not self._held_out.meet(name):
+                measures = native.measures if rng.random() < 0.5 else ()  # with one form, what has a measure is always counted by it
+                return replace(native, forms={self.banks[language].forms[0]: name}, measures=measures), False
+        return product, False
+
+    def _beginning_like(self, name: str, language: str, split: Split, rng: Random) -> Product | None:
+        drawn = (rng.choice(self._products[language][split]) for _ in range(ATTEMPTS_TO_FIND))
+        return next((product for product in drawn if _beginning(product.name) == _beginning(name)), None)
 
     def _gold(self, intent: str, values: dict[str, Any]) -> dict[str, Any]:
         gold: dict[str, Any] = {"intent": intent}
@@ -204,6 +239,35 @@ class Generator:
                 slot = self.spec.slots[name]
                 gold[name] = int(use.default) if isinstance(slot, IntegerSlot) else use.default
         return gold
+
+
+class _Vocabulary:
+    """The words of a catalog, for names that stand in no catalog."""
+
+    def __init__(self, bank: Bank, products: Iterable[Product]) -> None:
+        numbers = {str(normalise(word)) for words in bank.bare_numbers.values() for word in words}
+        names = [
+            [word for word in re.findall(r"[^\W\d_]{4,}", product.name) if str(normalise(word)) not in numbers] for product in products
+        ]
+        self._first = sorted({words[0] for words in names if words})
+        self._any = sorted({word for words in names for word in words})
+
+    def name(self, rng: Random) -> str:
+        """One to four words, often one of them the beginning of a word with the end of another ("Vor" + "rita"); empty without words."""
+        if not self._first:
+            return ""
+        words = [rng.choice(self._first), *(rng.choice(self._any) for _ in range(rng.choice((0, 0, 1, 1, 2, 3))))]
+        if len(words) == 1 or rng.random() < 0.5:
+            spot = rng.randrange(len(words))
+            first, second = words[spot], rng.choice(self._any)
+            words[spot] = first[: rng.randint(2, len(first) - 1)] + second[rng.randint(0, len(second) - 2) :]
+        return " ".join(words)
+
+
+def _beginning(name: str) -> str:
+    """How a name begins, as far as articles care: with a vowel, with an h, which may be mute, or otherwise."""
+    letter = unicodedata.normalize("NFD", name[:1].casefold())[:1]
+    return letter if letter == "h" else "vowel" if letter in "aeiou" else ""
 
 
 def _decorate(segments: list[Segment], bank: Bank, greeting: Bank, rate: float, rng: Random) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.api import ApiError, Reply, complete
+from tasks.api import ApiError, ContentRefused, Reply, Stopped, complete
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
@@ -17,10 +18,11 @@ GIVE_UP = 8  # requests in a row without an answer, each tried several times, af
 
 @dataclass(frozen=True)
 class ApiCompletion(Completion):
-    """`usd` is None where no price is known. `problem` says why there is no answer; its time is NaN then."""
+    """`usd` is None where no price is known. `problem` says why there is no answer; its time is NaN then. `refused`: there never will be."""
 
     usd: float | None = None
     problem: str = ""
+    refused: bool = False
 
 
 class LiteLlmRuntime:
@@ -42,11 +44,7 @@ class LiteLlmRuntime:
         self.failed: list[str] = []
         self._in_a_row = 0
         self._dearest = dearest
-
-    @property
-    def usd_per_1k_requests(self) -> float | None:
-        """Dollars for 1,000 answers; None where no price is known."""
-        return None if self.usd is None or not self.answered else self.usd * 1000 / self.answered
+        self._stop = threading.Event()
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[ApiCompletion]:
         """See `Runtime.generate`. The time to the first token is not known: answers come whole.
@@ -58,6 +56,7 @@ class LiteLlmRuntime:
         left = iter(enumerate(conversations))
         waiting: dict[Future[Reply], int] = {}
         stop: UserError | None = None
+        self._stop = threading.Event()
         pool = ThreadPoolExecutor(parallel)
         try:
             while True:
@@ -74,18 +73,27 @@ class LiteLlmRuntime:
                     try:
                         yield self._answered(index, future.result())
                     except ApiError as error:
-                        yield self._unanswered(index, str(error))
+                        yield self._unanswered(index, error)
                     except UserError as error:  # refused for one, refused for all
                         stop = stop or error
+                    except Stopped:
+                        pass
                 stop = stop or self._given_up()
+                if stop:
+                    self._stop.set()  # who waits for another attempt has paid nothing yet
             if stop:
                 raise stop
         finally:
+            self._stop.set()
             pool.shutdown(cancel_futures=True)
 
     def _ask(self, conversation: list[Message], max_tokens: int) -> Reply:
         where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}
-        return complete(self.model, conversation, max_tokens, temperature=0, **where)
+        return complete(self.model, conversation, max_tokens, sleep=self._pause, temperature=0, **where)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped
 
     def _answered(self, index: int, reply: Reply) -> ApiCompletion:
         self.answered += 1
@@ -94,10 +102,11 @@ class LiteLlmRuntime:
         self._dearest = max(self._dearest, reply.usd or 0.0)
         return ApiCompletion(index, reply.text, reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds, reply.usd)
 
-    def _unanswered(self, index: int, problem: str) -> ApiCompletion:
+    def _unanswered(self, index: int, error: ApiError) -> ApiCompletion:
+        problem, refused = str(error), isinstance(error, ContentRefused)
         self.failed.append(problem)
         self._in_a_row += 1
-        return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, problem)
+        return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, problem, refused)
 
     def _overspent(self, on_the_way: int) -> UserError | None:
         if self.max_usd is None or (self.usd or 0.0) + (on_the_way + 1) * self._dearest <= self.max_usd:

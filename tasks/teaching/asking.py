@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.api import ApiError, ContentRefused, RefusedRequest, complete
+from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, complete
 from tasks.core import progress, settings
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
@@ -99,10 +99,6 @@ class Asked:
     from_log: int = 0
     unanswered: dict[str, str] = field(default_factory=dict)  # request hash to reason
     stopped: str | None = None
-
-
-class Stopped(RuntimeError):
-    """Raised where a request waits for its next attempt when the others have given up."""
 
 
 class Teacher:

@@ -82,10 +82,17 @@ class AnswerLog:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or changed: that answer is bought again
             return
 
-    def remove(self) -> None:
-        """Take the log from the disk, where its answers are no longer wanted; it stays open until its end."""
-        self.path.unlink()
-        self.path.with_suffix(".lock").unlink()
+    def forget(self) -> None:
+        """Take the answers to this run's requests from the disk, and the file with the last of them. The last thing to do with a log."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        left = [line for line in lines if not any(request in line for request in self._wanted)]
+        if left:
+            new = self.path.with_suffix(".new")  # others' answers cost money: a kill meanwhile must not lose them
+            new.write_text("".join(left), encoding="utf-8")
+            new.replace(self.path)
+        else:
+            self.path.unlink()
+            self.path.with_suffix(".lock").unlink()
 
     def get(self, request: str) -> Answer | None:
         return self._answers.get(request)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from tasks.domain.bank import Bank
 from tasks.domain.scoring import normalise
+
+TOGETHER = re.compile(r"-| | (and|und|et|y|e|i) ")
 
 
 def _number_words(bank: Bank, number: int) -> set[str]:
@@ -18,7 +21,8 @@ def _number_words(bank: Bank, number: int) -> set[str]:
 def numbers_said(text: str, bank: Bank) -> set[int]:
     """The numbers that a (normalised) text states, in digits or as whole words, also with something behind them ("2x", "zweimal").
 
-    Of words that begin alike the longest counts: "twenty-four" is no 20, "vierzehn" no 4.
+    Of words that begin alike the longest counts: "twenty-four" is no 20, "vierzehn" no 4. Words that stand together ("forty-two",
+    "quarante et un") are parts of a number for which the bank has no word; none of them counts.
     """
     meant: dict[str, set[int]] = {}
     for number in {*bank.numbers, *bank.bare_numbers}:
@@ -27,7 +31,11 @@ def numbers_said(text: str, bank: Bank) -> set[int]:
     said = {int(digits) for digits in re.findall(r"(?<![\w.,])(\d{1,9})(?!\d|[.,]\d)", text)}
     if meant:
         longest_first = "|".join(re.escape(word) for word in sorted(meant, key=len, reverse=True))
-        said |= {number for word in re.findall(rf"(?<!\w)({longest_first})(?:mal|x)?(?!\w)", text) for number in meant[word]}
+        found = list(re.finditer(rf"(?<!\w)({longest_first})(?:mal|x)?(?!\w)", text))
+        together = {
+            match for pair in itertools.pairwise(found) if TOGETHER.fullmatch(text, pair[0].end(), pair[1].start()) for match in pair
+        }
+        said |= {number for match in found if match not in together for number in meant[match[1]]}
     return said
 
 
@@ -37,8 +45,10 @@ def says_number(number: int, text: str, bank: Bank) -> bool:
 
 
 def any_number(text: str, bank: Bank) -> bool:
-    """Whether a (normalised) text states a number other than one, or has digits at all that are not a 1."""
-    return bool(numbers_said(text, bank) - {1}) or any(int(digits) != 1 for digits in re.findall(r"\d+", text))
+    """Whether a (normalised) text states a number other than one, or a part of one, or has digits at all that are not a 1."""
+    words = {word for number in {*bank.numbers, *bank.bare_numbers} if number > 1 for word in _number_words(bank, number)}
+    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?:mal|x)?(?!\w)", text) if words else None
+    return bool(found) or any(int(digits) != 1 for digits in re.findall(r"\d+", text))
 
 
 def starts_with_number(product: str, bank: Bank) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasks.domain.bank import Bank, Product, allowed_placeholders
 from tasks.domain.spec import Spec
-from tasks.domain.utterances import Generator, Split, Style, split_patterns, split_products
+from tasks.domain.utterances import Generator, Split, Style, split_catalogs, split_patterns
 from tasks.teaching.asking import Request
 from tasks.teaching.prompts import PROMPT_VERSION, REGISTERS, ask_patterns, ask_products, ask_utterances
 
@@ -64,7 +64,8 @@ class _Writer:
 
     def __init__(self, spec: Spec, banks: Mapping[str, Bank], items: int) -> None:
         self.spec, self.banks, self.items = spec, banks, items
-        self.products = {language: split_products(bank.products, spec)["train"] for language, bank in banks.items()}
+        self.catalogs = split_catalogs(banks, spec)
+        self.products = {language: catalog["train"] for language, catalog in self.catalogs.items()}
 
     def write(self, kind: str, language: str, topic: str, register: str, times: int) -> tuple[list[dict[str, str]], dict[str, Any]]:
         bank, spec = self.banks[language], self.spec
@@ -75,7 +76,7 @@ class _Writer:
             patterns = [pattern.text for pattern in split_patterns(bank.patterns[topic])["train"]]
             allowed = sorted(allowed_placeholders(spec, bank, topic))
             return ask_patterns(spec, bank, topic, register, self.items, allowed, _spread(patterns, EXAMPLES), times)
-        one = Generator(spec, {language: bank}, PLAIN, 0, [topic])
+        one = Generator(spec, {language: bank}, PLAIN, 0, [topic], catalogs=self.catalogs)
         examples = [one.row("train", index) for index in range(EXAMPLES)]
         names = [product.name for product in self.products[language]]
         shown = Random(f"{language}/{topic}/{register}/{times}").sample(names, min(PRODUCT_NAMES, len(names)))

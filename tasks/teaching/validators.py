@@ -18,7 +18,7 @@ from tasks.domain.expansion import expand
 from tasks.domain.labelled import has_half_character
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, Slot, SlotDefault, Spec
-from tasks.domain.utterances import Names, split_products
+from tasks.domain.utterances import Names, split_catalogs
 from tasks.teaching.answers import is_refusal
 from tasks.teaching.asking import Request
 from tasks.teaching.language import Languages
@@ -28,7 +28,7 @@ NEAR_DUPLICATE = 90.0  # rapidfuzz ratio (0..100) of normalised texts from which
 LONGEST_TEXT, LONGEST_PRODUCT, MOST_WORDS = 400, 60, 8
 # A gap left open, markup, or a link: no customer's message
 STAGE_PROPS = re.compile(r"[\n\r{}<>\[\]]|https?://|\b(insert|lorem ipsum|xxx+)\b", re.IGNORECASE)
-CODE = re.compile(r"[\w-]{1,12}(/[\w-]{1,12})?")
+CODE = re.compile(r"[\w-]{1,24}(/[\w-]{1,24})?")
 COMMON = 10  # patterns from which on a word that stands before products is no part of them
 EXPANSIONS = 12  # random messages of a pattern that are looked at
 
@@ -42,7 +42,7 @@ class Judge:
         self.spec, self.banks = spec, banks
         self._languages = Languages([*spec.languages])
         self._passed: dict[tuple[str, ...], list[str]] = {}
-        parts = {language: split_products(bank.products, spec) for language, bank in banks.items()}
+        parts = split_catalogs(banks, spec)
         held_out = [product for part in parts.values() for s in ("validation", "test", "hard") for product in part[s]]
         self._held_out = sorted({str(normalise(form)) for product in held_out for form in product.forms.values()})
         self._held_out_names = Names(held_out)
@@ -228,7 +228,7 @@ class Judge:
     def _is_held_out(self, product: str) -> bool:
         from rapidfuzz import fuzz, process
 
-        if self._held_out_names.within(product):  # "red <one of test's>" would teach the name
+        if self._held_out_names.meet(product):  # "red <one of test's>" would teach the name
             return True
         return process.extractOne(str(normalise(product)), self._held_out, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE) is not None
 
@@ -268,7 +268,8 @@ def _value(value: Any, slot: Slot) -> Any:
 
 
 class _Beginnings:
-    """What may stand before a product and is not its name: a quantity, an article ("die Milch"), a measure ("bottles of water")."""
+    """What may stand before a product and is not its name: a quantity, an article ("die Milch"), a measure of what the
+    catalog has ("bottles of water")."""
 
     def __init__(self, bank: Bank, spec: Spec) -> None:
         self._bank = bank
@@ -285,7 +286,7 @@ class _Beginnings:
 
     def of(self, product: str) -> bool:
         """Whether a product begins with one of them."""
-        said = str(normalise(product))
+        said = str(normalise(product)).replace("’", "'")
         measured = any(said.startswith(word) and said.removeprefix(word) in self._names for word in self._measures)
         article = said.startswith(self._articles) and _first_two(said) not in self._first_words
         return measured or article or (starts_with_number(product, self._bank))
@@ -297,7 +298,7 @@ def _first_two(name: str) -> str:
 
 def _beginning(word: str) -> str:
     """A word as texts begin with it: "bottle of " and "d'"."""
-    return str(normalise(word)) + ("'" if word.endswith("'") else " ")
+    return str(normalise(word)).rstrip("'") + ("'" if word.endswith("'") else " ")
 
 
 def _skeleton(pattern: str) -> str:
