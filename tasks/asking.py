@@ -158,7 +158,7 @@ def ask(found: Found, texts: list[str]) -> Asked:
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     if found.runtime == "litellm":
         return _ask_api(found, conversations)
-    model = runtimes.load_local(found.runtime, Path(found.path), hardware.cores())
+    model = runtimes.load(found.runtime, Path(found.path), hardware.cores())
     answers = [""] * len(texts)
     latencies, failed = [], []
     for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):

@@ -138,7 +138,7 @@ def _compared(config: DriftConfig, dataset: Path, recent: RecentTexts, counts: J
     progress.advance(0, 3, "comparing texts")
     columns, new_words = text_columns(config, spec, dataset, recent.texts)
     asked = Random(f"{config.seed}/asked").sample(recent.texts, min(config.max_asked, len(recent.texts)))
-    model = runtimes.load_local(config.runtime, Path(config.model), hardware.cores())
+    model = runtimes.load(config.runtime, Path(config.model), hardware.cores())
     progress.advance(1, 3, "asking about recent texts")
     answers = answers_of(model, spec, asked, config.max_tokens)
     progress.advance(2, 3, "asking about the data set")

@@ -47,7 +47,7 @@ def load_variant(
         raise ValueError("a model behind an API is not loaded")
     path = folder / MODEL_FILE if config.runtime == "llama_cpp" else folder
     grammar = answer_grammar(spec) if config.constrained else None
-    return runtimes.load_local(config.runtime, path, hardware.cores(), config.dtype, grammar, mmap, kernel)
+    return runtimes.load(config.runtime, path, hardware.cores(), config.dtype, grammar, mmap, kernel)
 
 
 def conversations(config: EvaluateConfig | BenchmarkConfig, dataset: Path, spec: Spec, texts: list[str]) -> list[list[prompt.Message]]:

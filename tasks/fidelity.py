@@ -87,7 +87,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
 
     spec = load_spec(str(inputs["dataset"]))
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
-    model = runtimes.load_local("transformers", inputs["model"], hardware.cores(), "float32")
+    model = runtimes.load("transformers", inputs["model"], hardware.cores(), "float32")
     asked = []
     for row in read_rows(inputs["dataset"] / "validation.jsonl")[config.skip : config.skip + config.rows]:
         conversation = prompt.messages(spec, row["text"])
@@ -130,8 +130,8 @@ def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRu
     if config.runtime == "llama_cpp":
         file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
         comparison = compare(gguf_weights(file), *map(gguf_weights, others))
-        return runtimes.load_local("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
-    model: Any = runtimes.load_local("transformers", inputs["model"], hardware.cores())
+        return runtimes.load("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
+    model: Any = runtimes.load("transformers", inputs["model"], hardware.cores())
     if config.folded:
         return model, None, lambda: model
     with folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:

@@ -179,7 +179,7 @@ def test_a_runtime_that_swaps_two_layers_is_told_from_a_bad_format(world: World)
     exact = Comparison(weight_rel_error=0.001, delta_retained=1.0)
 
     def right() -> Any:
-        return runtimes.load_local("transformers", folder, 1, "float32")
+        return runtimes.load("transformers", folder, 1, "float32")
 
     swapped: Any = TwoLayersSwapped(folder)
     found = judge(swapped, exact, right, rows, reference)

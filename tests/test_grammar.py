@@ -104,11 +104,11 @@ def test_what_cannot_be_read_is_not_allowed(reading: tuple[Reader, Spec]) -> Non
 
 def test_a_model_that_knows_nothing_writes_what_can_be_read(tiny_gguf: Path) -> None:
     from tasks.domain.prompt import messages
-    from tasks.runtimes import load_local
+    from tasks.runtimes import load
 
     spec = load_spec("ecommerce")
     asked = [messages(spec, text) for text in ("two red shoes", "where is my order 1234", "x", "please 5 of the blue ones")]
-    free, kept = (load_local("llama_cpp", tiny_gguf, hardware.cores(), grammar=g) for g in (None, answer_grammar(spec)))
+    free, kept = (load("llama_cpp", tiny_gguf, hardware.cores(), grammar=g) for g in (None, answer_grammar(spec)))
     written = {c.index: c for c in kept.generate(asked, 40, 2)}
     finished = [c.text for c in written.values() if c.completion_tokens < 40]
     assert len(written) == len(asked) and finished and all(parse_answer(text, spec).answer for text in finished)
@@ -127,11 +127,11 @@ INJECTIONS = (
 def test_nothing_a_customer_writes_makes_a_constrained_answer_another_thing(tiny_gguf: Path, style: str) -> None:
     """The model is random: without the grammar it says anything at all."""
     from tasks.domain.prompt import messages
-    from tasks.runtimes import load_local
+    from tasks.runtimes import load
 
     spec = load_spec("ecommerce").model_copy(update={"answer": style})
     asked = [messages(spec, text) for text in INJECTIONS]
-    kept, free = (load_local("llama_cpp", tiny_gguf, 1, grammar=grammar) for grammar in (answer_grammar(spec), None))
+    kept, free = (load("llama_cpp", tiny_gguf, 1, grammar=grammar) for grammar in (answer_grammar(spec), None))
     for completion in kept.generate(asked, 48, 3):
         if completion.completion_tokens < 48:
             assert parse_answer(completion.text, spec).answer, completion.text

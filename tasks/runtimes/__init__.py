@@ -98,7 +98,7 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, limit)]
 
 
-def load_local(
+def load(
     runtime: Literal["transformers", "llama_cpp"],
     path: Path,
     threads: int,
@@ -115,17 +115,3 @@ def load_local(
     from tasks.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(path, threads, dtype, kernel=kernel)
-
-
-def load(runtime: RuntimeName, path: Path | str, threads: int, dtype: Dtype = "auto", api_base: str | None = None) -> Runtime:
-    """Load the model at `path`.
-
-    Args:
-        path: a GGUF file for `llama_cpp`, a Hugging Face folder for `transformers` (also a GPTQ one), a model id for `litellm`.
-        api_base: for `litellm`, the address of an API that is not the provider's usual one.
-    """
-    if runtime == "litellm":
-        from tasks.runtimes.litellm import LiteLlmRuntime
-
-        return LiteLlmRuntime(str(path), api_base)
-    return load_local(runtime, Path(path), threads, dtype)
