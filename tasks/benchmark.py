@@ -130,6 +130,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "threads": model.threads,
         "kernel": getattr(model, "kernel", None),
         "dtype": getattr(model, "dtype", None),
+        "machine": hardware.machine(),
         "load_s": load_s,
         **summary(samples),
         "requests_s_batched": by_load.get(parallel, len(alone) / sum(samples["latency_s"])),

@@ -6,7 +6,7 @@ import base64
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def write_report(
         "started": started,
         "finished": finished.isoformat(timespec="seconds"),
         "wall_s": round((finished - datetime.fromisoformat(started)).total_seconds(), 1),
-        "environment": hardware.environment(),
+        "environment": {**hardware.environment(), "measured_on": measured_on(decided["variants"])},
         "stages": run.stages,
         "dataset": {"sha256": dataset.digest, **dataset.metrics},
         "training": training_facts(adapter, config),
@@ -151,6 +151,13 @@ def latest_artefacts(settings: Settings, profile: str) -> list[tuple[str, str]]:
         return [(str(stage["kind"]), str(stage["key"])) for stage in stages if stage["kind"] and stage["key"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none yet, or no longer what it was: nothing depends on it
         return []
+
+
+def measured_on(variants: Iterable[Mapping[str, Any]]) -> str:
+    """The machines that speed and memory were measured on: with pools not the one that writes the report."""
+    return "; ".join(
+        sorted({variant["performance"]["machine"] for variant in variants if (variant.get("performance") or {}).get("machine")})
+    )
 
 
 def latest_report(settings: Settings, run_id: str = "latest") -> Path:

@@ -114,7 +114,8 @@ TRAINING = [
     Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
     Column("Final loss", "final_loss"),
 ]  # fmt: skip
-MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"))]
+MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"),
+                                  ("Speed measured on", "measured_on", "text"))]  # fmt: skip
 STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"), Column("Key", "key", "text")]
 OVERHEAD = [Column("Time", "seconds", "time"), Column("Share", "share", "percent")]
 PAPER = [Column(key.title(), key, "text") for key in ("paper", "ours", "comparable", "note")]

@@ -21,6 +21,7 @@ from tasks.core.stage import Stage
 from tasks.decide import QUIET, measurement
 from tasks.domain.errors import UserError
 from tasks.llama_bench import LlamaBenchConfig, llama_bench
+from tasks.report import measured_on
 from tasks.runtimes.llama_cpp import LlamaCppRuntime
 from tasks.synthesize import synthesize
 from tasks.variants import Variant
@@ -213,6 +214,11 @@ def test_gguf_variants_fail_alone_when_what_they_are_made_from_fails(monkeypatch
     assert set(failed) == lost and set(failed.values()) == {f"{broken} cannot"} and (converted is None) == (broken == "convert_gguf")
 
 
+def test_a_report_says_which_machines_measured() -> None:
+    measured = [{"performance": {"machine": name}} for name in ("b, 2 cores", "a, 4 cores", "b, 2 cores")]
+    assert measured_on([*measured, {"performance": {}}, {"error": "x"}]) == "a, 4 cores; b, 2 cores"
+
+
 @pytest.mark.slow
 def test_a_load_is_called_by_what_ran_and_no_row_is_asked_twice(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], int]] = []
@@ -239,6 +245,7 @@ def test_a_load_is_called_by_what_ran_and_no_row_is_asked_twice(tiny_gguf: Path,
     )
     figures = benchmark.function(config, {"model": tiny_gguf.parent, "dataset": data}, out)
     assert list(figures["requests_s_by_load"]) == ["4", "6"] and figures["parallel"] == 6
+    assert figures["machine"] == hardware.machine() and f"{hardware.cores()} cores" in figures["machine"]
     alone = [texts[0] for texts, parallel in asked if parallel == 1]
     assert len(alone) == len(set(alone)) == 14
     assert [(len(texts), parallel) for texts, parallel in asked if parallel > 1][:2] == [(6, 4), (6, 6)]

@@ -150,6 +150,11 @@ def _version(library: str) -> str:
         return "missing"
 
 
+def machine() -> str:
+    """This machine in a few words."""
+    return ", ".join(filter(None, [cpu_model(), f"{cores()} cores", gpu()]))
+
+
 def environment() -> dict[str, Any]:
     """The `environment` of a report."""
     return {
