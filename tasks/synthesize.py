@@ -52,9 +52,6 @@ class SynthesizeConfig(StageConfig):
     patterns_per_intent: int | None = Field(
         None, ge=2, description="Use only so many phrase patterns of each intent and language; null for all"
     )
-    made_up_products: float = Field(
-        0.0, ge=0, le=1, description="Share of training rows whose product has a name made up of words and parts of words of the catalog"
-    )
     held_out_noise: tuple[str, ...] = Field(("upper", "keyboard", "missing_space"), description="Kinds of noise that only `hard` has")
     prompt: PromptStyle = Field(
         "short", description="What the fine-tuned model reads: the customer's text alone, or a chat with a system prompt"
@@ -91,7 +88,7 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     usual = tuple(kind for kind in KINDS if kind not in config.held_out_noise)
     plain = Style(usual, config.noise_rate, config.decoration_rate)
     hard = Style(tuple(KINDS), min(1.0, config.noise_rate + 0.3), min(1.0, config.decoration_rate + 0.2))
-    drilled = replace(plain, drilled_rate=DRILLED_NUMBERS, made_up_rate=config.made_up_products)
+    drilled = replace(plain, drilled_rate=DRILLED_NUMBERS)
     styles: dict[Split, Style] = {"train": drilled, "validation": plain, "test": plain, "hard": hard}
     return Generator(spec, banks, styles, config.seed, list(config.intents) or None, config.patterns_per_intent)
 

@@ -90,17 +90,14 @@ def test_no_held_out_product_holds_a_training_product_of_any_language_or_is_part
         assert 400 < sum(map(len, parts.values())) > len(banks[language].products) - 40
 
 
-def test_a_made_up_product_begins_as_the_words_around_it_need_and_is_none_of_evaluation() -> None:
-    plain, made_up = (make_generator(SynthesizeConfig(languages=("fr",), made_up_products=rate)) for rate in (0.0, 1.0))
-    catalogs = split_catalogs({"fr": load_bank(SPEC, "fr")}, SPEC)["fr"]
-    known = {product.name for product in catalogs["train"]}
-    held_out = {normalise(product.name) for split in ("validation", "test", "hard") for product in catalogs[split]}
-    rows = [row for row in (made_up.row("train", index) for index in range(1500)) if row["product"]]
-    new = [row for row in rows if row["product"] not in known]
-    assert len(new) > 0.8 * len(rows) and not held_out & {normalise(row["product"]) for row in new}
-    elided = [row["product"][0] for row in new if re.search(rf"\b[dl]'{re.escape(row['product'])}", row["text"])]
-    assert len(elided) > 10 and all(normalise(letter) in "aeiouhéèêàâœîô" for letter in elided)
-    assert all(plain.row("test", index) == made_up.row("test", index) for index in range(50))
+def test_a_foreign_product_begins_as_the_words_around_it_need() -> None:
+    generator = make_generator(SynthesizeConfig(languages=("fr", "hr"), noise_rate=0, decoration_rate=1))
+    french = {product.name for product in load_bank(SPEC, "fr").products}
+    rows = [
+        row for row in (generator.row("train", index) for index in range(0, 24000, 2)) if row["product"] and row["product"] not in french
+    ]
+    elided = [row["product"][0] for row in rows if re.search(rf"\b[dl]'{re.escape(row['product'])}", row["text"])]
+    assert len(elided) > 5 and all(normalise(letter) in "aeiouh" for letter in elided)
 
 
 def test_a_product_may_be_named_in_another_language() -> None:

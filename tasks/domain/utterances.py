@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import unicodedata
@@ -102,13 +101,12 @@ def _parts(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Style:
-    """How much is put around and onto an utterance, how often its numbers are drilled, see `expand`, and its product made up."""
+    """How much is put around and onto an utterance, and how often its numbers are drilled, see `expand`."""
 
     noise: tuple[str, ...]
     noise_rate: float
     decoration_rate: float
     drilled_rate: float = 0.0
-    made_up_rate: float = 0.0
 
 
 class Generator:
@@ -144,14 +142,6 @@ class Generator:
         for language in banks:
             self._check_nothing_is_empty(language)
 
-    @functools.cached_property
-    def _held_out(self) -> Names:
-        return Names(p for parts in self._products.values() for split in SPLITS if split != "train" for p in parts[split])
-
-    @functools.cached_property
-    def _vocabularies(self) -> dict[str, _Vocabulary]:
-        return {language: _Vocabulary(bank, self._products[language]["train"]) for language, bank in self.banks.items()}
-
     def _check_nothing_is_empty(self, language: str) -> None:
         """A split without products, or without patterns of an intent, has nothing to say."""
         for split, products in self._products[language].items():
@@ -184,7 +174,8 @@ class Generator:
         product = rng.choice(self._products[language][split])
         bank = self.banks[language]
         style = self.style[split]
-        product, switched = self._renamed(split, language, product, style, rng)
+        foreign_product = self._foreign(split, language, style.decoration_rate * FOREIGN_PRODUCT_RATE, rng)
+        product = foreign_product or product
         drilled = bool(style.drilled_rate) and rng.random() < style.drilled_rate  # nothing is drawn where nothing is drilled
         segments, values = expand(pattern, product, bank, self.spec, rng, style.decoration_rate, drilled)
         decoration = style.decoration_rate if pattern.placeholders else max(style.decoration_rate, FIXED_DECORATION_RATE)
@@ -194,7 +185,7 @@ class Generator:
             placeholder.name in (MENTION, COUNTED) or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
             for placeholder in pattern.placeholders
         )
-        mixed = ["code_switch"] if foreign is not bank or (switched and names_product) else []
+        mixed = ["code_switch"] if foreign is not bank or (foreign_product and names_product) else []
         noise = mixed + add_noise(segments, list(style.noise), style.noise_rate, rng)
         text, written = _join(segments)
         return {
@@ -207,24 +198,19 @@ class Generator:
             "noise": noise,
         }
 
-    def _renamed(self, split: Split, language: str, product: Product, style: Style, rng: Random) -> tuple[Product, bool]:
-        """Now and then another product in its place, as another language names it ("due wireless headphones") or made up; and whether
-        the language was switched. The words around it agree with a native product that begins alike ("l'", "an").
+    def _foreign(self, split: Split, language: str, rate: float, rng: Random) -> Product | None:
+        """Now and then a product as another language names it ("due wireless headphones"). The words around it agree with a native
+        product that begins alike ("l'", "an").
 
-        Nothing is drawn where a style has neither: a teacher's examples, and with them what was paid for, stay what they are.
+        Nothing is drawn where the rate is 0: a teacher's examples, and with them what was paid for, stay what they are.
         """
         others = [other for other in self.banks if other != language]
-        if style.decoration_rate and rng.random() < style.decoration_rate * FOREIGN_PRODUCT_RATE and others:
-            other = rng.choice(others)
-            foreign = rng.choice(self._products[other][split])
-            if native := self._beginning_like(foreign.name, language, split, rng):
-                return replace(native, department=foreign.department, forms={self.banks[other].forms[0]: foreign.name}, measures=()), True
-        if style.made_up_rate and rng.random() < style.made_up_rate and (name := self._vocabularies[language].name(rng)):
-            native = self._beginning_like(name, language, split, rng)
-            if native and not self._held_out.meet(name):
-                measures = native.measures if rng.random() < 0.5 else ()  # with one form, what has a measure is always counted by it
-                return replace(native, forms={self.banks[language].forms[0]: name}, measures=measures), False
-        return product, False
+        if not others or not rate or rng.random() >= rate:
+            return None
+        other = rng.choice(others)
+        foreign = rng.choice(self._products[other][split])
+        native = self._beginning_like(foreign.name, language, split, rng)
+        return native and replace(native, department=foreign.department, forms={self.banks[other].forms[0]: foreign.name}, measures=())
 
     def _beginning_like(self, name: str, language: str, split: Split, rng: Random) -> Product | None:
         drawn = (rng.choice(self._products[language][split]) for _ in range(ATTEMPTS_TO_FIND))
@@ -239,29 +225,6 @@ class Generator:
                 slot = self.spec.slots[name]
                 gold[name] = int(use.default) if isinstance(slot, IntegerSlot) else use.default
         return gold
-
-
-class _Vocabulary:
-    """The words of a catalog, for names that stand in no catalog."""
-
-    def __init__(self, bank: Bank, products: Iterable[Product]) -> None:
-        numbers = {str(normalise(word)) for words in bank.bare_numbers.values() for word in words}
-        names = [
-            [word for word in re.findall(r"[^\W\d_]{4,}", product.name) if str(normalise(word)) not in numbers] for product in products
-        ]
-        self._first = sorted({words[0] for words in names if words})
-        self._any = sorted({word for words in names for word in words})
-
-    def name(self, rng: Random) -> str:
-        """One to four words, often one of them the beginning of a word with the end of another ("Vor" + "rita"); empty without words."""
-        if not self._first:
-            return ""
-        words = [rng.choice(self._first), *(rng.choice(self._any) for _ in range(rng.choice((0, 0, 1, 1, 2, 3))))]
-        if len(words) == 1 or rng.random() < 0.5:
-            spot = rng.randrange(len(words))
-            first, second = words[spot], rng.choice(self._any)
-            words[spot] = first[: rng.randint(2, len(first) - 1)] + second[rng.randint(0, len(second) - 2) :]
-        return " ".join(words)
 
 
 def _beginning(name: str) -> str:
