@@ -169,7 +169,7 @@ def _parallel(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     at_a_time = sorted({answer["parallel"] for answer in answers if "parallel" in answer})
     if len(at_a_time) == 1:
         return {"parallel": at_a_time[0]}
-    return {"parallel": None, "parallel_reason": f"latencies are of answers with {' and '.join(map(str, at_a_time))} requests at a time"}
+    return {"parallel": None, "parallel_reason": f"{' or '.join(map(str, at_a_time))} requests at a time, since asking was interrupted"}
 
 
 def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:

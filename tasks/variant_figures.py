@@ -188,7 +188,8 @@ def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any
     metrics, asked = evaluation["metrics"], evaluation["metrics"]["performance"]
     hidden = dict.fromkeys(OF_OUR_MACHINE) | dict.fromkeys((f"{name}_reason" for name in OF_OUR_MACHINE), ELSEWHERE)
     examples = f"{variant.few_shot} examples" if variant.few_shot else "no examples"
-    notes = [f"asked with long instructions and {examples}, {asked['parallel']} requests at a time; a latency includes the network."]
+    at_a_time = f"{asked['parallel']} requests at a time" if asked["parallel"] else asked["parallel_reason"]
+    notes = [f"asked with long instructions and {examples}, {at_a_time}; a latency includes the network."]
     if asked["requests_failed"]:
         failed, total = asked["requests_failed"], asked["requests"] + asked["requests_failed"]
         notes.append(f"{failed} of {total} requests got no answer and count as wrong. The first: {asked['first_failure']}.")

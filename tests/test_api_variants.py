@@ -103,7 +103,7 @@ def test_no_answer_is_bought_twice(server: Faults, dataset: Path, tmp_path: Path
     log.write_bytes(log.read_bytes()[:-5])  # a kill in the middle of a line
     metrics = evaluate_api.function(config.model_copy(update={"max_usd": None, "parallel": 4}), {"dataset": dataset}, tmp_path)
     assert len(server.requests) == total + 1
-    assert metrics["performance"]["parallel"] is None and "with 4 and 8 requests" in metrics["performance"]["parallel_reason"]
+    assert metrics["performance"]["parallel"] is None and "4 or 8 requests at a time" in metrics["performance"]["parallel_reason"]
     assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
     performance = metrics["performance"]
     assert performance["requests"] == total == len(log.read_text().splitlines())
