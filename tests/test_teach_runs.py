@@ -21,7 +21,7 @@ from tasks.core.manifests import Manifest
 from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
-from tasks.domain.utterances import SPLITS, split_products
+from tasks.domain.utterances import SPLITS, split_catalogs
 from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthesize
 from tasks.teaching.joining import join_banks
 from tests.conftest import REPOSITORY
@@ -77,7 +77,8 @@ def test_an_utterance_that_is_nearly_an_evaluation_row_does_not_join(
 
 
 def test_no_product_of_evaluation_is_learnt(server: Faults, ask: Callable[..., Manifest], home: Path) -> None:
-    parts = split_products(load_bank(load_spec("ecommerce"), "en").products, load_spec("ecommerce"))
+    spec = load_spec("ecommerce")
+    parts = split_catalogs({"en": load_bank(spec, "en")}, spec)["en"]
     names = [product.name for split in ("test", "hard", "validation") for product in parts[split]][:6]
     server.answer = lambda body: json.dumps({"items": [{"class": "sc", "one": name, "pl": "", "measure": ""} for name in names]})
     taught = ask(DATA.model_copy(update={"languages": ("en",)}), requests=4)
