@@ -65,7 +65,7 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     return config.model_copy(update={"revision": revision})
 
 
-TINY_SIZES = {"hidden_size": 64, "intermediate_size": 128}
+SIZES = ("hidden_size", "intermediate_size")
 
 
 def dimensions(config: BaseModelConfig) -> list[int]:
@@ -73,7 +73,7 @@ def dimensions(config: BaseModelConfig) -> list[int]:
     from tasks.weights import check_gguf
 
     if config.source == TINY:
-        return list(TINY_SIZES.values())
+        return []  # its stage makes it
     if config.source == OFFLINE or config.source.endswith(".gguf"):
         fields = check_gguf("base_model.source", offline_gguf() if config.source == OFFLINE else Path(config.source))
         architecture = str(fields["general.architecture"].contents())
@@ -81,7 +81,7 @@ def dimensions(config: BaseModelConfig) -> list[int]:
         found = [fields[name].contents() for name in names if name in fields]
     else:
         known = json.loads((folder_of(config) / "config.json").read_text(encoding="utf-8"))
-        found = [known.get(name) for name in TINY_SIZES]
+        found = [known.get(name) for name in SIZES]
     return [size for size in found if isinstance(size, int)]
 
 
@@ -226,8 +226,8 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
 
 
 def random_llama(
-    hidden_size: int = TINY_SIZES["hidden_size"],
-    intermediate_size: int = TINY_SIZES["intermediate_size"],
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
     num_hidden_layers: int = 2,
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,
