@@ -62,8 +62,8 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "train.epochs"], "is not of the form field=value"),
         (["--set", "gptq=[{bits: 5}]"], "gptq.0.bits = 5"),
         (
-            ["--profile", "quick", "--set", "gptq=[{group_size: 96}]"],
-            "gptq.0.group_size = 96: does not divide the model's dimensions [576, 1536]",
+            ["--profile", "quick", "--set", "gptq=[{group_size: 128}]"],
+            "gptq.0.group_size = 128: does not divide the model's dimensions [576, 1536]",
         ),
         (
             ["--profile", "quick", "--set", "awq=[{group_size: 128}]"],
