@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -181,9 +182,10 @@ def _check_words(bank: Bank, path: Path) -> None:
             refuse(("counted", category), f"form {form!r} is unknown", bank.forms)
     if bank.measured not in bank.forms:
         refuse(("measured",), f"form {bank.measured!r} is unknown", bank.forms)
-    for number, words in bank.numbers.items():
-        if not words or not all(all(word.values()) if isinstance(word, dict) else word for word in words) or {} in words:
-            refuse(("numbers", number), "has no word, or one that is empty")
+    said: list[tuple[str, int, list[Any]]] = [("numbers", number, words) for number, words in bank.numbers.items()]
+    for field_, number, words in said + [("bare_numbers", number, words) for number, words in bank.bare_numbers.items()]:
+        if not words or not all(word and all(word.values()) if isinstance(word, dict) else word for word in words):
+            refuse((field_, number), "has no word, or one that is empty")
     classes = {name for by_class in bank.agree.values() for name in by_class}
     for name, measure in bank.measures.items():
         for category in measure.model_extra or {}:
@@ -191,9 +193,6 @@ def _check_words(bank: Bank, path: Path) -> None:
                 refuse(("measures", name, category), f"category {category!r} is unknown", ["other", *bank.plural])
         if classes and measure.agreement not in classes:
             refuse(("measures", name, "class"), f"class {measure.agreement!r} is unknown", sorted(classes))
-    for number, alone in bank.bare_numbers.items():
-        if not alone or not all(alone):
-            refuse(("bare_numbers", number), "has no word, or one that is empty")
 
 
 def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
