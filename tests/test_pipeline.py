@@ -393,7 +393,7 @@ def test_a_variant_that_fails_fails_alone(copy: Path) -> None:
 
 
 def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:
-    longer = ("--set", "train.epochs=6", "--set", "train.checkpoints=6", "--set", "gguf=[Q4_0]", "--set", "gptq=[]")
+    longer = ("--set", "train.epochs=6", "--set", "train.checkpoints=6", "--set", "gguf=[F16]", "--set", "gptq=[]")
     command = [sys.executable, "-m", "flows.cli", "run", "--profile", "smoke", *longer]
     process = subprocess.Popen(command, env=environment(copy), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300

@@ -87,7 +87,7 @@ def test_no_product_of_evaluation_is_learnt(server: Faults, ask: Callable[..., M
 
 # --- whole runs --------------------------------------------------------------------------------------------------
 
-SMALL = ("data.languages=[en,de]", "data.intents=[add_to_cart,view_cart]", "gguf=[Q4_0]", "gptq=[]", "base_few_shot=0")
+SMALL = ("data.languages=[en,de]", "data.intents=[add_to_cart,view_cart]", "gguf=[F16]", "gptq=[]", "base_few_shot=0")
 SAVE_SECRET = """
 import sys
 from tasks.core.settings import load_settings, prepare_environment
