@@ -276,6 +276,31 @@ def test_wrong_spec_field_names_its_line(domain: Path) -> None:
         load_spec(str(domain))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("search_product:", "search_product: {slots: {produkt: always}}\n  another:", "search_product.slots.produkt.*'produkt' is no slot; known slots: product"),
+        ("held_out_departments: [", "held_out_departments: [petz, ", "held_out_departments.0.*'petz' is no department"),
+        ("fallback: true", "fallback: false", "intents.*exactly one intent must have `fallback: true`"),
+        ("Example: {{", "Example: {", "zero_shot_prompt.*braces other than `{intents}`"),
+        ("  {intents}", "  {intents:>9999999999}", "zero_shot_prompt.*braces other than `{intents}`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_rest_of_a_spec_names_its_line(domain: Path, old: str, new: str, said: str) -> None:
+    line = edit(domain / "spec.yaml", old, new)
+    with pytest.raises(UserError) as error:
+        load_spec(str(domain))
+    assert re.search(said, str(error.value), re.DOTALL) and "Value error" not in str(error.value), str(error.value)
+    found = int(re.search(r"spec.yaml:(\d+)", str(error.value))[1])  # type: ignore[index]
+    assert 1 < found <= line
+
+
+def test_a_field_that_is_missing_names_the_line_of_what_it_is_missing_in(domain: Path) -> None:
+    edit(domain / "phrases/en.yaml", "coupon_words:", "coupon_wordz:")
+    with pytest.raises(UserError, match=r"coupon_words.*phrases/en.yaml:1\b"):
+        load_bank(load_spec(str(domain)), "en")
+
+
 def test_unknown_field_of_the_spec_is_named(domain: Path) -> None:
     (domain / "spec.yaml").write_text((domain / "spec.yaml").read_text() + "colour: red\n")
     with pytest.raises(UserError, match="colour"):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
-from tasks.domain.spec import LARGEST_FILE, CatalogSlot, Spec, Text, line_of, load_yaml
+from tasks.domain.spec import LARGEST_FILE, CatalogSlot, Spec, Text, explained, line_of, load_yaml
 
 OTHER = "other"  # a number that is not the quantity, and no label
 MENTION = "mention"  # a product that is no label: a near miss of an intent without product slot
@@ -144,9 +144,7 @@ def load_bank(spec: Spec, language: str) -> Bank:
     try:
         bank = Bank.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "bank"
-        raise UserError(where, f"{path}:{line_of(path, first['loc'])}", first["msg"], mend="Mend that field") from None
+        raise explained(error, path) from None
     _check_words(bank, path)
     for department in bank.attributes:
         if department not in (ANY, *spec.departments):
@@ -158,9 +156,10 @@ def load_bank(spec: Spec, language: str) -> Bank:
                 raise UserError("attributes", where, f"{attribute!r} has an unknown placeholder", allowed=[SIZE])
     products = _load_catalog(spec, bank, spec.path / "catalog" / f"{language}.csv")
     patterns = {intent: _load_patterns(spec, bank, raw["intents"].get(intent, []), intent, path) for intent in spec.intents}
-    unknown = set(bank.intents) - set(spec.intents)
-    if unknown:
-        raise UserError("intents", sorted(unknown)[0], f"in {path} is not an intent of {spec.name}", allowed=list(spec.intents))
+    for intent in bank.intents:
+        if intent not in spec.intents:
+            where = f"{path}:{line_of(path, ('intents', intent))}"
+            raise UserError("intents", where, f"{intent!r} is not an intent of {spec.name}", allowed=list(spec.intents))
     return bank.model_copy(update={"patterns": patterns, "products": products})
 
 

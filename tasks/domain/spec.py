@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import string
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,14 @@ LARGEST_FILE = 16_000_000  # bytes of a YAML or CSV file of a domain
 DEEPEST = 20  # levels of nesting in one
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # of an intent or a slot
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}$")]  # also the name of its files
+
+
+class Misfit(ValueError):
+    """What a part of a file says does not fit the others; `location` is that part's keys and indices."""
+
+    def __init__(self, problem: str, *location: str | int) -> None:
+        super().__init__(problem)
+        self.location = location
 
 
 class _Frozen(BaseModel):
@@ -85,20 +94,31 @@ class Spec(_Frozen):
     @model_validator(mode="after")
     def _names_agree(self) -> Spec:
         if "intent" in self.slots:
-            raise ValueError("slots names 'intent', which an answer has already; choose another name")
+            raise Misfit("names 'intent', which an answer has already; choose another name", "slots", "intent")
         for name, intent in self.intents.items():
             for slot, use in intent.slots.items():
                 if slot not in self.slots:
-                    raise ValueError(f"intents.{name}.slots names {slot!r}; known slots: {', '.join(self.slots)}")
+                    raise Misfit(f"{slot!r} is no slot; known slots: {', '.join(self.slots)}", "intents", name, "slots", slot)
                 if isinstance(use, SlotDefault) and isinstance(use.default, int) != isinstance(self.slots[slot], IntegerSlot):
-                    raise ValueError(
-                        f"intents.{name}.slots.{slot}: the default {use.default!r} is no value of a {self.slots[slot].type} slot"
-                    )
-        for department in self.held_out_departments:
+                    problem = f"the default {use.default!r} is no value of a {self.slots[slot].type} slot"
+                    raise Misfit(problem, "intents", name, "slots", slot)
+        for number, department in enumerate(self.held_out_departments):
             if department not in self.departments:
-                raise ValueError(f"held_out_departments names {department!r}; known: {', '.join(self.departments)}")
-        if sum(intent.fallback for intent in self.intents.values()) != 1:
-            raise ValueError("exactly one intent must have `fallback: true`")
+                raise Misfit(f"{department!r} is no department; known: {', '.join(self.departments)}", "held_out_departments", number)
+        fallbacks = [name for name, intent in self.intents.items() if intent.fallback]
+        if len(fallbacks) != 1:
+            raise Misfit("exactly one intent must have `fallback: true`", "intents", *fallbacks[1:2])
+        return self
+
+    @model_validator(mode="after")
+    def _only_intents_are_filled_in(self) -> Spec:
+        try:
+            places = {part[1:] for part in string.Formatter().parse(self.zero_shot_prompt) if part[1] is not None}
+        except ValueError as error:
+            places = {(str(error),)}
+        if places - {("intents", "", None)}:
+            problem = "has braces other than `{intents}`, for which the list of intents is put; double those that are text, as in {{...}}"
+            raise Misfit(problem, "zero_shot_prompt")
         return self
 
     @property
@@ -190,10 +210,10 @@ def _check_plain(text: str, path: Path) -> None:
             raise UserError("file", f"{path}:{line}", f"a value {problem}", mend="Write the value itself, plainly")
 
 
-def line_of(path: Path, location: tuple[Any, ...]) -> int | str:
-    """The line of a YAML file where the value at `location` (keys and indices) stands, `?` if it is nowhere."""
+def line_of(path: Path, location: tuple[Any, ...]) -> int:
+    """The line of a YAML file where the value at `location` (keys and indices) stands; of one that is not there, that of what it is missing in."""
     node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=LineLoader)  # the pure one refuses some of what the other reads
-    line: int | str = "?"
+    line = 1
     for part in location:
         if isinstance(node, yaml.MappingNode):
             found = [(key, value) for key, value in node.value if key.value == str(part)]
@@ -204,6 +224,15 @@ def line_of(path: Path, location: tuple[Any, ...]) -> int | str:
             node = node.value[part]
             line = node.start_mark.line + 1
     return line
+
+
+def explained(error: ValidationError, path: Path) -> UserError:
+    """The first problem of a YAML file, with the field and line it is in."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    location = cause.location if isinstance(cause, Misfit) else first["loc"]
+    where = ".".join(map(str, location)) or path.stem
+    return UserError(where, f"{path}:{line_of(path, location)}", first["msg"].removeprefix("Value error, "), mend="Mend that field")
 
 
 def domain_path(name: str) -> Path:
@@ -230,7 +259,4 @@ def load_spec(name: str) -> Spec:
     try:
         return Spec.model_validate({**raw, "path": path})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "spec"
-        line = line_of(file, first["loc"])
-        raise UserError(where, f"{file}:{line}", first["msg"], mend="Mend that field") from None
+        raise explained(error, file) from None
