@@ -222,7 +222,17 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         tokenizer.pad_token = tokenizer.eos_token
     model.half().save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
+    _name_no_code(out_dir)
     return {"parameters": sum(p.numel() for p in model.parameters()), "architecture": type(model).__name__}
+
+
+def _name_no_code(folder: Path) -> None:
+    """Take out of a folder's settings which classes of the model's own are to be loaded: programs that read it, llama.cpp's converter for
+    one, would fetch and run them."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def random_llama(

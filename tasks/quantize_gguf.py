@@ -10,7 +10,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from tasks.core import hardware, settings
 from tasks.core.stage import StageConfig, stage
@@ -63,8 +63,17 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
 def run_program(script: Path, *arguments: str) -> None:
     """Run a Python program of llama.cpp in this process, which need not import torch and transformers anew for it.
 
-    It brings its own gguf-py, of its commit, which must not be mixed with the installed one.
+    It brings its own gguf-py, of its commit, which must not be mixed with the installed one. It trusts the code that a model brings, as we
+    do not: none is loaded.
     """
+    from transformers import dynamic_module_utils
+
+    def refuse(class_name: str, module_path: str, **_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"the model's own code, {class_name} of {module_path}, is not run; only what transformers itself knows is converted"
+        )
+
+    load_class = dynamic_module_utils.get_class_in_module
     brought = {"gguf", "conversion"}
 
     def take_out() -> dict[str, Any]:
@@ -74,11 +83,13 @@ def run_program(script: Path, *arguments: str) -> None:
     try:
         sys.argv = [str(script), *arguments]
         sys.path.insert(0, str(script.parent))
+        dynamic_module_utils.get_class_in_module = refuse
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{script.name} gave up ({end.code})") from None
     finally:
+        dynamic_module_utils.get_class_in_module = load_class
         take_out()
         sys.argv, sys.path[:] = argv, path
         sys.modules.update(installed)

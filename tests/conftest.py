@@ -24,7 +24,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 # What says where things are. Nothing of the user's is taken over, and what a test or MLflow itself sets must not reach the next one.
-PLACES = ("CARTWRIGHT_STORE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
+PLACES = (
+    "CARTWRIGHT_STORE",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "PREFECT_API_URL",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_HOME",
+)
 
 
 def forget_places() -> None:

@@ -168,6 +168,17 @@ def test_dashboards_are_those_of_the_run(
         assert dashboards(load_settings())[0].startswith("env PREFECT_HOME=/elsewhere ")
 
 
+def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss@mlflow.test:5000/x")
+    monkeypatch.setenv("PREFECT_API_URL", "http://you:word@127.0.0.1:4200/api")
+    for _ in range(2):
+        settings = load_settings()
+        assert settings.mlflow_uri == os.environ["MLFLOW_TRACKING_URI"] == "https://mlflow.test:5000/x"
+        assert settings.prefect_api_url == os.environ["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
+        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
+        assert os.environ["PREFECT_API_AUTH_STRING"] == "you:word"
+
+
 @pytest.mark.parametrize(("name", "problem"), [("nowhere/figures.json", "does not exist"), (".", "is a folder")])
 def test_figures_that_could_not_be_saved_are_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, problem: str

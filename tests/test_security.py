@@ -83,6 +83,35 @@ def test_a_base_model_that_brings_code_or_pickles_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
+def test_llama_cpps_converter_which_trusts_a_models_code_runs_none(tmp_path: Path) -> None:
+    from transformers import Glm4Config, Glm4ForCausalLM
+
+    from tasks.base_model import BaseModelConfig, base_model, random_llama
+    from tasks.quantize_gguf import ConvertGgufConfig, convert_gguf
+
+    source, made, converted = (tmp_path / name for name in ("source", "made", "converted"))
+    for folder in (source, made, converted):
+        folder.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    tokenizer = random_llama()[1]
+    Glm4ForCausalLM(Glm4Config(vocab_size=len(tokenizer), head_dim=16, pad_token_id=0, eos_token_id=2, **sizes)).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tok: ...\n")
+
+    def name_code(folder: Path) -> None:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings |= {"auto_map": {"AutoTokenizer": [None, f"{source}--evil.Tok"]}, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    name_code(source)
+    base_model.function(BaseModelConfig(source=str(source)), {}, made)
+    assert "auto_map" not in (made / "tokenizer_config.json").read_text()
+    name_code(made)  # as an earlier version left it
+    with pytest.raises(RuntimeError, match=r"the model's own code, Tok of .*evil\.py, is not run"):
+        convert_gguf.function(ConvertGgufConfig(), {"model": made}, converted)
+    assert not (tmp_path / "ran").exists()
+
+
 # Files in the shared store ------------------------------------------------------------------------------------------
 
 

@@ -130,6 +130,18 @@ def test_a_teacher_that_refuses_stops_a_run_before_any_training_and_no_secret_is
 
 
 @pytest.mark.slow
+def test_the_password_in_an_address_is_nowhere_when_nobody_is_there(
+    home: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Prefect keeps what a flow failed of, for everyone to read."""
+    address = {"MLFLOW_TRACKING_URI": "http://me:planted-address-0123456789@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = cartwright(*run_arguments(), **address)
+    assert done.returncode == 2 and "MLflow" in done.stderr, done.stdout + done.stderr
+    assert "planted-address" not in done.stdout + done.stderr
+    assert list((home / "prefect").glob("*.db")) and not holding(home, "planted-address-0123456789")
+
+
+@pytest.mark.slow
 def test_a_run_with_a_teacher_whose_key_is_in_a_secret_block(
     server: Faults, home: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

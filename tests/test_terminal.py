@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import io
 from pathlib import Path
 
 import httpx
 import pytest
 from mlflow.exceptions import MlflowException
+from rich.console import Console
 
 from flows import terminal
 from tasks.core import hardware
+from tasks.core.display import Display
 from tasks.core.settings import load_settings
 
 pytestmark = pytest.mark.fast
@@ -53,3 +56,15 @@ def test_a_full_disk_is_named_whatever_the_error_says(
 def test_an_error_of_ours_stays_one() -> None:
     with pytest.raises(KeyError), terminal.one_message(load_settings()):
         raise KeyError("a defect")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_text_of_others_is_shown_as_it_is(terminal: bool) -> None:
+    written = io.StringIO()
+    display = Display(Console(file=written, force_terminal=terminal, width=200))
+    display.say("[/x] has [free] and \x1b]0;title\x07")
+    display.start("evaluate [/s]")
+    display.event({"done": 1, "total": 2, "note": "[/note]"})
+    display.finish("evaluate [/s]", "failed", 1.0, "no template: [/INST]")
+    text = written.getvalue()
+    assert "[/x] has [free] and �]0;title�" in text and "evaluate [/s]" in text and "no template: [/INST]" in text

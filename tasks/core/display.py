@@ -6,6 +6,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from tasks.core.progress import Event
 
@@ -23,8 +24,9 @@ class Display:
         self._last_line = 0.0
         self._begun: tuple[float, int] | None = None
 
-    def say(self, text: str) -> None:
-        self.console.print(text)
+    def say(self, text: str | Text) -> None:
+        """A line. Text of others is in many: what looks like markup, or would steer the terminal, is shown as it is."""
+        self.console.print(Text(_printable(text)) if isinstance(text, str) else text)
 
     def start(self, label: str) -> None:
         """A stage begins to compute."""
@@ -32,13 +34,13 @@ class Display:
         if self.console.is_terminal:
             columns = (
                 SpinnerColumn(),
-                TextColumn("{task.description:<28}"),
+                TextColumn("{task.description:<28}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(label, total=None, note="")
@@ -67,6 +69,10 @@ class Display:
         if self._bar:
             self._bar.stop()
             self._bar = self._task = None
-        mark = {"computed": "[green]done[/]  ", "cached": "[cyan]cached[/]", "failed": "[red]failed[/]"}[state]
+        mark = {"computed": ("done  ", "green"), "cached": ("cached", "cyan"), "failed": ("failed", "red")}[state]
         wall = f"{wall_s:7.1f} s" if state != "cached" else " " * 9
-        self.say(f"{mark} {label:<28}{wall}  {detail}".rstrip())
+        self.say(Text.assemble(mark, f" {_printable(label):<28}{wall}  {_printable(detail)}".rstrip()))
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)

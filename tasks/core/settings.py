@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 # Third parties are quiet, private, and do not look for a network on their own.
 _QUIET = {
@@ -64,6 +65,7 @@ class Settings:
 
 def load_settings() -> Settings:
     """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `PREFECT_HOME`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`."""
+    _take_passwords_out_of_addresses()
     env = os.environ
     home = Path(env.get("CARTWRIGHT_HOME") or ".cartwright").absolute()
     return Settings(
@@ -75,6 +77,22 @@ def load_settings() -> Settings:
         llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
         texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )
+
+
+def _take_passwords_out_of_addresses() -> None:
+    """Prefect keeps what an error says, and the job variables of pools, where everyone reads them: user and password of an address are moved
+    to the variables of their own that MLflow's and Prefect's clients read."""
+    for name, taken in (
+        ("MLFLOW_TRACKING_URI", lambda user, password: {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}),
+        ("PREFECT_API_URL", lambda user, password: {"PREFECT_API_AUTH_STRING": f"{user}:{password}"}),
+    ):
+        found = re.fullmatch(r"(https?://)([^/?#]*)@([^@]*)", os.environ.get(name, ""))
+        if not found:
+            continue
+        user, _, password = found[2].partition(":")
+        os.environ[name] = found[1] + found[3]
+        for variable, value in taken(unquote(user), unquote(password)).items():
+            os.environ.setdefault(variable, value)
 
 
 def mlflow_storage(settings: Settings) -> tuple[str, str]:

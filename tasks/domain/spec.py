@@ -113,10 +113,12 @@ class Spec(_Frozen):
     @model_validator(mode="after")
     def _only_intents_are_filled_in(self) -> Spec:
         try:
-            places = {part[1:] for part in string.Formatter().parse(self.zero_shot_prompt) if part[1] is not None}
-        except ValueError as error:
-            places = {(str(error),)}
-        if places - {("intents", "", None)}:
+            fits = all(
+                place[1:] in (("intents", "", None), (None, None, None)) for place in string.Formatter().parse(self.zero_shot_prompt)
+            )
+        except ValueError:  # a brace alone
+            fits = False
+        if not fits:
             problem = "has braces other than `{intents}`, for which the list of intents is put; double those that are text, as in {{...}}"
             raise Misfit(problem, "zero_shot_prompt")
         return self
