@@ -11,7 +11,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.session import alone, ending
+from flows.session import alone, ending, opened
 from flows.stages import put_files
 from tasks.ablation import SEED, Ablation, Arm, Outcome, figures, load_ablation, table
 from tasks.base_model import base_model
@@ -65,7 +65,8 @@ def open_ablation(ablation: Ablation, settings: Settings, display: Display) -> I
     name = f"ablation-{ablation.name}"
     with alone(settings, name, UserError("ablation", ablation.name, "is running already", mend="Wait for it, or stop it first")):
         domain = Path(ablation.arms[0].config.data.domain).name
-        tracker = open_parent(settings, f"{domain}-ablation", name, name, {"cartwright.profile": ablation.profile}, reopen=True)
+        tags = {"cartwright.profile": ablation.profile, **opened(settings, name)}
+        tracker = open_parent(settings, f"{domain}-ablation", name, name, tags, reopen=True)
         with ending(tracker):
             yield Runner(name, settings, store, tracker, display)
 

@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import deployment
 
-from flows.session import alone, ending, run_log, tell
+from flows.session import alone, ending, opened, run_log, tell
 from tasks.champion import Champion, champion_with_dataset
 from tasks.core.artifacts import Store
 from tasks.core.display import Display
@@ -68,10 +68,11 @@ def open_check(settings: Settings, champion: Champion, digest: str, options: Dri
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
     running = UserError("model", champion.name, "is being checked for drift already", mend="Wait for it, or stop it first")
-    with alone(settings, f"drift-{champion.name}", running):
+    with alone(settings, lock := f"drift-{champion.name}", running):
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-drift-{champion.name}"
         key = hashlib.sha256(f"drift {champion.tags['cartwright.digest']} {digest} {options.model_dump_json()}".encode()).hexdigest()[:16]
         tags = {"cartwright.kind": "drift", "cartwright.model": champion.name, "cartwright.version": champion.tags["version"]}
+        tags |= opened(settings, lock)
         tracker = open_parent(settings, champion.experiment, key, name, tags)
         with ending(tracker):
             yield Runner(tracker.run_name, settings, store, tracker, display)

@@ -114,7 +114,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display, here: bool
             "cartwright.hardware": hardware.hardware_class(),
         }
         tags |= {f"cartwright.{name}": value for name, value in _flow_run().items()}
-        tags["cartwright.opened_by"] = f"{socket.gethostname()}:{settings.home}"
+        tags |= opened(settings, f"run-{config.key()}")
         tracker = open_parent(settings, experiment_name(config), config.key(), name, tags, mine=lambda left: _mine(left, tags, config))
         _name_flow_run(tracker.run_name)
         started = now.isoformat(timespec="seconds")
@@ -218,6 +218,11 @@ def run_log() -> Console:
             return len(text)
 
     return Console(file=cast(IO[str], Lines()), highlight=False, soft_wrap=True, force_terminal=False)
+
+
+def opened(settings: Settings, lock: str) -> dict[str, str]:
+    """Tags of a parent run that this home opens under a lock of `alone`: what tells, later, that nobody works on it any more."""
+    return {"cartwright.opened_by": f"{socket.gethostname()}:{settings.home}", "cartwright.lock": lock}
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.session import _mine
+from flows.session import _mine, alone, opened
 from tasks.config import load_config
 from tasks.core.settings import load_settings
-from tasks.core.tracking import open_parent, write_ahead
+from tasks.core.tracking import Tracker, open_parent, write_ahead
+from tasks.domain.errors import UserError
 
 pytestmark = pytest.mark.fast
 HERE = {"mlflow.source.git.commit": "c1", "cartwright.opened_by": "host:/home", "cartwright.flow_run": "f2"}
@@ -84,6 +85,28 @@ def test_what_goes_on_below_a_run_of_this_home_that_has_ended_is_ended_by_the_ne
     open_parent(load_settings(), "domain/base", "c", "another commit", {"cartwright.opened_by": "me"}, mine=lambda tags: False)
     now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on, without_parent)}
     assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "KILLED", without_parent: "RUNNING"}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_when_its_home_opens_another_and_is_taken_up_again(home: Path) -> None:
+    settings, running = load_settings(), UserError("run", "x", "is running already")
+
+    def opening(key: str) -> Tracker:
+        return open_parent(settings, "domain/base" if key < "c" else "domain/other", key, "run", opened(settings, f"run-{key}"))
+
+    with alone(settings, "run-a", running):
+        killed = opening("a")
+        stage = killed.child("count", "k", "stage")
+    (home / "locks" / "run-a.lock").touch()  # as a kill leaves it
+    with alone(settings, "run-b", running), alone(settings, "run-c", running):
+        others = [opening("b"), opening("c")]
+        now = {name: killed.client.get_run(run).info.status for name, run in (("killed", killed.parent), ("stage", stage))}
+        assert now == {"killed": "KILLED", "stage": "KILLED"}
+        assert [tracker.client.get_run(tracker.parent).info.status for tracker in others] == ["RUNNING", "RUNNING"]
+        again = opening("a")
+    assert (again.parent, again.resumed, again.client.get_run(again.parent).info.status) == (killed.parent, True, "RUNNING")
+    again.end("FINISHED")
+    assert opening("a").parent != killed.parent
 
 
 def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without(home: Path) -> None:

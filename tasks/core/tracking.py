@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tasks.core import ledger
 from tasks.core.flat import as_params, comparable, flatten, metric_name
@@ -75,7 +75,7 @@ def open_parent(
         location = (settings.home / "mlflow-artifacts").as_uri() if settings.mlflow_uri.startswith("sqlite:") else None
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=location)
     same = f"tags.`{TAG}pipeline_key` = '{pipeline_key}'"
-    conditions = [same] if reopen else [f"{same} and attributes.status = 'RUNNING'"]
+    conditions = [same] if reopen else [f"{same} and attributes.status = 'RUNNING'", f"{same} and tags.`{TAG}left` = 'yes'"]
     if flow_run := tags.get(TAG + "flow_run"):
         conditions.insert(0, f"{same} and tags.`{TAG}flow_run` = '{flow_run}'")
     left = [run for condition in conditions for run in client.search_runs([experiment_id], condition, max_results=1)]
@@ -84,13 +84,15 @@ def open_parent(
         client.update_run(taken, status="RUNNING")
         _end_others(client, experiment_id, same, str(taken), tags)
         _end_orphans(client, experiment_id, tags)
-        for name, value in tags.items():
+        _end_left(client, settings, str(taken), tags)
+        for name, value in {**tags, TAG + "left": "no"}.items():
             client.set_tag(taken, name, value)
         return Tracker(settings, str(taken), resumed=True)
     all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
     made = str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id)
     _end_others(client, experiment_id, same, made, tags)
     _end_orphans(client, experiment_id, tags)
+    _end_left(client, settings, made, tags)
     return Tracker(settings, made)
 
 
@@ -128,6 +130,28 @@ def _end_orphans(client: Any, experiment_id: str, tags: Mapping[str, str]) -> No
         for child in children:
             if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
                 client.set_terminated(child, found.info.status)
+
+
+def _end_left(client: Any, settings: Settings, kept: str, tags: Mapping[str, str]) -> None:
+    """Parent runs of this home, of whatever configuration, that go on in MLflow while nobody holds the lock they were opened under: who did
+    was killed. They end as that, and so do their children; the same configuration takes them up again."""
+    if not (opened_by := tags.get(TAG + "opened_by")):
+        return
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'"):
+        parent, of = run.info.run_id, run.data.tags
+        path = settings.home / "locks" / f"{of.get(TAG + 'lock') or 'run-' + of.get(TAG + 'pipeline_key', '')}.lock"
+        if parent == kept or of.get(TAG + "opened_by") != opened_by or not path.is_file():
+            continue
+        try:
+            with FileLock(path, timeout=0):
+                below = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+                for child in client.search_runs([run.info.experiment_id], below):
+                    client.set_terminated(child.info.run_id, "KILLED")
+                client.set_tag(parent, TAG + "left", "yes")
+                client.set_terminated(parent, "KILLED")
+        except Timeout:
+            continue
 
 
 def preload() -> None:
