@@ -100,6 +100,12 @@ def test_what_cannot_be_read_is_not_allowed(reading: tuple[Reader, Spec]) -> Non
         assert not [text for text in WRONG if reader.allows(text)]
     else:
         assert not reader.allows('{"intent":"view_cart","product":"x"}') and not reader.allows('{"intent":"add_to_cart","product":"x"}')
+        escaped = '{"intent":"search_product","product":"a\\u%s"}'
+        assert [code for code in ("00e9", "d7ff", "D800", "dbFF", "dfff", "E000") if reader.allows(escaped % code)] == [
+            "00e9",
+            "d7ff",
+            "E000",
+        ]
 
 
 def test_a_model_that_knows_nothing_writes_what_can_be_read(tiny_gguf: Path) -> None:

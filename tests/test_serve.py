@@ -89,6 +89,17 @@ def test_one_text_or_several_are_answered_in_order_and_what_is_no_answer_is_null
     (cut,) = ask(post({"text": texts[0]}), max_tokens=1)
     assert cut.status_code == 200 and cut.json()["answer"] is None and cut.json()["problem"] == "cut"
     assert counted(ask, 'cartwright_parse_failures_total{problem="cut"}') >= 1
+    for more in ({}, {"stream": True}):  # half an answer is not given to who expects one
+        (chat,) = ask(
+            (
+                "POST",
+                "/v1/chat/completions",
+                {"json": {"model": "shop-intent", "messages": [{"role": "user", "content": texts[0]}], **more}},
+            ),
+            max_tokens=1,
+        )
+        assert chat.status_code == 200 and '"finish_reason":"length"' in chat.text
+        assert '"content":"a' not in chat.text and (more or chat.json()["choices"][0]["message"]["content"] is None), chat.text
 
 
 def test_every_limit_is_an_error_that_says_so(ask: Ask) -> None:

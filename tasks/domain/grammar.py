@@ -6,9 +6,10 @@ import json
 
 from tasks.domain.spec import IntegerSlot, Slot, Spec
 
-# GBNF, llama.cpp's notation of grammars. A value that is copied from the text is anything up to the end of its line, or of its JSON string.
+# GBNF, llama.cpp's notation of grammars. A value that is copied from the text is anything up to the end of its line, or of its JSON string,
+# in which half a character (\uD800 to \uDFFF) may not stand.
 LINE_VALUE = r"[^\n]+"
-JSON_VALUE = r'"\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" [0-9a-fA-F]{4}))+ "\""'
+JSON_VALUE = r'"\"" ([^"\\\x7F\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cA-CeEfF] [0-9a-fA-F]{3} | [dD] [0-7] [0-9a-fA-F]{2})))+ "\""'
 
 
 def answer_grammar(spec: Spec) -> str:

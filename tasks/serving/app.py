@@ -114,7 +114,8 @@ def application(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=Chat, responses={200: {"content": EVENTS}, **_errors(404, *ASKED)})
     async def chat(asked: ChatRequest) -> Response:
-        """OpenAI's chat completions; the answer is a compact JSON object, or what the model wrote where that is none."""
+        """OpenAI's chat completions; the answer is a compact JSON object. Where it is none, because it was cut off, the content is null; without
+        a grammar it is what the model wrote."""
         names = _names(config, champions.current)
         if asked.model not in names:
             raise Refused(404, "model_not_found", f"There is no model {asked.model[:100]!r}; there is {', '.join(names)}", "model")
@@ -127,7 +128,7 @@ def application(service: Service) -> FastAPI:
         head = {"id": f"chatcmpl-{next(service.numbers)}", "created": int(time.time()), "model": asked.model}
         head["system_fingerprint"] = f"{config.name}/{champion.version}"
         answer, _ = service.parsed(champion, completion)
-        content = compact_json(answer) if answer else completion.text
+        content = compact_json(answer) if answer else None if config.constrained else completion.text
         reason = "stop" if completion.ended else "length"
         if asked.stream:
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -181,11 +182,11 @@ def _usage(completion: Completion) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _events(head: dict[str, Any], content: str, reason: str, usage: dict[str, int], with_usage: bool) -> Iterator[str]:
+def _events(head: dict[str, Any], content: str | None, reason: str, usage: dict[str, int], with_usage: bool) -> Iterator[str]:
     """Server-sent events. The answer comes whole, in one: it is JSON made of what the model wrote, and that is only read at its end."""
     pieces: list[tuple[dict[str, str], str | None]] = [
         ({"role": "assistant", "content": ""}, None),
-        ({"content": content}, None),
+        *([] if content is None else [({"content": content}, None)]),
         ({}, reason),
     ]
     for delta, finish in pieces:

@@ -87,7 +87,7 @@ class ChatRequest(BaseModel):
 
 class Reply(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
 
 
 class Choice(BaseModel):
