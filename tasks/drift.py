@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks import runtimes
 from tasks.core import hardware, progress
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.scoring import compact_json, parse_answer
@@ -72,7 +72,7 @@ class DriftOptions(StageConfig):
     samples: int = Field(
         0, ge=0, le=100, description="Texts to keep in the report, those it is least sure of; personal data may be in them"
     )
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
 
 class DriftConfig(DriftOptions):

@@ -22,7 +22,7 @@ class RegisterConfig(StageConfig):
     """Where the recommended model goes, and what it must not lose to take the champion's place."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset({"own_rows"})
-    name: str = Field("shop-intent", pattern=r"^[\w.-]+$", description="Name of the registered model")
+    name: str = Field("shop-intent", pattern=r"^\w[\w.-]*$", description="Name of the registered model")
     mode: PromotionMode = Field(
         "auto",
         description="What passes the gate becomes champion at once (auto), once a person agrees (manual), or not at all (off)",

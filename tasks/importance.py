@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tasks.calibration import calibration_examples
 from tasks.core import hardware, progress
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import Seed, StageConfig, stage
 from tasks.weights import open_gguf
 
 IMPORTANCE = "importance.npz"
@@ -27,7 +27,7 @@ class ImportanceConfig(StageConfig):
     """What the importance matrix is measured on."""
 
     rows: int = Field(256, ge=8, le=100_000, description="Templated training rows")
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
 
 @stage("importance", version=1, libraries=("torch", "transformers", "gguf"), preloaded=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tasks.core import hardware
-from tasks.core.stage import StageConfig
+from tasks.core.stage import Seed, StageConfig
 from tasks.unpadded import let_in_line
 
 
@@ -57,7 +57,7 @@ class FinetuneConfig(StageConfig):
         ge=64,
         description="A batch with more is computed in parts; null for 768 in each process on a CPU, and for whole batches on a GPU",
     )
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
     @property
     def unpacks(self) -> bool:

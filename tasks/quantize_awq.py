@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tasks.calibration import calibration_examples
 from tasks.core import hardware
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.quantize_gptq import choose_group_size
 from tasks.weights import folder_weights
@@ -25,14 +25,13 @@ class QuantizeAwqConfig(StageConfig):
     """One AWQ variant. Weights that matter most to the activations are scaled up before they are rounded."""
 
     bits: Literal[4] = 4
-    group_size: int = Field(
+    # The sizes that kernels of GPTQModel compute with.
+    group_size: Literal[0, 16, 32, 64, 128] = Field(
         0,
-        ge=0,
-        le=1024,
         description="Weights that share a scale; 0 takes the largest of 128, 64, 32, 16 that divides the model's dimensions",
     )
     calibration_rows: int = Field(128, ge=8, le=4096, description="Templated training rows the scales are searched on")
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
 
 def check_outputs(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tasks.calibration import calibration_examples
 from tasks.core import hardware, progress
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain.errors import UserError
 
 GROUP_SIZES = (128, 64, 32, 16)
@@ -22,15 +22,14 @@ class QuantizeGptqConfig(StageConfig):
     """One GPTQ variant."""
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = Field(
+    # The sizes that kernels of GPTQModel compute with.
+    group_size: Literal[0, 16, 32, 64, 128, 256, 512, 1024] = Field(
         0,
-        ge=0,
-        le=1024,
         description="Weights that share a scale; 0 takes the largest of 128, 64, 32, 16 that divides the model's dimensions",
     )
     calibration_rows: int = Field(128, ge=8, le=4096, description="Templated training rows the rounding is fitted to")
     damp_percent: float = Field(0.05, gt=0, lt=1)
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
 
 def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.group_size") -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from tasks.core import progress
-from tasks.core.stage import StageConfig, stage
+from tasks.core.stage import Seed, StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
 from tasks.domain.labelled import read_training
@@ -64,7 +64,7 @@ class SynthesizeConfig(StageConfig):
     )
     extra_sha256: tuple[str, ...] = Field((), description="Digests of these files; filled in, so that a changed file is new data")
     teacher: str = Field("none", description="A model that extends the phrase banks, by its LiteLLM id; `none` works offline")
-    seed: int = Field(7, ge=0)
+    seed: Seed = 7
 
     @field_validator("held_out_noise")
     @classmethod

@@ -103,6 +103,17 @@ def check_gguf(field: str, path: Path) -> Any:
         raise UserError(field, str(path), f"is not a readable GGUF file ({error})", mend="Download it again") from None
 
 
+def check_safetensors(field: str, path: Path) -> None:
+    """Raise UserError for a file that is no safetensors file, or not all of one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(field, str(path), f"is not a readable safetensors file ({error})", mend="Download it again") from None
+
+
 def check_no_adapter(field: str, folder: Path) -> None:
     """Raise UserError for a folder with an adapter: transformers would load it with the model, and its weights may be pickled."""
     if (folder / "adapter_config.json").exists():

@@ -78,6 +78,14 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
             ["--set", "gptq=[{bits: 4}, {bits: 4, calibration_rows: 32}]"],
             "gptq-4bit is listed twice; its variants differ by bits and group_size",
         ),
+        (["--set", "profile=nosuch"], "profile = 'nosuch': is not a field to set. Choose it with --profile"),
+        (["--set", "gptq=[{group_size: 48}]"], "gptq.0.group_size = 48: Input should be 0, 16, 32"),
+        (["--set", "train.seed=4294967296"], "train.seed = 4294967296: Input should be less than or equal to 4294967295"),
+        (["--set", "fidelity.skip=24"], "fidelity.skip = 24: leaves out all of data.validation_rows = 24"),
+        (["--set", "evaluate.runtime=transformers"], "runtime = 'transformers' is filled in for each variant"),
+        (["--set", "benchmark.dtype=float32"], "dtype = 'float32' is filled in for each variant"),
+        (["--set", "data.languages=[en,de,en]"], "data.languages = 'en': is listed twice"),
+        (["--set", "registry.name=.."], "registry.name = '..': String should match pattern"),
         (["--set", "evaluate.splits=[hard]"], "splits = ['hard']: some of test, hard, validation, with `test`"),
         (["--set", "evaluate.splits=[tset]"], "splits = ['tset']: some of test, hard, validation"),
         (["--set", "benchmark.prefill_tokens=4096"], "benchmark.prefill_tokens = 4096: Input should be less than or equal to 2048"),
@@ -205,12 +213,16 @@ def test_doctor_says_what_is_wrong_and_goes_on(home: Path, monkeypatch: pytest.M
     assert set(lacking) == set(good) and not lacking["offline base model"] and not lacking["room for a quick run"]
 
 
+SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # without a tensor
+
+
 def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template: bool = True, weights: bool = True) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"} if template else {}))
+    (folder / "tokenizer.json").write_text("{}")
     if weights:
-        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "model.safetensors").write_bytes(SAFETENSORS)
     return folder
 
 
@@ -221,7 +233,7 @@ def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
     assert revision == resolve(BaseModelConfig(source=str(good))).revision
     seen = {revision}
     for name in ("model.safetensors", "generation_config.json", "merges.txt", "tokenizer.model"):
-        (good / name).write_bytes(b"{}")
+        (good / name).write_bytes(b"\x03\0\0\0\0\0\0\0{ }" if name.endswith("safetensors") else b"{}")
         seen.add(resolve(BaseModelConfig(source=str(good))).revision)
     assert len(seen) == 5
 
@@ -237,6 +249,18 @@ def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
 def test_an_unusable_base_model_folder_is_refused(tmp_path: Path, options: dict[str, object], problem: str) -> None:
     folder = model_folder(tmp_path / "model", **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=problem):
+        resolve(BaseModelConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize("content", [b"", b"weights", SAFETENSORS[:-1], b"\xff" * 8 + b"{}"])
+def test_weights_that_are_not_all_there_are_refused_before_any_work(tmp_path: Path, content: bytes) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors': is not a readable safetensors file.*Download it again"):
+        resolve(BaseModelConfig(source=str(folder)))
+    (folder / "model.safetensors").write_bytes(SAFETENSORS)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\. Allowed: tokenizer\.json"):
         resolve(BaseModelConfig(source=str(folder)))
 
 

@@ -88,7 +88,7 @@ def test_awq_of_a_model_that_it_cannot_round_says_so_before_it_begins(world: Wor
         check_outputs(world.small)
     with pytest.raises(UserError, match=r"awq\.group_size"):
         quantize_awq.function(
-            QuantizeAwqConfig(group_size=48), {"model": world.path(world.tuned), "dataset": world.path(world.dataset)}, world.logs
+            QuantizeAwqConfig(group_size=128), {"model": world.path(world.tuned), "dataset": world.path(world.dataset)}, world.logs
         )
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core import child, hardware, ledger
 from tasks.core.artifacts import Store
@@ -27,6 +27,7 @@ from tasks.domain.errors import UserError
 logger = logging.getLogger("cartwright")
 
 State = Literal["computed", "cached"]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as large as numpy takes one
 MEASURED = "it measures time and memory"  # why an artefact varies
 
 
