@@ -18,6 +18,7 @@ from pydantic import Field
 
 from tasks.benchmark import percentiles
 from tasks.core import progress
+from tasks.core.manifests import checksum
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
@@ -127,7 +128,7 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
                 "usd": done.usd,
                 "parallel": config.parallel,
             }
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            file.write(json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False) + "\n")
             file.flush()
             answers[split, row["id"]] = answer
     wall_s = time.perf_counter() - started
@@ -153,8 +154,10 @@ def _read_answers(path: Path) -> Answers:
     for line in lines[:-1]:  # what stands after the last line break was cut short
         try:
             answer = json.loads(line)
+            if answer.pop("sha256") != checksum(answer):
+                continue
             found[answer["split"], answer["id"]] = answer
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         whole.append(line + b"\n")
     if b"".join(whole) != b"\n".join(lines):

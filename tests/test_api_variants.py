@@ -14,6 +14,7 @@ import pytest
 from tasks import api
 from tasks.api import complete
 from tasks.config import load_config
+from tasks.core.manifests import checksum
 from tasks.domain.errors import UserError
 from tasks.domain.scoring import compact_json
 from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, _read_answers, api_variants, evaluate_api
@@ -190,7 +191,12 @@ def test_api_models_are_variants_of_a_run(
 @pytest.mark.fast
 def test_an_answer_that_a_kill_cut_short_or_a_disk_changed_costs_no_other(tmp_path: Path) -> None:
     path = tmp_path / ANSWERS
-    lines = [json.dumps({"split": "test", "id": name, "output": "ž"}, ensure_ascii=False).encode() + b"\n" for name in "abc"]
-    path.write_bytes(lines[0] + lines[1].replace(b'"id"', b'"i\xff') + lines[2] + '{"split": "te\u017e'.encode()[:-1])
+    answers = [{"split": "test", "id": name, "output": "ž"} for name in "abcdef"]
+    lines = [json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False).encode() + b"\n" for answer in answers]
+    lines[1] = lines[1].replace(b'"id"', b'"i\xff')
+    lines[3] = lines[3].replace(b"output", b"outqut")
+    lines[4] = lines[4].replace("ž".encode(), b"z")
+    lines[5] = b"[" * 100_000 + b"\n"
+    path.write_bytes(b"".join(lines) + '{"split": "te\u017e'.encode()[:-1])
     assert [name for _, name in _read_answers(path)] == ["a", "c"]
     assert path.read_bytes() == lines[0] + lines[2] and list(tmp_path.iterdir()) == [path]

@@ -76,7 +76,7 @@ class Manifest(BaseModel):
 
     def _sum(self) -> str:
         plain = json.loads(self.model_dump_json(exclude={"sha256"}, exclude_unset=True))
-        return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
+        return checksum(plain)
 
     @property
     def size_mb(self) -> float:
@@ -86,6 +86,11 @@ class Manifest(BaseModel):
 def canonical_json(value: Any) -> str:
     """One text for equal values: sorted keys, no spaces, no NaN. Keys and digests are made from it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def checksum(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

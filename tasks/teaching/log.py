@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -15,16 +14,12 @@ from typing import Annotated, Any
 from filelock import FileLock
 from pydantic import Field, TypeAdapter
 
-from tasks.core.manifests import canonical_json
+from tasks.core.manifests import checksum
 
 
 def request_hash(request: dict[str, Any]) -> str:
     """The name of a request: its checksum. No key and no address is in it."""
-    return _sum(request)
-
-
-def _sum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(values).encode()).hexdigest()
+    return checksum(request)
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class AnswerLog:
     def _read(self, line: str) -> None:
         try:
             entry = json.loads(line)
-            if entry["hash"] in self._wanted and entry.pop("sha256", None) in (None, _sum(entry)):  # earlier versions wrote none
+            if entry["hash"] in self._wanted and entry.pop("sha256", None) in (None, checksum(entry)):  # earlier versions wrote none
                 self._answers[entry["hash"]] = _ANSWER.validate_python({field.name: entry[field.name] for field in fields(Answer)})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or changed: that answer is bought again
             return
@@ -108,7 +103,7 @@ class AnswerLog:
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"hash": request, "time": now, **about, **asdict(answer)}
-        line = json.dumps({**entry, "sha256": _sum(entry)}, ensure_ascii=False) + "\n"
+        line = json.dumps({**entry, "sha256": checksum(entry)}, ensure_ascii=False) + "\n"
         with self._lock:
             data = line.encode()
             while data:
