@@ -13,7 +13,7 @@ from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import TINY, base_model
 from tasks.benchmark import benchmark
 from tasks.config import RunConfig, gptq_name
-from tasks.core.child import FORKS, StageError
+from tasks.core.child import FORKS, ITS_LOG, StageError
 from tasks.core.manifests import Manifest
 from tasks.core.runner import Runner
 from tasks.core.stage import Stage, StageConfig
@@ -300,9 +300,10 @@ def choose(
         for kind, made in (("model", models), ("fidelity", checked))
         if v.name in made and v.role != "api"
     }
-    config = run.config.decide.model_copy(
-        update={"variants": tuple(variants), "failed": failed, "unchecked": unchecked, "unmeasured": unmeasured}
-    )
+    problems = {"failed": failed, "unchecked": unchecked, "unmeasured": unmeasured}
+    # A log is another run's each time: with its path in the key, what failed before would be decided and reported anew.
+    told = {kind: {name: why.partition(ITS_LOG)[0] for name, why in found.items()} for kind, found in problems.items()}
+    config = run.config.decide.model_copy(update={"variants": tuple(variants), **told})
     return runner(run).run(decide, config, "decide", inputs)
 
 

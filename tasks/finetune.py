@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tasks.domain.spec import load_spec
 from tasks.qlora import FinetuneConfig, build_model, has_compiler, make_optimizer, resolve_precision, tokens_at_a_time, training_settings
 from tasks.synthesize import read_rows
 from tasks.tokenization import set_template
+
+SAVED_EVERY_S = 120.0  # how much of a training that is stopped is done again, at most
 
 
 @stage("finetune", version=9, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
@@ -116,6 +119,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
     class Report(TrainerCallback):
         loss = float("nan")
+        saved = time.monotonic()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.loss = (logs or {}).get("loss", self.loss)
@@ -128,9 +132,12 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seal(out_dir / CHECKPOINTS / f"checkpoint-{state.global_step}")
+            self.saved = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             progress.advance(state.global_step, total_steps, f"loss {self.loss:.3f}" if self.loss == self.loss else "")
+            if time.monotonic() - self.saved > SAVED_EVERY_S:
+                control.should_save = True
 
     arguments = TrainingArguments(
         **settings,

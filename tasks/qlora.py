@@ -36,7 +36,9 @@ class FinetuneConfig(StageConfig):
     alpha: int = Field(32, ge=1, le=1024)
     dropout: float = Field(0.0, ge=0, lt=1)
     max_length: int = Field(256, ge=16, le=8192, description="Longer rows are left out, and counted")
-    checkpoints: int = Field(10, ge=1, le=1000, description="How often training is saved, and evaluated on `validation`")
+    checkpoints: int = Field(
+        10, ge=1, le=1000, description="How often training is evaluated on `validation`, and saved; it is saved every two minutes as well"
+    )
     unpack: bool = Field(
         True, description="Hold the NF4 weights unpacked in 16 bits: the same values and faster, for four times their memory"
     )

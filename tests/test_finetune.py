@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
+from tasks.checkpoints import SEAL
 from tasks.core.artifacts import Store
-from tasks.core.manifests import Manifest
+from tasks.core.manifests import CHECKPOINTS, Manifest
 from tasks.core.stage import run
 from tasks.finetune import finetune
 from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
@@ -72,6 +74,27 @@ def test_the_last_steps_are_taken_on_those_weights(store: Store, inputs: dict[st
     digests = [trained(store, inputs, share).files["adapter_model.safetensors"].sha256 for share in (0.5, 0.25, 0.01, 0)]
     assert len(set(digests[:3])) == 3
     assert digests[2] == digests[3]  # of 24 steps, a hundredth is none: the same training twice gives the same adapter
+
+
+def test_a_long_training_is_saved_between_its_evaluations_and_goes_on_there(
+    store: Store, inputs: dict[str, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FinetuneConfig(**TRAINING, epochs=1, workers=1)
+    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
+    found = {}
+    for name, every in (("seldom", 1e9), ("always", 0.0)):
+        monkeypatch.setattr("tasks.finetune.SAVED_EVERY_S", every)
+        made = tmp_path / name
+        made.mkdir()
+        finetune.function(config, folders, made)
+        found[name] = sorted(path.name for path in (made / CHECKPOINTS).iterdir())
+        assert all((made / CHECKPOINTS / checkpoint / SEAL).is_file() for checkpoint in found[name])
+    assert found == {"seldom": ["checkpoint-6"], "always": ["checkpoint-5", "checkpoint-6"]}
+    shutil.rmtree(tmp_path / "always" / CHECKPOINTS / "checkpoint-6")
+    again = finetune.function(config, folders, tmp_path / "always")
+    assert again["resumed_from_step"] == 5
+    weights = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in found}
+    assert weights["seldom"] == weights["always"]
 
 
 def test_processes_that_share_a_batch_go_on_with_the_same_weights(store: Store, inputs: dict[str, Manifest]) -> None:

@@ -390,6 +390,10 @@ def test_a_variant_that_fails_fails_alone(copy: Path) -> None:
     assert "does not divide" in variants["gptq-4bit-g128"]["error"]
     assert not variants["gptq-4bit"].get("error") and not variants["gguf-Q4_0"].get("error")
     assert "gptq-4bit-g128" in (copy / "reports" / "latest" / "report.md").read_text()
+    again = run(copy, "--set", "gptq=[{bits: 4, calibration_rows: 16},{bits: 4, group_size: 128}]")
+    assert again.returncode == 0 and states(copy)["decide"] == "cached", (
+        again.stdout
+    )  # what is known to fail is tried, and decides nothing new
 
 
 def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:

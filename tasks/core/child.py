@@ -35,6 +35,9 @@ FORKS = ForkServer()
 OUT_OF_MEMORY = ", as the kernel does where memory runs out (make room, or leave this variant out)"
 
 
+ITS_LOG = ". Its log: "  # between a reason and the path of a log
+
+
 class StageError(RuntimeError):
     """A stage failed. The message has the reason and, if it ran in a child, the path of its log."""
 
@@ -111,7 +114,7 @@ def run_isolated(
     reason = last.get("error") or (
         f"killed by signal {-code}{OUT_OF_MEMORY * (code == -signal.SIGKILL)}" if code < 0 else f"exit code {code}"
     )
-    raise StageError(f"Stage {stage.name} failed: {reason}. Its log: {log}")
+    raise StageError(f"Stage {stage.name} failed: {reason}{ITS_LOG}{log}")
 
 
 def _rebuilt_user_error(event: Event) -> UserError:
