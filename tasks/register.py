@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from tasks import gate
@@ -73,7 +78,7 @@ def log_variants(
         )
         if variant["fidelity"]:
             tracker.client.set_tag(run_id, "cartwright.verdict", variant["fidelity"]["verdict"])
-        if variant["role"] == "candidate":
+        if variant["role"] == "candidate" or variant["name"] == decision["recommendation"]["gpu"]:  # that may be the 16-bit model
             manifest = models[variant["name"]]
             folder = store.fetch(manifest)
             artifacts = {
@@ -122,8 +127,21 @@ def register_variants(
     Returns:
         The `gate` of the report, and whether there was nothing to do.
     """
-    with Registry(run.settings).registering(config.name):
+    with Registry(run.settings).registering(config.name), _temporary_files_in(run.settings.home / "tmp" / config.name):
         return _registered(run, config, decision, dataset, models, verdict)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """MLflow copies a model into the temporary folder before it logs it. What a kill leaves of it goes with the next registration."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _registered(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -269,6 +270,41 @@ def test_a_model_that_is_logged_again_after_an_interruption_is_shown_once(home: 
     run = tracker.child("gguf-F16", "key", "variant")
     logged = {tracker.log_model(run, "gguf-F16", "digest", {"model": file, "spec": spec}, "llama_cpp") for _ in range(2)}
     assert len(logged) == 1 == len(tracker.client.get_run(run).outputs.model_outputs)
+
+
+def test_a_model_whose_logging_was_cut_short_is_completed_and_no_other_is_made(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
+    files = {"model": tmp_path / "model.gguf", "spec": tmp_path / "spec.yaml"}
+    for file in files.values():
+        file.write_text("x")
+    run = tracker.child("gguf-F16", "key", "variant")
+
+    def killed(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlflow.pyfunc, "log_model", killed)
+        tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp")
+    (left,) = tracker.client.search_logged_models([tracker.experiment_id])
+    assert str(left.status) == "PENDING"
+    logged = tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp")
+    (model,) = tracker.client.search_logged_models([tracker.experiment_id])
+    assert (model.model_id, str(model.status)) == (logged, "READY") == (left.model_id, "READY")
+
+
+def test_what_a_killed_registration_left_in_the_temporary_folder_goes_with_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "tmp" / NAME
+    (folder / "tmpabc").mkdir(parents=True)
+    (folder / "tmpabc" / "model.gguf").write_text("x")
+    before = tempfile.gettempdir()
+    with register._temporary_files_in(folder):
+        assert not list(folder.iterdir())
+        assert Path(tempfile.mkdtemp()).parent == folder
+    assert tempfile.gettempdir() == before and not folder.exists()
 
 
 def test_a_disk_that_is_full_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ class Tracker:
 
     @ledger.charge("mlflow")
     def log_model(self, run_id: str, name: str, digest: str, artifacts: Mapping[str, Path], runtime: str) -> str:
-        """Log a deployable model once per content, and show it as an output of `run_id`.
+        """Log a deployable model once per content, and show it as an output of `run_id`. One that a kill cut short is completed.
 
         Returns:
             The id of the logged model, an earlier one if its content is the same.
@@ -310,15 +310,15 @@ class Tracker:
         import mlflow
         from mlflow.entities import LoggedModelOutput
 
-        found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'", max_results=1)
+        found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'")
         ready = [model for model in found if str(model.status) == "READY"]
+        begun = [model for model in found if str(model.status) == "PENDING"]
         if ready:
             model_id = str(ready[0].model_id)
         else:
             tags = {TAG + "digest": digest, TAG + "variant": name}
-            model_id = str(
-                mlflow.initialize_logged_model(name=name, source_run_id=run_id, tags=tags, experiment_id=self.experiment_id).model_id
-            )
+            begun = begun or [mlflow.initialize_logged_model(name=name, source_run_id=run_id, tags=tags, experiment_id=self.experiment_id)]
+            model_id = str(begun[0].model_id)
             package = Path(__file__).resolve().parents[1]
             mlflow.pyfunc.log_model(
                 model_id=model_id,
