@@ -28,7 +28,8 @@ install: $(READY)
 # of power do not need. Cartwright itself is installed before what is left of its dependencies, since pip has no hash of a folder.
 # Bytecode is compiled when it is first imported, since most of the files never are.
 LOCKED := -c requirements.lock
-SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+BUILT_WITH := requirements-build.lock
+SOURCE := --no-deps --no-binary llama-cpp-python $(LOCKED) --build-constraint $(BUILT_WITH) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*(one for one in project["dependencies"] + project["optional-dependencies"]["dev"] \
 	if not one.startswith(("cartwright", "llama-cpp-python"))), sep="\n")
@@ -124,7 +125,8 @@ llama-bench: $(LLAMA_BENCH)
 $(LLAMA_BENCH): $(READY)
 	@echo "Compiling llama-bench: about 5 minutes"
 	test -x $(WHEELS)/llama-bench || { rm -rf $(VENV)/src && mkdir -p $(VENV)/src $(WHEELS) && \
-		$(BIN)/python -m venv $(VENV)/src/tools && $(VENV)/src/tools/bin/pip install --quiet cmake ninja && \
+		$(BIN)/python -m venv $(VENV)/src/tools && $(VENV)/src/tools/bin/pip install --quiet $(PIP) && \
+		$(VENV)/src/tools/bin/pip install --quiet -c $(BUILT_WITH) cmake ninja && \
 		$(BIN)/pip download --quiet -d $(VENV)/src $(SOURCE) && \
 		tar -xzf $(VENV)/src/*.tar.gz -C $(VENV)/src && rm $(VENV)/src/*.tar.gz && \
 		$(VENV)/src/tools/bin/cmake -S $(VENV)/src/llama*/vendor/llama.cpp -B $(VENV)/src/build -G Ninja \
@@ -160,6 +162,8 @@ lock:
 		--no-emit-package torch --output-file requirements.lock $(ARGS) pyproject.toml
 	printf '%s\n' $(BASE_MODEL) $(TRL) $(CODECARBON) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
 		>>requirements.lock
+	printf '%s\n' 'scikit-build-core[pyproject]' cmake ninja | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --output-file $(BUILT_WITH) $(ARGS) -
 
 # Known vulnerabilities of all that the lock names, and of torch, by the advisories of osv.dev.
 audit: install

@@ -50,6 +50,6 @@ def audit(wanted: str, options: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    code, said = audit(requirements(), sys.argv[1:])
+    code, said = audit(requirements(), ["-r", str(ROOT / "requirements-build.lock"), *sys.argv[1:]])
     print(said, file=sys.stdout if code == NOTHING else sys.stderr)
     sys.exit(code)

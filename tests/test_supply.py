@@ -57,14 +57,20 @@ def test_makefile_and_images_install_nothing_without_a_hash_that_could_have_one(
     assert base and lock[base[1]][0] == base[2]
     source = re.search(r'echo "llama-cpp-python==([\d.]+) --hash=sha256:(\w+)" >llama.txt', DOCKERFILE)
     assert source and lock["llama-cpp-python"] == (source[1], {source[2]})
-    checked = r"-c requirements\.lock|\$\(LOCKED\)|\$\(SOURCE\)|-r llama\.txt"
+    checked = r"-c requirements\.lock|\$\(LOCKED\)|\$\(SOURCE\)|-r llama\.txt|-c \$\(BUILT_WITH\)"
     # What has no hash: torch, pip itself, what was compiled from a source with one, and this project.
-    without = r"torch==|\$\(TORCH\)|pip==26\.3|\$\(PIP\)|wheels/\*\.whl|\$\(WHEELS\)/\*\.whl|-e \.|--quiet cmake ninja"
+    without = r"torch==|\$\(TORCH\)|pip==26\.3|\$\(PIP\)|wheels/\*\.whl|\$\(WHEELS\)/\*\.whl|-e \."
     calls = re.findall(r"pip (?:install|wheel|download) [^\n&]*", DOCKERFILE + makefile.replace("\\\n", " "))
     assert len(calls) > 20
     for call in calls:
         assert re.search(checked, call) or re.search(without, call), call
     assert makefile.index("pip install --quiet $(PIP)") < makefile.index("pip install --quiet --no-compile $(LOCKED)")
+    for call in calls:  # and what llama.cpp is built with has one too
+        assert "--no-binary" not in call or "--build-constraint requirements-build.lock" in call, call
+    source_line = next(line for line in makefile.splitlines() if line.startswith("SOURCE :="))
+    assert "--build-constraint $(BUILT_WITH)" in source_line and "BUILT_WITH := requirements-build.lock" in makefile
+    build = (ROOT / "requirements-build.lock").read_text()
+    assert all(re.search(rf"^{name}==[\d.]+ \\\n    --hash=sha256:", build, re.M) for name in ("scikit-build-core", "cmake", "ninja"))
     for step in re.split(r"\nFROM ", DOCKERFILE):  # an older pip takes the hash of a constraint for that of nothing
         if "-c requirements.lock" in step:
             assert step.index("pip install pip==26.3") < step.index("-c requirements.lock")
