@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
@@ -12,7 +13,7 @@ from filelock import FileLock
 
 from tests.chaos.cycle import cycle
 from tests.chaos.faults import FAULTS
-from tests.chaos.invariants import look, violations
+from tests.chaos.invariants import Reader, look, violations
 from tests.chaos.pipelines import SMALL
 from tests.chaos.world import World, a_world
 
@@ -66,3 +67,14 @@ def test_what_is_lost_is_found(small: World) -> None:
     lock = FileLock(small.home / "locks" / "run-small-0.lock")
     assert "still held" in problems(lock.acquire)
     lock.release()
+    small.restore()
+    reader = Reader(small)
+    reader.start()
+    total.write_text("7")
+    deadline = time.monotonic() + 30
+    while not reader._seen and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (seen,) = reader.ended()
+    assert f"add {total.parent.name} could be read half-written" in seen
+    small.damaged.add(total)
+    assert not list(reader.ended())

@@ -52,6 +52,8 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     fault.prepare(world)
     struck = moment == "before" and fault.strike(world, None, rng)
     whole = invariants.look(world, commands=1)
+    reader = invariants.Reader(world)
+    reader.start()
     first = world.start()
     when: str = moment
     if moment != "before":
@@ -72,6 +74,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     again = world.start()
     in_time = again.wait(world.pipeline.limit_s)
     seconds = time.monotonic() - started
+    problems += reader.ended()
     problems += invariants.violations(world, before, again, in_time)
     output = f"--- disturbed ({first.exit_code})\n{first.output}--- again ({again.exit_code})\n{again.output}"
     return Outcome(seed, fault.name, when, removed, first.exit_code, round(seconds, 2), problems, output, struck)

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -53,6 +54,34 @@ def look(world: World, commands: int) -> Before:
         if store.find(kind, key)[0]:
             whole[path] = path.stat().st_mtime_ns
     return Before(whole, frozenset(logged(world)), commands)
+
+
+class Reader(threading.Thread):
+    """Who reads every artefact, over and over, while commands run and faults strike."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(daemon=True)
+        self._world, self._end = world, threading.Event()
+        self._seen: dict[Path, str] = {}
+
+    def run(self) -> None:
+        store = Store(self._world.store.as_uri(), self._world.home)
+        while not self._end.wait(0.05):
+            for path in self._world.store.glob(f"*/*/{MANIFEST}"):
+                try:
+                    written, (_, damage) = path.stat().st_mtime_ns, store.find(*path.parts[-3:-1])
+                    if damage and path.stat().st_mtime_ns == written:  # and not taken away, or made anew, meanwhile
+                        self._seen.setdefault(path, damage)
+                except OSError:
+                    continue
+
+    def ended(self) -> Iterator[str]:
+        """What was there and not whole, but for what was damaged on purpose."""
+        self._end.set()
+        self.join()
+        for path, damage in self._seen.items():
+            if not any(found.is_relative_to(path.parent) for found in self._world.damaged):
+                yield f"{path.parts[-3]} {path.parts[-2]} could be read half-written: {damage}"
 
 
 def logged(world: World) -> list[str]:
