@@ -81,7 +81,7 @@ SMOKE = Pipeline(
     ),
     imported="",
     other=("--set", "benchmark.requests=6"),
-    own=frozenset({"benchmark", "decide", "register", "report"}),
+    own=frozenset({"benchmark", "decide", "register", "report_plots", "report"}),
     disk_mb=512,
     steady=frozenset({"teach"}),
     prefect=True,
