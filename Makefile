@@ -163,7 +163,7 @@ lock:
 	printf '%s\n' $(BASE_MODEL) $(TRL) $(CODECARBON) | $(BIN)/uv pip compile --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - \
 		>>requirements.lock
 	printf '%s\n' 'scikit-build-core[pyproject]' cmake ninja | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --no-header --output-file $(BUILT_WITH) $(ARGS) -
+		--no-annotate --no-header -c requirements.lock --output-file $(BUILT_WITH) $(ARGS) -
 
 # Known vulnerabilities of all that the lock names, and of torch, by the advisories of osv.dev.
 audit: install

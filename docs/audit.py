@@ -15,9 +15,11 @@ NOTHING, FOUND, UNKNOWN = 0, 1, 3
 
 
 def requirements() -> str:
-    """The lock, and torch, which it leaves out."""
+    """Everything that is pinned, once and without hashes, which pip-audit does not compare: both locks, and torch, which they leave out."""
     torch = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return (ROOT / "requirements.lock").read_text(encoding="utf-8") + (f"{torch[1]}\n" if torch else "")
+    locks = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.lock", "requirements-build.lock"))
+    pins = {f"{name}=={version}" for name, version in re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([\w.+!-]+)", locks, re.MULTILINE)}
+    return "".join(f"{pin}\n" for pin in sorted(pins | ({torch[1]} if torch else set())))
 
 
 def audit(wanted: str, options: list[str]) -> tuple[int, str]:
@@ -50,6 +52,6 @@ def audit(wanted: str, options: list[str]) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
-    code, said = audit(requirements(), ["-r", str(ROOT / "requirements-build.lock"), *sys.argv[1:]])
+    code, said = audit(requirements(), sys.argv[1:])
     print(said, file=sys.stdout if code == NOTHING else sys.stderr)
     sys.exit(code)

@@ -17,7 +17,7 @@ import typer
 from flows import team_commands
 from flows.terminal import goes_on, one_message
 from tasks.core import settings as environment
-from tasks.domain.errors import UserError
+from tasks.domain.errors import UserError, printable
 
 app = typer.Typer(
     help="Make small language models for shops: data, QLoRA, GPTQ and GGUF, measured, chosen, registered.",
@@ -190,7 +190,7 @@ def evaluate(
         raise UserError("--data", "", "is not given, and there is no run whose test split could be taken", mend="Give labelled JSONL")
     rows, bad = read_labelled(data or found.dataset / "test.jsonl", found.spec)
     for line, problem in bad:
-        print(f"line {line}: {problem}", file=sys.stderr)
+        print(f"line {line}: {printable(problem)}", file=sys.stderr)
     if not rows:
         raise UserError(
             "data",
@@ -238,7 +238,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         if set(figures[title]) - {"?"}:
             print(title.replace("_", " "))
             for name, part in figures[title].items():
-                print(f"  {name:<20}{part['value']:>7.1%}  ({part['low']:.1%} to {part['high']:.1%}) of {part['n']}")
+                print(f"  {printable(name):<20}{part['value']:>7.1%}  ({part['low']:.1%} to {part['high']:.1%}) of {part['n']}")
     confused = [
         (count, intent, answered) for intent, row in figures["confusion"].items() for answered, count in row.items() if answered != intent
     ]
@@ -247,7 +247,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         for count, intent, answered in sorted(confused, reverse=True):
             print(f"  {count:>4}  {intent} -> {answered}")
     for row in wrong[:WRONG_SHOWN]:
-        print(f"  wrong: {row['text']!r} -> {row['output']}")
+        print(f"  wrong: {row['text']!r} -> {printable(row['output'])}")
     if len(wrong) > WRONG_SHOWN:
         print(f"  and {len(wrong) - WRONG_SHOWN} more wrong answers; --output FILE keeps all")
 
@@ -279,10 +279,10 @@ def predict(
     lines = read_bytes("--data", data, LARGEST_FILE).split(b"\n") if data else sys.stdin.buffer
     rows, bad = ([{"text": text} for text in texts], []) if texts else read_texts(lines)
     for line, problem in bad:
-        print(f"line {line}: {problem}", file=sys.stderr)
+        print(f"line {line}: {printable(problem)}", file=sys.stderr)
     asked = ask(found, [row["text"] for row in rows])
     for problem in asked.failed:
-        print(f"no answer: {problem}", file=sys.stderr)
+        print(f"no answer: {printable(problem)}", file=sys.stderr)
     for row, raw in zip(rows, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}

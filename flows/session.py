@@ -45,6 +45,7 @@ class Run(BaseModel):
         return {"title": cls.__name__, "type": "object"}
 
 
+LOCK_S = 3  # who only looks whether a run was killed holds its lock for as long as MLflow takes to note that
 _runners: dict[str, Runner] = {}
 
 
@@ -231,7 +232,7 @@ def alone(settings: Settings, name: str, running: UserError) -> Iterator[None]:
     (settings.home / "locks").mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.home / "locks" / f"{name}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_S)
     except Timeout:
         raise running from None
     try:

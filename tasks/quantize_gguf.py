@@ -6,12 +6,14 @@ import ctypes
 import os
 import re
 import runpy
+import shutil
 import sys
 from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
+from tasks.base_model import NAME_CLASSES, name_no_code
 from tasks.core import hardware, settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
@@ -54,9 +56,15 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
     """
     output = out_dir / MODEL_FILE
     model = out_dir / "model"  # the converter writes the folder's name into the file
-    model.symlink_to(inputs["model"])
+    model.mkdir()
+    for path in inputs["model"].iterdir():
+        if path.name in NAME_CLASSES:
+            shutil.copy(path, model)
+        else:
+            (model / path.name).symlink_to(path)
+    name_no_code(model)  # an artefact of an earlier version may
     run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output))
-    model.unlink()
+    shutil.rmtree(model)
     return {"format": "F16", **describe(output)}
 
 

@@ -33,7 +33,7 @@ def problem_of(name: str, version: str) -> str:
             tied("python", "-m", "tasks.registered", name, version),
             capture_output=True,
             text=True,
-            env=child_environment(),
+            env={**child_environment(), "TMPDIR": gettempdir()},  # that of this process, which may be one that is cleaned up
             timeout=ANSWERS_WITHIN_S,
         )
     except subprocess.TimeoutExpired:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -81,13 +80,19 @@ def advisories() -> Iterator[Callable[[dict[str, str]], str]]:
     server.server_close()
 
 
-WANTED = "".join(entry + "\n" for entry in re.split(r"\n(?=\w)", LOCK) if entry.startswith(("six==", "numpy==")))
+WANTED = "".join(f"{line}\n" for line in audit.requirements().splitlines() if line.startswith(("six==", "numpy==")))
 
 
 def test_an_audit_names_what_is_known_and_where_it_is_mended(advisories: Callable[[dict[str, str]], str], tmp_path: Path) -> None:
     code, said = audit.audit(WANTED, ["--osv-url", advisories({"six": "1.18.0"}), "--cache-dir", str(tmp_path)])
     assert code == audit.FOUND and "six 1.17.0: PYSEC-2026-1, mended in 1.18.0. Lets anybody in." in said
     assert "2 packages audited, 1 known vulnerabilities." in said
+
+
+def test_all_that_is_pinned_can_be_asked(advisories: Callable[[dict[str, str]], str], tmp_path: Path) -> None:
+    wanted = audit.requirements()
+    code, said = audit.audit(wanted, ["--osv-url", advisories({}), "--cache-dir", str(tmp_path)])
+    assert (code, said) == (audit.NOTHING, f"{len(wanted.splitlines())} packages audited, 0 known vulnerabilities.")
 
 
 def test_an_audit_that_could_not_ask_says_so_and_does_not_pass(tmp_path: Path) -> None:

@@ -185,6 +185,10 @@ def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.Mo
         assert settings.prefect_api_url == os.environ["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
         assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
         assert os.environ["PREFECT_API_AUTH_STRING"] == "you:word"
+    for address in ("HTTP://other:p@ss@mlflow.test/a@b?x=c@d", "http://mlflow.test/a@b?x=c@d"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert load_settings().mlflow_uri == "http://mlflow.test/a@b?x=c@d"
+        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")  # said before
 
 
 @pytest.mark.parametrize(("name", "problem"), [("nowhere/figures.json", "does not exist"), (".", "is a folder")])
@@ -261,6 +265,20 @@ def test_weights_that_are_not_all_there_are_refused_before_any_work(tmp_path: Pa
     (folder / "model.safetensors").write_bytes(SAFETENSORS)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\. Allowed: tokenizer\.json"):
+        resolve(BaseModelConfig(source=str(folder)))
+
+
+def test_a_shard_that_is_missing_is_noticed(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", weights=False)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(SAFETENSORS)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors': is not a readable safetensors file \(No such file"):
+        resolve(BaseModelConfig(source=str(folder)))
+    (folder / "model-00002-of-00002.safetensors").write_bytes(SAFETENSORS)
+    resolve(BaseModelConfig(source=str(folder)))
+    index.write_text("[]")
+    with pytest.raises(UserError, match="is not an index of weights"):
         resolve(BaseModelConfig(source=str(folder)))
 
 

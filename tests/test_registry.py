@@ -291,6 +291,14 @@ def test_a_model_whose_logging_was_cut_short_is_completed_and_no_other_is_made(
         tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp")
     (left,) = tracker.client.search_logged_models([tracker.experiment_id])
     assert str(left.status) == "PENDING"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # who logs it may be at it still, elsewhere
+        patch.setattr(mlflow.pyfunc, "log_model", killed)
+        tracker.log_model(tracker.child("another", "key2", "variant"), "gguf-F16", "digest", files, "llama_cpp")
+    for model in tracker.client.search_logged_models([tracker.experiment_id]):
+        if model.model_id != left.model_id:
+            tracker.client.delete_logged_model(model.model_id)
+            found = model
+    assert str(found.status) == "PENDING"
     logged = tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp")
     (model,) = tracker.client.search_logged_models([tracker.experiment_id])
     assert (model.model_id, str(model.status)) == (logged, "READY") == (left.model_id, "READY")

@@ -105,8 +105,24 @@ def test_a_run_that_was_killed_ends_when_its_home_opens_another_and_is_taken_up_
         assert [tracker.client.get_run(tracker.parent).info.status for tracker in others] == ["RUNNING", "RUNNING"]
         again = opening("a")
     assert (again.parent, again.resumed, again.client.get_run(again.parent).info.status) == (killed.parent, True, "RUNNING")
+    assert again.client.get_run(again.child("count", "k", "stage")).info.status == "RUNNING"  # it is computed anew
     again.end("FINISHED")
     assert opening("a").parent != killed.parent
+
+
+@pytest.mark.slow
+def test_what_was_killed_under_the_lock_that_is_held_now_ends_too_and_a_lock_is_a_name(home: Path, tmp_path: Path) -> None:
+    settings, running = load_settings(), UserError("model", "m", "is being checked already")
+    with alone(settings, "drift-m", running):
+        monday = open_parent(settings, "domain/base", "monday", "run", opened(settings, "drift-m"))
+        tuesday = open_parent(settings, "domain/base", "tuesday", "run", opened(settings, "drift-m"))
+        now = [tracker.client.get_run(tracker.parent).info.status for tracker in (monday, tuesday)]
+        assert now == ["KILLED", "RUNNING"]
+    elsewhere = tmp_path / "victim.lock"
+    elsewhere.write_text("kept")
+    planted = open_parent(settings, "domain/base", "planted", "run", opened(settings, "../../victim"))
+    open_parent(settings, "domain/base", "next", "run", opened(settings, "run-next"))
+    assert elsewhere.read_text() == "kept" and planted.client.get_run(planted.parent).info.status == "RUNNING"
 
 
 def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without(home: Path) -> None:

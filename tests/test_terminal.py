@@ -62,9 +62,10 @@ def test_an_error_of_ours_stays_one() -> None:
 def test_text_of_others_is_shown_as_it_is(terminal: bool) -> None:
     written = io.StringIO()
     display = Display(Console(file=written, force_terminal=terminal, width=200))
-    display.say("[/x] has [free] and \x1b]0;title\x07")
-    display.start("evaluate [/s]")
-    display.event({"done": 1, "total": 2, "note": "[/note]"})
+    display.say("[/x] has [free] and \x1b]0;title\x07, 5\u00a0kg")
+    display.start("evaluate [/s]\x1b[2J")
+    display.event({"done": 1, "total": 2, "note": "[/note]\x1b[2J"})
     display.finish("evaluate [/s]", "failed", 1.0, "no template: [/INST]")
     text = written.getvalue()
-    assert "[/x] has [free] and �]0;title�" in text and "evaluate [/s]" in text and "no template: [/INST]" in text
+    assert "\x1b[2J" not in text
+    assert "[/x] has [free] and �]0;title�, 5\u00a0kg" in text and "evaluate [/s]" in text and "no template: [/INST]" in text

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from tasks.core.progress import Event
+from tasks.domain.errors import printable
 
 PLAIN_INTERVAL_S = 15.0  # how often a line is written where no bar can be drawn
 
@@ -26,10 +27,11 @@ class Display:
 
     def say(self, text: str | Text) -> None:
         """A line. Text of others is in many: what looks like markup, or would steer the terminal, is shown as it is."""
-        self.console.print(Text(_printable(text)) if isinstance(text, str) else text)
+        self.console.print(Text(printable(text)) if isinstance(text, str) else text)
 
     def start(self, label: str) -> None:
         """A stage begins to compute."""
+        label = printable(label)
         self._label, self._last_line, self._begun = label, time.monotonic(), None
         if self.console.is_terminal:
             columns = (
@@ -52,7 +54,7 @@ class Display:
         """How far the stage is."""
         if "done" not in event:
             return
-        done, total, note = event["done"], event["total"], event["note"]
+        done, total, note = event["done"], event["total"], printable(event["note"])
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
             return
@@ -71,8 +73,4 @@ class Display:
             self._bar = self._task = None
         mark = {"computed": ("done  ", "green"), "cached": ("cached", "cyan"), "failed": ("failed", "red")}[state]
         wall = f"{wall_s:7.1f} s" if state != "cached" else " " * 9
-        self.say(Text.assemble(mark, f" {_printable(label):<28}{wall}  {_printable(detail)}".rstrip()))
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)
+        self.say(Text.assemble(mark, f" {printable(label):<28}{wall}  {printable(detail)}".rstrip()))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 # Third parties are quiet, private, and do not look for a network on their own.
 _QUIET = {
@@ -80,19 +80,21 @@ def load_settings() -> Settings:
 
 
 def _take_passwords_out_of_addresses() -> None:
-    """Prefect keeps what an error says, and the job variables of pools, where everyone reads them: user and password of an address are moved
-    to the variables of their own that MLflow's and Prefect's clients read."""
-    for name, taken in (
-        ("MLFLOW_TRACKING_URI", lambda user, password: {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}),
-        ("PREFECT_API_URL", lambda user, password: {"PREFECT_API_AUTH_STRING": f"{user}:{password}"}),
+    """Prefect keeps what an error says, and the job variables of pools, where everyone reads them: user and password of a server's address
+    are moved to the variables of their own that MLflow's and Prefect's clients read. A database's address has no such variables."""
+    for name, variables in (
+        ("MLFLOW_TRACKING_URI", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")),
+        ("PREFECT_API_URL", ("PREFECT_API_AUTH_STRING",)),
     ):
-        found = re.fullmatch(r"(https?://)([^/?#]*)@([^@]*)", os.environ.get(name, ""))
-        if not found:
+        address = urlsplit(os.environ.get(name, ""))
+        who, at, host = address.netloc.rpartition("@")
+        if not at or address.scheme not in ("http", "https"):
             continue
-        user, _, password = found[2].partition(":")
-        os.environ[name] = found[1] + found[3]
-        for variable, value in taken(unquote(user), unquote(password)).items():
-            os.environ.setdefault(variable, value)
+        os.environ[name] = urlunsplit(address._replace(netloc=host))
+        user, _, password = who.partition(":")
+        taken = (unquote(user), unquote(password)) if len(variables) == 2 else (f"{unquote(user)}:{unquote(password)}",)
+        if not any(os.environ.get(variable) for variable in variables):  # what is said there goes before
+            os.environ.update(zip(variables, taken, strict=True))
 
 
 def mlflow_storage(settings: Settings) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError
+
+logger = logging.getLogger("cartwright")
 
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
@@ -135,23 +138,38 @@ def _end_orphans(client: Any, experiment_id: str, tags: Mapping[str, str]) -> No
 def _end_left(client: Any, settings: Settings, kept: str, tags: Mapping[str, str]) -> None:
     """Parent runs of this home, of whatever configuration, that go on in MLflow while nobody holds the lock they were opened under: who did
     was killed. They end as that, and so do their children; the same configuration takes them up again."""
+    from mlflow.exceptions import MlflowException
+
     if not (opened_by := tags.get(TAG + "opened_by")):
         return
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     for run in client.search_runs(experiments, "attributes.status = 'RUNNING'"):
-        parent, of = run.info.run_id, run.data.tags
-        path = settings.home / "locks" / f"{of.get(TAG + 'lock') or 'run-' + of.get(TAG + 'pipeline_key', '')}.lock"
-        if parent == kept or of.get(TAG + "opened_by") != opened_by or not path.is_file():
+        of = run.data.tags
+        name = of.get(TAG + "lock") or f"run-{of.get(TAG + 'pipeline_key', '')}"
+        if run.info.run_id == kept or of.get(TAG + "opened_by") != opened_by or not re.fullmatch(r"[\w.+-]+", name):
             continue
         try:
-            with FileLock(path, timeout=0):
-                below = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-                for child in client.search_runs([run.info.experiment_id], below):
-                    client.set_terminated(child.info.run_id, "KILLED")
-                client.set_tag(parent, TAG + "left", "yes")
-                client.set_terminated(parent, "KILLED")
-        except Timeout:
+            if name == tags.get(TAG + "lock"):  # ours, as that of a check for drift in other texts
+                _end_killed(client, run)
+            elif (path := settings.home / "locks" / f"{name}.lock").is_file():
+                with FileLock(path, timeout=0):
+                    _end_killed(client, run)
+        except Timeout:  # it goes on
             continue
+        except MlflowException as error:  # such as of one that was deleted meanwhile
+            logger.warning("The run %s, which was killed, could not be ended in MLflow: %s", run.info.run_id, error)
+
+
+def _end_killed(client: Any, run: Any) -> None:
+    """End a parent run whose lock is held here, and its children, unless it has ended since it was looked for."""
+    parent = run.info.run_id
+    if client.get_run(parent).info.status != "RUNNING":
+        return
+    below = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+    for child in client.search_runs([run.info.experiment_id], below):
+        client.set_terminated(child.info.run_id, "KILLED")
+    client.set_tag(parent, TAG + "left", "yes")
+    client.set_terminated(parent, "KILLED")
 
 
 def preload() -> None:
@@ -183,6 +201,7 @@ class Tracker:
         self._without_params: set[str] = set()  # runs made here, of which nothing need be read before parameters are written
         earlier = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
         self._children = {(run.data.tags.get(TAG + "kind"), run.data.tags.get(TAG + "key")): str(run.info.run_id) for run in earlier}
+        self._killed = {str(run.info.run_id) for run in earlier if run.info.status == "KILLED"}
 
     def _search(self, condition: str) -> list[Any]:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=1000))
@@ -208,6 +227,9 @@ class Tracker:
         """The id of the child run with this key, found or made."""
         known = self._children.get((kind, key))
         if known:
+            if known in self._killed:
+                self._killed.discard(known)
+                self.client.update_run(known, status="RUNNING")
             for tag, value in (tags or {}).items():
                 self.client.set_tag(known, tag, value)
             return known
@@ -312,7 +334,7 @@ class Tracker:
 
         found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'")
         ready = [model for model in found if str(model.status) == "READY"]
-        begun = [model for model in found if str(model.status) == "PENDING"]
+        begun = [model for model in found if str(model.status) == "PENDING" and self._was_cut_short(model, run_id)]
         if ready:
             model_id = str(ready[0].model_id)
         else:
@@ -332,6 +354,15 @@ class Tracker:
         if model_id not in {output.model_id for output in (shown.model_outputs if shown else [])}:  # twice is an error
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
+
+    def _was_cut_short(self, model: Any, run_id: str) -> bool:
+        """Whether nobody is logging a model that is not ready: its run is this one, taken up again, or goes on no more."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(model.source_run_id == run_id or self.client.get_run(model.source_run_id).info.status != "RUNNING")
+        except MlflowException:  # deleted for good
+            return True
 
 
 def _serving_requirements(runtime: str) -> list[str]:

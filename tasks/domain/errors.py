@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_VALUE = 500  # characters of a value that are shown: it may be a whole file on one line
 
 
@@ -20,3 +23,8 @@ class UserError(ValueError):
             parts.append(mend)
         super().__init__(". ".join(part.rstrip(".") for part in parts) + ".")
         self.field = field
+
+
+def printable(text: str) -> str:
+    """A text without what would steer a terminal: control characters, half characters, and those that turn the direction of writing."""
+    return _STEERING.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -74,6 +74,8 @@ class Reader(threading.Thread):
                         self._seen.setdefault(path, damage)
                 except OSError:
                     continue
+                except Exception as error:
+                    self._seen[path] = f"{type(error).__name__}: {error}"
 
     def ended(self) -> Iterator[str]:
         """What was there and not whole, but for what was damaged on purpose."""
@@ -233,7 +235,8 @@ def left_behind(world: World) -> Iterator[str]:
     unfinished = list(partial.iterdir()) if partial.is_dir() else []
     names = [path for path in world.home.rglob("*") if path.name.endswith(".new") or path.name.startswith(".latest-")]
     temporary = [path for path in world.temporary.iterdir() if not path.name.startswith(TORCH)]
-    for path in [*unfinished, *names, *temporary]:
+    logged = list(folder.rglob("*")) if (folder := world.home / "tmp").is_dir() else []
+    for path in [*unfinished, *names, *temporary, *logged]:
         yield f"a temporary file is left: {path.relative_to(world.disk)}"
 
 
