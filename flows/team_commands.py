@@ -77,6 +77,8 @@ def deploy(
         "cartwright worker cpu-pool" if kind is PoolKind.process else f"prefect worker start --pool cpu-pool --type {kind.value} --limit 1"
     )
     print(f"Deployed to {api}. Workers: {start}, and so for orchestrator and gpu-pool.")
+    if kind is not PoolKind.process and (needed := environment.given_credentials()):  # everyone reads a pool's variables in the UI
+        print(f"Containers get no password from here. Give them {', '.join(needed)} by their image or as a secret of their host.")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from tasks.base_model import BaseModelConfig, base_model, resolve
 from tasks.config import PROFILES, check_room, disk_needed, load_config, parse_overrides, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core.artifacts import Store
-from tasks.core.settings import load_settings
+from tasks.core.settings import given_credentials, load_settings
 from tasks.domain.errors import UserError
 from tasks.quantize_gptq import choose_group_size
 
@@ -185,6 +185,7 @@ def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.Mo
         assert settings.prefect_api_url == os.environ["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
         assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")
         assert os.environ["PREFECT_API_AUTH_STRING"] == "you:word"
+    assert given_credentials() == ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PREFECT_API_AUTH_STRING"]
     for address in ("HTTP://other:p@ss@mlflow.test/a@b?x=c@d", "http://mlflow.test/a@b?x=c@d"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert load_settings().mlflow_uri == "http://mlflow.test/a@b?x=c@d"

@@ -131,6 +131,12 @@ def prefect_authorization() -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
 
 
+def given_credentials() -> list[str]:
+    """The variables with user and password of MLflow's and Prefect's servers that are set."""
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PREFECT_API_AUTH_STRING", "PREFECT_API_KEY")
+    return [name for name in names if os.environ.get(name)]
+
+
 def without_secrets(text: str) -> str:
     """A text in which no value of an environment variable that holds a key, token, secret or password is left, and no user of an address."""
     names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
