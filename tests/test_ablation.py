@@ -57,7 +57,7 @@ def test_an_arm_is_the_base_and_its_changes(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("profile: smoke", "profile: smoky", "tiny.yaml:6: arms.baseline: profile = 'smoky': is unknown. Allowed: paper"),
-        ("profile: smoke\n", "", "tiny.yaml:?: profile: Field required. Allowed: profile, base, seeds, arms"),
+        ("profile: smoke\n", "", "tiny.yaml:1: profile: Field required. Allowed: profile, base, seeds, arms"),
         ("base:", "bass:", "tiny.yaml:3: bass: Extra inputs are not permitted. Allowed: profile"),
         ("[7, 8]", "[7, 7]", "tiny.yaml:4: seeds: a seed stands twice"),
         ("[7, 8]", "[]", "tiny.yaml:4: seeds: Tuple should have at least 1 item"),
@@ -74,7 +74,7 @@ def test_an_arm_is_the_base_and_its_changes(tmp_path: Path) -> None:
         ("rank 8:", "baseline:", "tiny.yaml:7': is not valid YAML: 'baseline' stands twice"),
         ("rank 8:", "rank|8:", "tiny.yaml:7: arms = 'rank|8': is no name for an arm"),
         ("arms:", "arms: {", "is not valid YAML"),
-        (GOOD, "", "tiny.yaml:?: file: Input should be a valid dictionary or instance of AblationFile. Allowed: profile"),
+        (GOOD, "", "tiny.yaml:1: file: Input should be a valid dictionary or instance of AblationFile. Allowed: profile"),
     ],
 )
 def test_a_bad_file_is_refused_with_file_line_and_field(tmp_path: Path, old: str, new: str, message: str) -> None:
