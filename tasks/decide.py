@@ -48,7 +48,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=5, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
+@stage("decide", version=6, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
@@ -174,7 +174,7 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any]:
     """The fastest variant within the limits for a CPU; the smallest accurate one of the GPU formats for a GPU; and who came second.
 
-    For a CPU, one whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
+    One whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
     """
     limits = {name: getattr(config, name) for name in LIMITS}
     reference = next((v for v in measured(variants) if v["role"] == "reference"), None)
@@ -193,8 +193,8 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
     fitting = [v for v in candidates if not _excluded(v, reference, config)]
     on_cpu = sorted(fitting, key=lambda v: (is_sound(v), speed(v)), reverse=True)
     for_gpu = [v for v in usable(variants) if v["runtime"] == "transformers" and not _excluded(v, reference, config, on_gpu=True)]
-    on_gpu = sorted((v for v in for_gpu if v["device"] == "cuda"), key=speed, reverse=True)
-    gpu = on_gpu or sorted(for_gpu, key=lambda v: v["size_mb"])
+    on_gpu = sorted((v for v in for_gpu if v["device"] == "cuda"), key=lambda v: (is_sound(v), speed(v)), reverse=True)
+    gpu = on_gpu or sorted(for_gpu, key=lambda v: (not is_sound(v), v["size_mb"]))
     best, second = [*on_cpu, None, None][:2]
     passed_over = [v["name"] for v in on_cpu if best and speed(v) > speed(best)]
     return {

@@ -98,7 +98,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
 
 
-@stage("fidelity", version=3, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
+@stage("fidelity", version=4, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
 def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
 

@@ -51,7 +51,7 @@ def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.gro
     return wanted
 
 
-@stage("quantize_gptq", version=4, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
+@stage("quantize_gptq", version=5, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
 def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
     import torch
@@ -64,7 +64,8 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
     group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]])
     examples = calibration_examples(inputs["dataset"], tokenizer, config.calibration_rows, config.seed)
-    calibration = [str(tokenizer.decode(ids)) for ids in examples]
+    # As ids: optimum's own tokenization would put a second BOS before what has one.
+    calibration = [{"input_ids": [ids], "attention_mask": [[1] * len(ids)]} for ids in examples]
 
     _report_progress(optimum_quantizer)
     settings = GPTQConfig(
@@ -95,6 +96,7 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
         if buffer.dtype == torch.float32 and buffer.dim() > 1:  # scales; rotary frequencies stay exact
             buffer.data = buffer.data.half()
     model.config.dtype = torch.float16
+    model.config.quantization_config.dataset = None  # customers' texts are not for who gets the model
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     weights = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))

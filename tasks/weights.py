@@ -158,14 +158,20 @@ def _as_float32(get: Callable[[str], Any], name: str) -> np.ndarray:
 
 
 def layer_weights(model: Any) -> Weights:
-    """The matrices by which a model's linear layers multiply, whatever kernel does it: what they make of the unit vectors."""
+    """The matrices by which a model's linear layers multiply, whatever kernel does it: what they make of the unit vectors, without what they make
+    of nothing, which is a bias."""
     import torch
 
     def read(layer: Any) -> np.ndarray:
         with torch.inference_mode():
-            place = next((tensor.device for tensor in (*layer.parameters(), *layer.buffers())), None)
-            unit = torch.eye(layer.in_features, dtype=next((p.dtype for p in layer.parameters()), torch.float32), device=place)
-            return layer(unit).float().T.cpu().numpy()
+            parameters = list(layer.parameters())
+            held = [*parameters, *layer.buffers()]
+            place = held[0].device if held else torch.device("cpu")
+            # Kernels of GPUs take what their scales are of; those of CPUs take float32, in which little is lost. Packed weights are integers.
+            kinds = [tensor.dtype for tensor in (parameters if place.type == "cpu" else held) if tensor.dtype.is_floating_point]
+            unit = torch.eye(layer.in_features, dtype=kinds[0] if kinds else torch.float32, device=place)
+            bias = layer(torch.zeros_like(unit[:1])).float()
+            return (layer(unit).float() - bias).T.cpu().numpy()
 
     return {
         f"{name}{_SUFFIX}": functools.partial(read, layer)

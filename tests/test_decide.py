@@ -64,6 +64,14 @@ def test_what_could_not_be_promoted_is_recommended_only_where_nothing_else_is_wi
     )
 
 
+@pytest.mark.parametrize("fidelity", [{"verdict": "degraded"}, None])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_for_a_gpu_too_a_sound_variant_comes_before_one_that_is_smaller_or_faster(fidelity: dict[str, str] | None, device: str) -> None:
+    doubtful = variant("gptq-3bit", 0.955, 2.0, 600, runtime="transformers", size=101) | {"fidelity": fidelity}
+    choice = recommend([v | {"device": device} for v in (*VARIANTS, doubtful)], DecideConfig(max_accuracy_loss=0.01))
+    assert (choice["gpu"], choice["gpu_runner_up"]) == ("gptq-4bit", "tuned-fp16")
+
+
 def test_a_gpu_format_that_was_measured_on_the_cpu_need_not_keep_to_limits_there() -> None:
     choice = recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_rss_mb=250, max_latency_p95_ms=500))
     assert (choice["cpu"], choice["gpu"]) == ("gguf-Q4_K_M", "gptq-4bit") and "and keeps to the other limits" in choice["why"]

@@ -257,6 +257,28 @@ def test_weights_are_what_the_kernels_multiply_by(world: World) -> None:
     assert {"blk.0.attn_q.weight", "token_embd.weight"} <= set(gguf_weights(world.path(world.tuned_gguf) / MODEL_FILE))
 
 
+@pytest.mark.fast
+def test_packed_weights_are_read_in_numbers_and_a_bias_is_no_weight() -> None:
+    import torch
+
+    class Packed(torch.nn.Module):
+        """As kernels of GPUs hold a layer: integers first; fed with anything but numbers they do what is none."""
+
+        in_features, out_features = 2, 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qweight = torch.nn.Parameter(torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32), requires_grad=False)
+            self.bias = torch.nn.Parameter(torch.tensor([10.0, 20.0, 30.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype.is_floating_point
+            return x @ self.qweight.to(x.dtype).T + self.bias
+
+    found = layer_weights(torch.nn.ModuleDict({"q": Packed()}))
+    np.testing.assert_array_equal(found["q.weight"](), [[1, 2], [3, 4], [5, 6]])
+
+
 def _weights(**matrices: np.ndarray) -> Weights:
     def reader(matrix: np.ndarray) -> Callable[[], np.ndarray]:
         return lambda: matrix
