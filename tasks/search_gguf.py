@@ -44,7 +44,7 @@ class SearchGgufConfig(StageConfig):
         description="Largest mean divergence from the 16-bit model, nats; Q4_K_M had 0.003, and Q4_0, which lost accuracy, 0.010",
     )
     seconds: float = Field(
-        600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits; the mixture itself is measured all the same"
+        600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits; one mixture is measured all the same"
     )
 
 
@@ -72,7 +72,7 @@ class Mixture:
 
 @stage(
     "search_gguf",
-    version=4,
+    version=5,
     libraries=("llama-cpp-python",),
     measures=True,
     preloaded=True,
@@ -101,18 +101,24 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
     budget = config.max_kld - fine.mean_kld
     costs: dict[str, dict[str, float]] = {part.name: {FINE: 0.0} for part in known}
     trials = [(part, kind) for kind in COARSE for part in known]
+    within = [fine]  # what was measured and diverges no more than is allowed
     for part, kind in progress.track(trials, len(trials), "trials"):
         if budget > 0 and time.monotonic() < deadline:
-            costs[part.name][kind] = max(measure({part.name: kind}).mean_kld - fine.mean_kld, 0.0)
+            alone = measure({part.name: kind})
+            costs[part.name][kind] = max(alone.mean_kld - fine.mean_kld, 0.0)
+            within += [alone] if alone.mean_kld <= config.max_kld else []
 
     tried: list[Mixture] = []
     for back_off in range(TRIALS):
+        if tried and time.monotonic() > deadline:
+            break
         types = cheapest(known, costs, budget * BACK_OFF**back_off)
         if types and types not in [mixture.types for mixture in tried]:
             tried.append(measure(types))
             if tried[-1].mean_kld <= config.max_kld:
                 break
-    best = tried[-1] if tried and tried[-1].mean_kld <= config.max_kld else measure({})
+    kept = bool(tried and tried[-1].mean_kld <= config.max_kld)
+    best = tried[-1] if kept else measure(min(within, key=lambda mixture: mixture.size_mb).types)
     (out_dir / "search.json").write_text(json.dumps({"costs": costs, "tried": [asdict(mixture) for mixture in tried]}, indent=1))
     return {
         "format": "mixed",
@@ -121,6 +127,8 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         "fine_size_mb": round(fine.size_mb, 3),
         "parts": len(known),
         "coarse_parts": len(best.types),
+        "mixtures_tried": len(tried),
+        "mixture_kept_to_limit": kept,
         "trials": len(trials),
         "trials_measured": sum(len(found) - 1 for found in costs.values()),
         **describe(out_dir / MODEL_FILE),

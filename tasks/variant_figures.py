@@ -107,6 +107,10 @@ def searched(variant: Variant, model: dict[str, Any]) -> list[str]:
         notes.append(
             f"the search had time for {found['trials_measured']} of {found['trials']} trials, and parts not tried keep 8 bits: raise gguf_search.seconds"
         )
+    if found["mixtures_tried"] and not found["mixture_kept_to_limit"]:
+        notes.append(
+            f"none of {found['mixtures_tried']} mixtures diverged less than gguf_search.max_kld = {limit:g}; at most one part has fewer bits: raise it, or gguf_search.seconds"
+        )
     return notes
 
 

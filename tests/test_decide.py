@@ -175,7 +175,9 @@ def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_besid
 
 def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:
     mixed = Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate")
-    found = {"trials": 60, "trials_measured": 60, "fine_mean_kld": 0.0003}
+    found = {"trials": 60, "trials_measured": 60, "fine_mean_kld": 0.0003, "mixtures_tried": 3, "mixture_kept_to_limit": True}
+    (none,) = searched(mixed, {"metrics": found | {"mixture_kept_to_limit": False}, "config": {"max_kld": 0.004}})
+    assert none.startswith("none of 3 mixtures diverged less than gguf_search.max_kld = 0.004")
     assert searched(mixed, {"metrics": found, "config": {"max_kld": 0.004}}) == []
     (short,) = searched(mixed, {"metrics": found | {"trials_measured": 7}, "config": {"max_kld": 0.004}})
     (coarse,) = searched(mixed, {"metrics": found | {"trials_measured": 0, "fine_mean_kld": 0.003}, "config": {"max_kld": 0.001}})

@@ -79,6 +79,22 @@ def test_what_is_found_is_smaller_and_diverges_no_more_than_allowed(world: World
     assert set(kept["costs"]) == {part.name for part in parts(world.source)}
 
 
+def test_where_no_mixture_keeps_to_the_limit_one_part_that_does_is_better_than_none(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, reference = read_reference(world.path(world.inputs["reference"]))
+    everything = {part.name: "IQ4_NL" for part in parts(world.source)}
+    quantize(
+        world.source, tmp_path / "coarse.gguf", "Q8_0", types={name: "IQ4_NL" for part in parts(world.source) for name in part.tensors}
+    )
+    allowed = mean_divergence(tmp_path / "coarse.gguf", asked, reference) / 2
+    monkeypatch.setattr("tasks.search_gguf.cheapest", lambda *_: everything)
+    folders = {name: world.path(manifest) for name, manifest in world.inputs.items()}
+    found = search_gguf.function(SearchGgufConfig(max_kld=allowed), folders, tmp_path)
+    assert (found["mixtures_tried"], found["mixture_kept_to_limit"], found["coarse_parts"]) == (1, False, 1)
+    assert found["mean_kld"] <= allowed
+
+
 def test_when_the_time_is_up_the_rest_keeps_its_bits_and_the_result_says_so(world: World) -> None:
     made = world.make(search_gguf, SearchGgufConfig(seconds=0.001), **world.inputs)
     assert made.metrics["trials_measured"] == 0 and made.metrics["coarse_parts"] == 0
