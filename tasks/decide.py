@@ -80,12 +80,17 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
 
 
 def measurement(variants: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """How much others disturbed the measurements: the most that any of them kept busy, in cores, and whether that is little."""
+    """How much others disturbed the measurements: the most that any of them kept busy, in cores, and whether that is little; and how far the runs
+    of a variant lay apart in requests/s, at most, (largest - smallest) / median; None where each was measured once."""
     busy = {v["name"]: v["performance"] for v in variants if v["role"] != "api" and v["performance"]}
     if not busy:
         return None
     most = max(busy, key=lambda name: busy[name]["others_cores"] + busy[name]["stolen_cores"])
+    apart = {name: found["spread"]["requests_s"] for name, found in busy.items() if found.get("spread")}
+    least_steady = max(apart, key=lambda name: apart[name]) if apart else None
     return {
+        "spread": apart[least_steady] if least_steady else None,
+        "least_steady": least_steady,
         "others_cores": max(found["others_cores"] for found in busy.values()),
         "stolen_cores": max(found["stolen_cores"] for found in busy.values()),
         "most_disturbed": most,

@@ -31,6 +31,7 @@ from tasks.report_columns import (
 from tasks.reproducibility import sentences
 from tasks.teaching.joining import shown_summary
 from tasks.templating import fill
+from tasks.variant_figures import REPEATABLE
 
 Json: TypeAlias = dict[str, Any]
 ROLES = {"base": "base model", "reference": "16-bit reference", "baseline": "baseline", "api": "API baseline"}
@@ -171,6 +172,9 @@ def quiet(measurement: Any) -> str:
     if not isinstance(measurement, Mapping):
         return ""
     busy = f"other programs kept up to {measurement['others_cores']:.2f} of its cores busy, other machines on the same host took {measurement['stolen_cores']:.2f}"
+    spread = measurement.get("spread") or 0.0
+    if measurement["quiet"] and spread > REPEATABLE:
+        return f"No other program was seen to disturb the machine: while a variant was measured, {busy}. Yet runs of {measurement['least_steady']} lay {spread:.0%} apart: medians are no better than that."
     if measurement["quiet"]:
         return f"The machine was quiet: while a variant was measured, {busy}."
     return f"The machine was not quiet: while a variant was measured, {busy}. Most disturbed: {measurement['most_disturbed']}. Speeds are too low by as much."

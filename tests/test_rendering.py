@@ -347,3 +347,6 @@ def test_what_was_measured_beside_the_usual_is_shown_and_otherwise_nothing_is(tm
     quiet = {"quiet": True, "others_cores": 0.02, "stolen_cores": 0.0, "most_disturbed": "x"}
     render(report | {"measurement": quiet}, tmp_path / "quiet")
     assert "The machine was quiet" in read(tmp_path / "quiet", "report.md")
+    render(report | {"measurement": quiet | {"spread": 0.4, "least_steady": "gguf-F16"}}, tmp_path / "apart")
+    page = read(tmp_path / "apart", "report.md")
+    assert "The machine was quiet" not in page and "runs of gguf-F16 lay 40% apart" in page
