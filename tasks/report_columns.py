@@ -82,14 +82,14 @@ MEASURED_COLUMNS = [
     Column("Mapped: private, MB", "performance.mapped.private_mb", "number", "", True),
     Column("Mapped: requests/s", "performance.mapped.requests_s", "number", "", True),
     Column(
-        "Prefill by llama-bench",
+        "Prefill, share of llama-bench's",
         "performance.llama_bench.prefill_ratio",
         "ratio",
         "Our figure as a share of llama-bench's on the same file",
         True,
     ),
     Column(
-        "Decode by llama-bench",
+        "Decode, share of llama-bench's",
         "performance.llama_bench.decode_ratio",
         "ratio",
         "Our figure as a share of llama-bench's on the same file",

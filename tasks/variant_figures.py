@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
 ELSEWHERE = "the model runs on its provider's machines"
 GPU_FORMATS = ("gptq", "awq")
+AGREES = 0.05  # how far our speeds may be from llama-bench's on the same file
 REPEATABLE = 0.1  # spread of a figure over runs from which a note says so
 
 
@@ -63,6 +64,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         if name.split(":")[1] == variant.name and not name.startswith("kernel:")
     ]
     notes += searched(variant, model)
+    notes += beside_llama_bench(bench := _llama_bench(variant, performance, inputs))
     return {
         **row,
         "device": performance["device"],
@@ -77,7 +79,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         **_fidelity(variant, config, inputs),
         "constrained": _constrained(variant, inputs),
         "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel", "dtype")}
-        | {"mapped": _mapped(variant, inputs), "llama_bench": _llama_bench(variant, performance, inputs)}
+        | {"mapped": _mapped(variant, inputs), "llama_bench": bench}
         | {"kernels": _kernels(variant, config, inputs)}
         | _missing(performance)
         | _price(performance, config),
@@ -173,6 +175,16 @@ def _llama_bench(variant: Variant, performance: Mapping[str, Any], inputs: Mappi
     medians = {name: statistics.median(found[name] for found in theirs) for name in ("prefill_tok_s", "decode_tok_s")}
     ratios = {f"{name.split('_')[0]}_ratio": performance[name] / value for name, value in medians.items()}
     return medians | ratios | {"build_commit": theirs[0]["build_commit"]}
+
+
+def beside_llama_bench(found: Mapping[str, Any] | None) -> list[str]:
+    """Where our figures and llama-bench's are further apart than two measurements of one thing should be."""
+    ratios = {what: found[f"{what}_ratio"] for what in ("prefill", "decode")} if found else {}
+    return [
+        f"tokens/s of {what} are {abs(ratio - 1):.1%} {'above' if ratio > 1 else 'below'} llama-bench's on the same file; up to {AGREES:.0%} would be expected"
+        for what, ratio in ratios.items()
+        if abs(ratio - 1) > AGREES
+    ]
 
 
 def _fidelity(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from tasks.decide import DecideConfig, beside_ready_made, pareto_front, recommend
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
-from tasks.variant_figures import searched
+from tasks.variant_figures import beside_llama_bench, searched
 from tasks.variants import MIXED, Variant
 
 pytestmark = pytest.mark.fast
@@ -171,6 +171,12 @@ def test_a_model_behind_an_api_is_neither_recommended_nor_on_the_front_but_besid
     assert pareto_front(variants) == pareto_front(VARIANTS)
     claim = compare_with_paper([], variants[-3:])[1]
     assert (claim["paper"], claim["ours"]) == ("99%", "100.0% with no examples, 100.0% with 12 examples")
+
+
+def test_speeds_that_llama_bench_does_not_confirm_are_noted() -> None:
+    (note,) = beside_llama_bench({"prefill_ratio": 0.937, "decode_ratio": 1.049})
+    assert note.startswith("tokens/s of prefill are 6.3% below llama-bench's")
+    assert beside_llama_bench(None) == []
 
 
 def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.core import child
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.child import StageError
@@ -376,3 +377,19 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tiny_disk: Path, tmp_p
             seam.run(fill, FillConfig(megabytes=4, said=said), {}, store, tmp_path / "logs")
     assert seam.run(count, CountConfig(), {}, store, tmp_path / "logs") == (kept, "cached")
     assert seam.run(fill, FillConfig(megabytes=0), {}, store, tmp_path / "logs")[1] == "computed"
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (ValueError("the format cannot be made"), False),
+    ],
+)
+def test_who_has_no_memory_left_is_told_what_to_do(error: Exception, short: bool) -> None:
+    assert ("make room, or leave this variant out" in child._mend(error)) == short

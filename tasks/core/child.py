@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from tasks.core.stage import Stage, StageConfig
 
 FORKS = ForkServer()
-OUT_OF_MEMORY = ", as the kernel does where memory runs out (make room, or leave this variant out)"
+MAKE_ROOM = " (make room, or leave this variant out)"
+OUT_OF_MEMORY = f", as the kernel does where memory runs out{MAKE_ROOM}"
 
 
 ITS_LOG = ". Its log: "  # between a reason and the path of a log
@@ -142,6 +144,14 @@ def _start(environment: Mapping[str, str], stdin: int, output: int, events: int)
     )
 
 
+def _mend(error: Exception) -> str:
+    """What to do about an error of libraries: torch has one of its own for a GPU's memory, and a RuntimeError for a computer's."""
+    short = isinstance(error, MemoryError) or re.search(
+        r"(?i)out of memory|(can.?t|cannot|could not) allocate|failed to allocate", str(error)
+    )
+    return MAKE_ROOM if short else ""
+
+
 def _work(descriptor: int, parent: int) -> int:
     """What the child does; its exit code."""
     die_with_parent(parent)
@@ -173,7 +183,13 @@ def _work(descriptor: int, parent: int) -> int:
         return 2
     except Exception as error:
         traceback.print_exc()
-        end({"error": f"{type(error).__name__}: {error}", "disk_full": hardware.says_full(error), "file": getattr(error, "filename", None)})
+        end(
+            {
+                "error": f"{type(error).__name__}: {error}{_mend(error)}",
+                "disk_full": hardware.says_full(error),
+                "file": getattr(error, "filename", None),
+            }
+        )
         return 1
     peak = hardware.peak_rss_mb() + metrics.get("workers_peak_rss_mb", 0)  # of a stage that shared its work among processes
     end({"outcome": metrics, "peak_rss_mb": round(peak, 1)})
