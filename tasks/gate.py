@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from tasks.core.markdown import escape_markdown
 from tasks.core.stage import StageConfig
+from tasks.paired import paired_interval
 
 Verdict = Literal["promote", "hold", "inconclusive"]
 PROMOTION = "cartwright-promotion"  # the concurrency limit of a Prefect server that lets one promotion go on at a time
@@ -37,21 +37,6 @@ class RegisterConfig(StageConfig):
     hard_rows: int = Field(900, ge=12, le=100_000, description="Rows of the same kind as `hard` that both models are asked")
     own_rows: tuple[str, ...] = Field((), description="Labelled JSONL files of your own that both models are asked too")
     own_rows_sha256: tuple[str, ...] = Field((), description="Digests of these files; filled in")
-
-
-def paired_interval(won: int, lost: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95% interval of the difference of two shares on the same rows (Agresti and Min 2005, doi:10.1002/sim.1781).
-
-    Unlike a bootstrap it does not shrink to nothing when the models never disagree: few rows say little even then.
-
-    Args:
-        won, lost: rows that only the first, only the second model has right.
-        n: all rows.
-    """
-    b, c, total = won + 0.5, lost + 0.5, n + 2.0
-    delta = (b - c) / total
-    half = z * math.sqrt(b + c - (b - c) ** 2 / total) / total
-    return delta - half, delta + half
 
 
 def not_inferior(name: str, mine: Sequence[bool], theirs: Sequence[bool], margin: float) -> dict[str, Any]:

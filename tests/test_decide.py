@@ -203,3 +203,5 @@ def test_paired_difference_against_counted_values() -> None:
     assert result["mcnemar_p"] == pytest.approx(2 * 79 / 4096)
     assert 0.0 < result["low"] < 0.08 < result["high"] < 0.16
     assert paired_difference([True], [True])["mcnemar_p"] == 1.0
+    alike = paired_difference([True] * 300, [True] * 300)  # that no row differs says little of the rows that were not asked
+    assert (alike["low"], alike["high"]) == pytest.approx((-0.0065, 0.0065), abs=1e-4)
