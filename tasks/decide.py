@@ -20,7 +20,7 @@ from tasks.variants import MIXED, Variant
 QUIET = 0.1  # cores that others may keep busy while a variant is measured; with more the machine was not quiet
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 NONE_MEASURED = "No quantized variant that can be trusted was made and measured on a CPU."
-LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
+LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_vram_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
 
 
 class DecideConfig(StageConfig):
@@ -30,7 +30,8 @@ class DecideConfig(StageConfig):
         0.005, ge=0, le=1, description="Largest loss of exact match against the 16-bit model, as a share: 0.01 is one percentage point"
     )
     max_size_mb: float | None = Field(None, gt=0)
-    max_rss_mb: float | None = Field(None, gt=0)
+    max_rss_mb: float | None = Field(None, gt=0, description="Of what runs on a CPU")
+    max_vram_mb: float | None = Field(None, gt=0, description="GPU memory, of what runs on one")
     max_latency_p95_ms: float | None = Field(None, gt=0)
     machine_usd_per_hour: float | None = Field(None, gt=0, description="What the machine costs, from which the price of requests follows")
     max_usd_per_1k_requests: float | None = Field(None, gt=0, description="Needs machine_usd_per_hour")
@@ -229,14 +230,16 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
         return f"is significantly less accurate (McNemar p {versus['mcnemar_p']:.3f})"
     limits: tuple[tuple[str, float | None, float | None, str], ...] = (
         ("size", v["size_mb"], config.max_size_mb, "MB"),
-        ("memory", v["performance"]["rss_mb"], config.max_rss_mb, "MB"),
+        ("GPU memory", v["performance"].get("vram_mb"), config.max_vram_mb, "MB")
+        if v["device"] == "cuda"  # the memory of its host is mostly CUDA's own
+        else ("memory", v["performance"]["rss_mb"], config.max_rss_mb, "MB"),
         ("95th percentile of latency", v["performance"]["latency_ms"]["p95"], config.max_latency_p95_ms, "ms"),
         ("price of 1,000 requests", v["performance"].get("usd_per_1k_requests"), config.max_usd_per_1k_requests, "USD"),
     )
     if on_gpu and v["device"] != "cuda":
         limits = limits[:1]
     over = [
-        f"its {what} is {value:.3g} {unit}; at most {limit:g} are allowed"
+        f"its {what} is {'not known' if value is None else f'{value:.3g} {unit}'}; at most {limit:g} are allowed"
         for what, value, limit, unit in limits
         if limit is not None and (value is None or value > limit)
     ]

@@ -79,6 +79,20 @@ def test_a_gpu_format_that_was_measured_on_the_cpu_need_not_keep_to_limits_there
     assert recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_size_mb=110))["gpu"] is None
 
 
+def test_on_a_gpu_its_memory_is_limited_and_not_its_hosts() -> None:
+    on_gpu = [
+        v | {"device": "cuda", "performance": v["performance"] | {"rss_mb": 2900.0, "vram_mb": memory}}
+        for v, memory in ((VARIANTS[1], 900.0), (VARIANTS[2], 400.0))
+    ]
+    limits = {"max_accuracy_loss": 0.01, "max_rss_mb": 350}
+    assert recommend([*on_gpu, VARIANTS[3]], DecideConfig(**limits))["gpu"] == "gptq-4bit"
+    less = recommend([*on_gpu, VARIANTS[3]], DecideConfig(**limits, max_vram_mb=300))
+    assert less["gpu"] is None and less["cpu"] == "gguf-Q8_0"
+    assert less["excluded"]["gptq-4bit"] == "its GPU memory is 400 MB; at most 300 are allowed"
+    unknown = [v | {"performance": v["performance"] | {"vram_mb": None}} for v in on_gpu]
+    assert "GPU memory is not known" in recommend([*unknown, VARIANTS[3]], DecideConfig(**limits, max_vram_mb=300))["excluded"]["gptq-4bit"]
+
+
 def test_what_ran_elsewhere_than_the_16_bit_model_is_not_compared_with_its_speed() -> None:
     on_gpu = VARIANTS[1] | {"device": "cuda", "performance": VARIANTS[1]["performance"] | {"requests_s": 40.0, "rss_mb": 2900.0}}
     apart = [on_gpu, *(v | dict.fromkeys(("speedup_vs_fp16", "ram_reduction_vs_fp16")) for v in VARIANTS[3:] if v["quality"])]
