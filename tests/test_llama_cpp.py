@@ -101,6 +101,19 @@ def test_a_grammar_that_cannot_be_read_is_an_error(tiny_gguf: Path) -> None:
         LlamaCppRuntime(tiny_gguf, 1, grammar="root ::= (")
 
 
+def test_a_file_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "no-such-architecture")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(ValueError, match=r"cannot load .*model\.gguf: .*unknown model architecture: 'no-such-architecture'"):
+        LlamaCppRuntime(tmp_path / "model.gguf", 1)
+    (tmp_path / "model.gguf").write_bytes(b"GGML")
+    with pytest.raises(ValueError, match="invalid magic"):
+        LlamaCppRuntime(tmp_path / "model.gguf", 1)
+
+
 @pytest.mark.parametrize("runtime", ["llama_cpp", "transformers"])
 def test_a_text_that_is_too_long_gets_no_answer_and_the_others_theirs(tiny_gguf: Path, runtime: Any) -> None:
     spec = load_spec("ecommerce")

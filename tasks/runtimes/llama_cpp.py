@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,21 @@ from tasks.runtimes.llama_grammar import Grammar
 from tasks.runtimes.sources import Asked, Listed, Source
 
 BATCH = LONGEST_PROMPT  # most tokens one call of llama_decode takes
+ERROR = 4  # ggml's level of a log line
 FEW = 4  # sequences; with more of them the processor is busy without guesses
 
 
+_errors: deque[str] = deque(maxlen=8)  # what llama.cpp said last of what it could not do
+
+
 @api.llama_log_callback
-def _silent(level: int, text: bytes, user_data: Any) -> None:
-    """llama.cpp writes hundreds of lines while loading; failures are raised instead."""
+def _hear(level: int, text: bytes, user_data: Any) -> None:
+    """llama.cpp writes hundreds of lines while loading; failures are raised instead, with its reason."""
+    if level == ERROR:
+        _errors.append(text.decode(errors="replace").strip())
 
 
-api.llama_log_set(_silent, ctypes.c_void_p(0))
+api.llama_log_set(_hear, ctypes.c_void_p(0))
 
 
 @dataclass
@@ -73,9 +80,11 @@ class LlamaCppRuntime:
         parameters.n_gpu_layers = 0
         parameters.load_mode = api.LLAMA_LOAD_MODE_MMAP if mmap else api.LLAMA_LOAD_MODE_NONE
         parameters.use_extra_bufts = not mmap  # rearranged weights would be in memory beside the file's pages
+        _errors.clear()
         self._model = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
-            raise ValueError(f"llama.cpp cannot load {path}")
+            reason = next(iter(_errors), "it does not say why")  # the others say that therefore something else failed
+            raise ValueError(f"llama.cpp cannot load {path}: {reason[-300:]}")
         # The state of a recurrent layer cannot be taken back when a guess was wrong.
         takes_back = not (api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model))
         self._most_guesses = guesses if takes_back else 0
