@@ -11,7 +11,7 @@ from prefect import flow
 
 from flows.session import Run, runner, teacher_secret, tell
 from tasks.base_model import TINY, base_model
-from tasks.benchmark import benchmark
+from tasks.benchmark import MOST_RUNS, benchmark
 from tasks.config import RunConfig, gptq_name
 from tasks.core.child import FORKS, ITS_LOG, StageError
 from tasks.core.manifests import Manifest
@@ -210,7 +210,8 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
             few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
             if variant.role == "base" and number:
                 continue
-            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": number})
+            run = MOST_RUNS * config.benchmark.session + number
+            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": run})
             yield f"benchmark:{variant.name}:{number}", benchmark, measured, f"benchmark {variant.name}{again}", variant
             for kernel in config.benchmark.kernels if variant.format == "gptq" and not number else ():
                 other = measured.model_copy(update={"kernel": kernel})

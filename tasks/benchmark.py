@@ -34,6 +34,9 @@ BUSY = ("others_cores", "stolen_cores")
 SPREAD_OF = ("requests_s", "requests_s_batched", "prefill_tok_s", "decode_tok_s")
 
 
+MOST_RUNS = 100
+
+
 class BenchmarkConfig(StageConfig):
     """What is measured."""
 
@@ -56,12 +59,13 @@ class BenchmarkConfig(StageConfig):
     constrained: bool = Field(False, description="Keep every answer to the grammar of the domain; llama.cpp only")
     mmap: bool = Field(False, description="Map the weights into memory instead of reading them; llama.cpp only")
     run: int = Field(0, ge=0, description="Which of the runs this is; filled in by the flow")
-    runs: int = Field(1, ge=1, le=100, description="Fresh processes for each variant, variants taking turns; medians count")
+    runs: int = Field(1, ge=1, le=MOST_RUNS, description="Fresh processes for each variant, variants taking turns; medians count")
+    session: int = Field(0, ge=0, le=10_000, description="Another number measures everything anew: does it come out the same?")
     mapped_too: bool = Field(False, description="Measure GGUF files once more with their weights mapped into memory")
     llama_bench: bool = Field(False, description="Compare prefill and decode of GGUF files with llama.cpp's own llama-bench")
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"runs", "kernels", "mapped_too", "llama_bench"}
+        {"runs", "session", "kernels", "mapped_too", "llama_bench"}
     )  # they say how often a stage is called
 
     @field_validator("loads")

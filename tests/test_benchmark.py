@@ -120,6 +120,10 @@ def test_what_is_asked_for_beside_speed_is_measured_once_and_llama_bench_in_ever
 
 def test_how_often_is_measured_is_not_part_of_what_is_measured() -> None:
     """So that a second `make bench`, or one with more runs, keeps the runs that are there."""
+    anew = load_config("smoke", {"benchmark.runs": 2, "benchmark.session": 3})
+    assert [(name, settings.run) for name, _, settings, *_ in measurements(anew, VARIANTS[-1:])] == [
+        ("benchmark:gguf-Q4_0:0", 300), ("benchmark:gguf-Q4_0:1", 301)
+    ]  # fmt: skip
     assert benchmark.key(BenchmarkConfig(runs=1), {}) == benchmark.key(BenchmarkConfig(runs=5, llama_bench=True, mapped_too=True), {})
     assert benchmark.key(BenchmarkConfig(run=1), {}) != benchmark.key(BenchmarkConfig(run=0), {})
 
