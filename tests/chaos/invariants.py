@@ -67,7 +67,7 @@ class Reader(threading.Thread):
     def run(self) -> None:
         store = Store(self._world.store.as_uri(), self._world.home)
         while not self._end.wait(0.05):
-            for path in self._world.store.glob(f"*/*/{MANIFEST}"):
+            for path in self._world.store.glob(f"[!.]*/*/{MANIFEST}"):  # ".partial" is not read by anyone
                 try:
                     written, (_, damage) = path.stat().st_mtime_ns, store.find(*path.parts[-3:-1])
                     if damage and path.stat().st_mtime_ns == written:  # and not taken away, or made anew, meanwhile
