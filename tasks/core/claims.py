@@ -7,7 +7,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
-from tasks.core.tracking import TAG
+from tasks.core.flat import TAG
 
 SETTLE_S = 2.0  # longer than it takes until what one host has written is what another reads
 ABANDONED_S = 600.0  # longer than a promotion, which loads a model from the registry

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+TAG = "cartwright."  # our tags begin so
 IN_REPORT_ONLY = re.compile(r"\b(confusion\.|by_(intent|language|slot|source)\..*\.(low|high|n)$)")
 
 

@@ -19,6 +19,21 @@ import psutil
 from tasks.core import settings
 
 CGROUP = Path("/sys/fs/cgroup")
+# What speeds depend on, as Linux calls it.
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = 1 << 20  # bytes: with less, neither a database nor a stage gets on, whatever its error says
 LIBRARIES = (
@@ -159,6 +174,7 @@ def environment() -> dict[str, Any]:
     """The `environment` of a report."""
     return {
         "cpu": cpu_model(),
+        "instructions": " ".join(flag for flag in INSTRUCTIONS if flag in cpu_flags()),
         "cores": cores(),
         "ram_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu(),

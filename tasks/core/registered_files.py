@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tasks.core.file_hash import sha256_file
-from tasks.core.tracking import TAG
+from tasks.core.flat import TAG
 from tasks.domain.errors import UserError
 
 FILES = TAG + "files."  # tags that hold, one after the other, the SHA-256 of every file of a version as JSON

@@ -16,9 +16,10 @@ from filelock import FileLock
 
 from tasks.core import ledger
 from tasks.core.claims import Claim
+from tasks.core.flat import TAG
 from tasks.core.registered_files import TAG_LENGTH, check_files, files_of, hashes_as_tags
 from tasks.core.settings import Settings, shown_uri
-from tasks.core.tracking import TAG, Runtime, client_of
+from tasks.core.tracking import Runtime, client_of
 from tasks.domain.errors import UserError
 
 CHAMPION, PREVIOUS = "champion", "previous"

@@ -1,4 +1,4 @@
-"""MLflow: one parent run per pipeline run, one child per stage and per variant. The only module that imports mlflow.
+"""MLflow: one parent run per pipeline run, one child per stage and per variant.
 
 Runs are found by tag before they are made, so a retry never duplicates one. Nothing here uses the fluent active run,
 which is local to a thread.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -17,20 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tasks.core import ledger
-from tasks.core.flat import as_params, comparable, flatten, metric_name
+from tasks.core.flat import TAG, as_params, comparable, flatten, metric_name
+from tasks.core.left_runs import end_left_runs
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
 from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError
 
-logger = logging.getLogger("cartwright")
-
 Kind = Literal["pipeline", "stage", "variant", "arm"]
 Runtime = Literal["transformers", "llama_cpp"]
-TAG = "cartwright."
 
 
 def client_of(settings: Settings) -> Any:
@@ -85,91 +82,14 @@ def open_parent(
     taken = next((run.info.run_id for run in left if mine(run.data.tags)), None)
     if taken:
         client.update_run(taken, status="RUNNING")
-        _end_others(client, experiment_id, same, str(taken), tags)
-        _end_orphans(client, experiment_id, tags)
-        _end_left(client, settings, str(taken), tags)
+        end_left_runs(client, settings, str(taken), tags)
         for name, value in {**tags, TAG + "left": "no"}.items():
             client.set_tag(taken, name, value)
         return Tracker(settings, str(taken), resumed=True)
     all_tags = {TAG + "kind": "pipeline", **tags, TAG + "pipeline_key": pipeline_key, "mlflow.runName": run_name}
     made = str(client.create_run(experiment_id, run_name=run_name, tags=all_tags).info.run_id)
-    _end_others(client, experiment_id, same, made, tags)
-    _end_orphans(client, experiment_id, tags)
-    _end_left(client, settings, made, tags)
+    end_left_runs(client, settings, made, tags)
     return Tracker(settings, made)
-
-
-def _end_others(client: Any, experiment_id: str, same: str, kept: str, tags: Mapping[str, str]) -> None:
-    """Parent runs of the same configuration and home that were left running: a lock of the home says that nobody works on them.
-
-    One of the same name is of a request that MLflow's client sent twice, since the first answer was lost.
-    """
-    opened_by, name = tags.get(TAG + "opened_by"), client.get_run(kept).info.run_name
-    for run in client.search_runs([experiment_id], f"{same} and attributes.status = 'RUNNING'") if opened_by else []:
-        if run.info.run_id == kept or run.data.tags.get(TAG + "opened_by") != opened_by:
-            continue
-        if run.info.run_name == name:
-            client.delete_run(run.info.run_id)
-        else:
-            client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _end_orphans(client: Any, experiment_id: str, tags: Mapping[str, str]) -> None:
-    """Children that go on, as MLflow has it, below a parent run of this home that has ended: that they ended was said, and not heard."""
-    from mlflow.exceptions import MlflowException
-
-    if not (opened_by := tags.get(TAG + "opened_by")):
-        return
-    running: dict[str, list[str]] = {}
-    for run in client.search_runs([experiment_id], f"tags.`{TAG}kind` != 'pipeline' and attributes.status = 'RUNNING'"):
-        running.setdefault(run.data.tags.get("mlflow.parentRunId", ""), []).append(run.info.run_id)
-    for parent, children in running.items():
-        try:
-            found = client.get_run(parent)
-        except MlflowException:  # deleted for good, or none
-            continue
-        if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != opened_by:
-            continue
-        for child in children:
-            if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
-                client.set_terminated(child, found.info.status)
-
-
-def _end_left(client: Any, settings: Settings, kept: str, tags: Mapping[str, str]) -> None:
-    """Parent runs of this home, of whatever configuration, that go on in MLflow while nobody holds the lock they were opened under: who did
-    was killed. They end as that, and so do their children; the same configuration takes them up again."""
-    from mlflow.exceptions import MlflowException
-
-    if not (opened_by := tags.get(TAG + "opened_by")):
-        return
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    for run in client.search_runs(experiments, "attributes.status = 'RUNNING'"):
-        of = run.data.tags
-        name = of.get(TAG + "lock") or f"run-{of.get(TAG + 'pipeline_key', '')}"
-        if run.info.run_id == kept or of.get(TAG + "opened_by") != opened_by or not re.fullmatch(r"[\w.+-]+", name):
-            continue
-        try:
-            if name == tags.get(TAG + "lock"):  # ours, as that of a check for drift in other texts
-                _end_killed(client, run)
-            elif (path := settings.home / "locks" / f"{name}.lock").is_file():
-                with FileLock(path, timeout=0):
-                    _end_killed(client, run)
-        except Timeout:  # it goes on
-            continue
-        except MlflowException as error:  # such as of one that was deleted meanwhile
-            logger.warning("The run %s, which was killed, could not be ended in MLflow: %s", run.info.run_id, error)
-
-
-def _end_killed(client: Any, run: Any) -> None:
-    """End a parent run whose lock is held here, and its children, unless it has ended since it was looked for."""
-    parent = run.info.run_id
-    if client.get_run(parent).info.status != "RUNNING":
-        return
-    below = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-    for child in client.search_runs([run.info.experiment_id], below):
-        client.set_terminated(child.info.run_id, "KILLED")
-    client.set_tag(parent, TAG + "left", "yes")
-    client.set_terminated(parent, "KILLED")
 
 
 def preload() -> None:
