@@ -51,7 +51,7 @@ def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.gro
     return wanted
 
 
-@stage("quantize_gptq", version=5, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
+@stage("quantize_gptq", version=6, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
 def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
     import torch
@@ -100,7 +100,14 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     weights = sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))
-    return {"bits": config.bits, "group_size": group_size, "calibration_rows": len(calibration), "size_mb": round(weights / 1e6, 3)}
+    return {
+        "bits": config.bits,
+        "group_size": group_size,
+        "calibration_rows": len(examples),
+        "calibration_tokens": sum(map(len, examples)),
+        "widest_layer": max(model_config["hidden_size"], model_config["intermediate_size"]),
+        "size_mb": round(weights / 1e6, 3),
+    }
 
 
 def _report_progress(module: Any) -> None:

@@ -83,7 +83,7 @@ def write_report(
 
 
 def show_in_prefect(report: dict[str, Any], folder: Path, tracker: Tracker) -> None:
-    """The recommendation, the gate, the table of variants and the pictures as artifacts of the flow run, and where the whole report is."""
+    """The recommendation, the gate, the table of variants, all tables and the pictures as artifacts of the flow run, and where the report is."""
     from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 
     if page := tracker.page():
@@ -95,6 +95,9 @@ def show_in_prefect(report: dict[str, Any], folder: Path, tracker: Tracker) -> N
         key="recommendation", markdown=f"{escape_markdown(report['recommendation']['why'])}\n\n{where}", description=report["run_id"]
     )
     create_table_artifact(key="variants", table=[_variant_row(v) for v in report["variants"]], description=report["run_id"])
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    tables = "\n".join(line for line in lines if not line.startswith("!["))  # the pictures are artifacts of their own
+    create_markdown_artifact(key="tables", markdown=tables, description=report["run_id"])
     for name in PICTURES:
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         create_image_artifact(key=name.replace("_", "-"), image_url=f"data:image/png;base64,{picture}", description=report["run_id"])

@@ -43,6 +43,7 @@ FIDELITY_COLUMNS = [
     Column("Same next token", "fidelity.top1_agreement", "percent", "How often both prefer the same token", True),
     Column("Mean KLD", "fidelity.mean_kld", "number", "Divergence of the token probabilities; 0 is none", True),
     Column("p99 KLD", "fidelity.p99_kld", "number", "99 of 100 tokens diverge less than this", True),
+    Column("Perplexity", "fidelity.perplexity", "number", "Of the right answers: the number of tokens it hesitates between", True),
     Column("Weight error", "fidelity.weight_rel_error", "percent", "Relative error of the weights", True),
     Column("Fine-tuning kept", "fidelity.delta_retained", "percent", "What is left of the change by fine-tuning", True),
     Column("Same prompt", "fidelity.prompt_ids_match", "text", "Both read the same prompt tokens", True),
@@ -70,6 +71,8 @@ MEASURED_COLUMNS = [
     Column("First token p50, ms", "performance.ttft_ms.p50", "number", "From the request to its first token"),
     Column("Later token p50, ms", "performance.tpot_ms.p50", "number", "Mean time of each token after the first"),
     Column("Latency p99, ms", "performance.latency_ms.p99"),
+    Column("Layer class", "kernel", "text", "What computes the quantized layers in transformers", True),
+    Column("PSS, MB", "performance.pss_mb", "number", "Memory, what is shared with other processes divided among them", True),
     Column(
         "Batched, prefix not shared",
         "performance.requests_s_prefix_not_shared",
@@ -114,7 +117,7 @@ TRAINING = [
     Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
     Column("Final loss", "final_loss"),
 ]  # fmt: skip
-MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"),
+MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Instructions", "instructions", "text"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"),
                                   ("Speed measured on", "measured_on", "text"))]  # fmt: skip
 STAGES = [Column("State", "state", "text"), Column("Time", "wall_s", "time"), Column("Pool", "pool", "text"), Column("Key", "key", "text")]
 OVERHEAD = [Column("Time", "seconds", "time"), Column("Share", "share", "percent")]

@@ -1,8 +1,9 @@
 """Stage `search_gguf`: a GGUF file of mixed precision, in which each part of the model has as many bits as it needs.
 
-How much a part matters is measured: everything at 8 bits, that part alone at fewer. Divergences of parts about add up, so each part is
-given the type whose divergence and size cost least together, at the exchange rate at which the whole keeps within the divergence that
-is allowed; and what comes out is measured again.
+The smallest mixture has the fewest bits everywhere; if it diverges no more than is allowed, it is taken. Otherwise how much a part matters
+is measured: everything at 8 bits, that part alone at fewer. Divergences of parts about add up, so each part is given the type whose
+divergence and size cost least together, at the exchange rate at which the whole keeps within the divergence that is allowed; and what
+comes out is measured again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FINE = "Q8_0"
 # an importance matrix they diverge as much as IQ4_NL and twice as much.
 BITS = {FINE: 8.5, "Q5_0": 5.5, "IQ4_NL": 4.5}
 COARSE = tuple(kind for kind in BITS if kind != FINE)
+COARSEST = min(BITS, key=lambda kind: BITS[kind])
 _PART = re.compile(r"blk\.(\d+)\.(attn|ffn)_")
 BACK_OFF = 0.85  # of the allowed divergence, each time what was predicted turns out too low
 TRIALS = 8
@@ -38,10 +40,10 @@ TRIALS = 8
 class SearchGgufConfig(StageConfig):
     """What a mixture must keep to, and how long to look for it."""
 
-    max_kld: float = Field(
-        0.004,
+    max_kld: float | None = Field(
+        None,
         gt=0,
-        description="Largest mean divergence from the 16-bit model, nats; Q4_K_M had 0.003, and Q4_0, which lost accuracy, 0.010",
+        description="Largest mean divergence from the 16-bit model, nats; none: the smallest mixture is taken, and what it costs is left to the decision",
     )
     seconds: float = Field(
         600, gt=0, le=86_400, description="After this long, parts not yet measured keep 8 bits; one mixture is measured all the same"
@@ -72,7 +74,7 @@ class Mixture:
 
 @stage(
     "search_gguf",
-    version=5,
+    version=6,
     libraries=("llama-cpp-python",),
     measures=True,
     preloaded=True,
@@ -97,8 +99,12 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         size_mb = (out_dir / MODEL_FILE).stat().st_size / 1e6
         return Mixture(dict(types), mean_divergence(out_dir / MODEL_FILE, asked, reference), size_mb)
 
+    coarse = measure({part.name: COARSEST for part in known})
+    limit = coarse.mean_kld if config.max_kld is None else config.max_kld
+    if coarse.mean_kld <= limit:
+        return _found(coarse, limit, out_dir, known, tried=[coarse], costs={})
     fine = measure({})
-    budget = config.max_kld - fine.mean_kld
+    budget = limit - fine.mean_kld
     costs: dict[str, dict[str, float]] = {part.name: {FINE: 0.0} for part in known}
     trials = [(part, kind) for kind in COARSE for part in known]
     within = [fine]  # what was measured and diverges no more than is allowed
@@ -106,7 +112,7 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         if budget > 0 and time.monotonic() < deadline:
             alone = measure({part.name: kind})
             costs[part.name][kind] = max(alone.mean_kld - fine.mean_kld, 0.0)
-            within += [alone] if alone.mean_kld <= config.max_kld else []
+            within += [alone] if alone.mean_kld <= limit else []
 
     tried: list[Mixture] = []
     for back_off in range(TRIALS):
@@ -115,21 +121,31 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         types = cheapest(known, costs, budget * BACK_OFF**back_off)
         if types and types not in [mixture.types for mixture in tried]:
             tried.append(measure(types))
-            if tried[-1].mean_kld <= config.max_kld:
+            if tried[-1].mean_kld <= limit:
                 break
-    kept = bool(tried and tried[-1].mean_kld <= config.max_kld)
+    kept = bool(tried and tried[-1].mean_kld <= limit)
     best = tried[-1] if kept else measure(min(within, key=lambda mixture: mixture.size_mb).types)
+    return _found(best, limit, out_dir, known, tried, costs) | {
+        "fine_mean_kld": fine.mean_kld,
+        "fine_size_mb": round(fine.size_mb, 3),
+        "trials": len(trials),
+    }
+
+
+def _found(
+    best: Mixture, limit: float, out_dir: Path, known: Sequence[Part], tried: Sequence[Mixture], costs: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Figures of the mixture whose file was written last; what was measured on the way is written beside it."""
     (out_dir / "search.json").write_text(json.dumps({"costs": costs, "tried": [asdict(mixture) for mixture in tried]}, indent=1))
     return {
         "format": "mixed",
+        "max_kld": limit,
         "mean_kld": best.mean_kld,
-        "fine_mean_kld": fine.mean_kld,
-        "fine_size_mb": round(fine.size_mb, 3),
         "parts": len(known),
         "coarse_parts": len(best.types),
         "mixtures_tried": len(tried),
-        "mixture_kept_to_limit": kept,
-        "trials": len(trials),
+        "mixture_kept_to_limit": best in tried,
+        "trials": 0,
         "trials_measured": sum(len(found) - 1 for found in costs.values()),
         **describe(out_dir / MODEL_FILE),
     }

@@ -63,7 +63,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         for name, why in config.unmeasured.items()
         if name.split(":")[1] == variant.name and not name.startswith("kernel:")
     ]
-    notes += searched(variant, model)
+    notes += calibrated_on_little(model["metrics"]) + searched(variant, model)
     notes += beside_llama_bench(bench := _llama_bench(variant, performance, inputs))
     return {
         **row,
@@ -95,12 +95,24 @@ def _bits(variant: Variant, model: dict[str, Any], size: int, inputs: Mapping[st
     return 16 * size / whole
 
 
+def calibrated_on_little(made: Mapping[str, Any]) -> list[str]:
+    """GPTQ inverts products of a layer's inputs: with fewer tokens than inputs, only its damping makes that possible."""
+    tokens, inputs = made.get("calibration_tokens"), made.get("widest_layer")
+    if tokens is None or inputs is None or tokens >= inputs:
+        return []
+    return [
+        f"calibrated on {tokens:,} tokens, fewer than the {inputs:,} inputs of its widest layer, which leaves its rounding to chance: raise calibration_rows"
+    ]
+
+
 def searched(variant: Variant, model: dict[str, Any]) -> list[str]:
     """What the search for mixed precision could not do."""
     if variant.name != MIXED:
         return []
     found, notes = model["metrics"], []
-    limit = model["config"]["max_kld"]
+    limit = found["max_kld"]
+    if not found["trials"]:  # everything in the fewest bits keeps to the limit
+        return []
     if found["fine_mean_kld"] >= limit:
         notes.append(
             f"8 bits alone diverge by {found['fine_mean_kld']:.4f} nats, all that gguf_search.max_kld = {limit:g} allows: raise it"

@@ -9,7 +9,7 @@ import pytest
 from tasks.decide import DecideConfig, beside_ready_made, pareto_front, recommend
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
-from tasks.variant_figures import beside_llama_bench, searched
+from tasks.variant_figures import beside_llama_bench, calibrated_on_little, searched
 from tasks.variants import MIXED, Variant
 
 pytestmark = pytest.mark.fast
@@ -193,14 +193,29 @@ def test_speeds_that_llama_bench_does_not_confirm_are_noted() -> None:
     assert beside_llama_bench(None) == []
 
 
+def test_calibration_on_fewer_tokens_than_a_layer_has_inputs_is_noted() -> None:
+    (note,) = calibrated_on_little({"calibration_tokens": 430, "widest_layer": 1536})
+    assert note.startswith("calibrated on 430 tokens, fewer than the 1,536 inputs") and note.endswith("raise calibration_rows")
+    assert calibrated_on_little({"calibration_tokens": 1536, "widest_layer": 1536}) == calibrated_on_little({}) == []
+
+
 def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:
     mixed = Variant(name=MIXED, format="gguf", bits=None, runtime="llama_cpp", role="candidate")
-    found = {"trials": 60, "trials_measured": 60, "fine_mean_kld": 0.0003, "mixtures_tried": 3, "mixture_kept_to_limit": True}
-    (none,) = searched(mixed, {"metrics": found | {"mixture_kept_to_limit": False}, "config": {"max_kld": 0.004}})
+    found = {
+        "trials": 60,
+        "trials_measured": 60,
+        "fine_mean_kld": 0.0003,
+        "mixtures_tried": 3,
+        "mixture_kept_to_limit": True,
+        "max_kld": 0.004,
+    }
+    (none,) = searched(mixed, {"metrics": found | {"mixture_kept_to_limit": False}})
     assert none.startswith("none of 3 mixtures diverged less than gguf_search.max_kld = 0.004")
-    assert searched(mixed, {"metrics": found, "config": {"max_kld": 0.004}}) == []
-    (short,) = searched(mixed, {"metrics": found | {"trials_measured": 7}, "config": {"max_kld": 0.004}})
-    (coarse,) = searched(mixed, {"metrics": found | {"trials_measured": 0, "fine_mean_kld": 0.003}, "config": {"max_kld": 0.001}})
+    assert searched(mixed, {"metrics": found}) == []
+    smallest = {"trials": 0, "trials_measured": 0, "mixtures_tried": 1, "mixture_kept_to_limit": True, "max_kld": 0.012}
+    assert searched(mixed, {"metrics": smallest}) == []
+    (short,) = searched(mixed, {"metrics": found | {"trials_measured": 7}})
+    (coarse,) = searched(mixed, {"metrics": found | {"trials_measured": 0, "fine_mean_kld": 0.003, "max_kld": 0.001}})
     assert "time for 7 of 60 trials" in short and "raise gguf_search.seconds" in short
     assert "0.0030 nats, all that gguf_search.max_kld = 0.001 allows" in coarse
     doubtful = {**variant("gguf-Q2_K", 0.96, 9.0, 100, size=60), "fidelity": {"verdict": "degraded"}}

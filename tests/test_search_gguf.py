@@ -14,7 +14,7 @@ from tasks.core.stage import Stage, StageConfig, run
 from tasks.fidelity import ReferenceLogitsConfig, read_reference, reference_logits
 from tasks.importance import ImportanceConfig, importance
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf, quantize
-from tasks.search_gguf import FINE, Part, SearchGgufConfig, cheapest, cost_of, mean_divergence, parts, search_gguf
+from tasks.search_gguf import COARSEST, FINE, Part, SearchGgufConfig, cheapest, cost_of, mean_divergence, parts, search_gguf
 from tasks.synthesize import SynthesizeConfig, synthesize
 from tasks.weights import gguf_weights, open_gguf
 
@@ -95,8 +95,16 @@ def test_where_no_mixture_keeps_to_the_limit_one_part_that_does_is_better_than_n
     assert found["mean_kld"] <= allowed
 
 
+def test_without_a_limit_everything_has_the_fewest_bits_and_nothing_need_be_tried(world: World) -> None:
+    made = world.make(search_gguf, SearchGgufConfig(), **world.inputs)
+    assert (made.metrics["coarse_parts"], made.metrics["trials"]) == (made.metrics["parts"], 0)
+    assert set(made.metrics["tensor_types"]) == {"F32", COARSEST} and made.metrics["max_kld"] == made.metrics["mean_kld"]
+    same = world.make(search_gguf, SearchGgufConfig(max_kld=2 * made.metrics["mean_kld"]), **world.inputs)
+    assert same.metrics["tensor_types"] == made.metrics["tensor_types"]
+
+
 def test_when_the_time_is_up_the_rest_keeps_its_bits_and_the_result_says_so(world: World) -> None:
-    made = world.make(search_gguf, SearchGgufConfig(seconds=0.001), **world.inputs)
+    made = world.make(search_gguf, SearchGgufConfig(seconds=0.001, max_kld=1e-4), **world.inputs)
     assert made.metrics["trials_measured"] == 0 and made.metrics["coarse_parts"] == 0
     assert (world.path(made) / MODEL_FILE).is_file()
 
