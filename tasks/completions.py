@@ -7,9 +7,9 @@ from typing import Any
 
 from tasks import unpadded
 from tasks.domain import prompt
-from tasks.domain.scoring import answer_text
+from tasks.domain.scoring import answer_text, intent_text
 from tasks.domain.spec import Spec
-from tasks.tokenization import encode_example
+from tasks.tokenization import encode, encode_example
 
 # A CPU makes, and keeps, a kernel for every shape it meets: hundreds of different ones took gigabytes.
 LENGTH_STEP = 4  # lengths of batches are multiples of it
@@ -18,30 +18,39 @@ LABELS_STEP = 64  # the output head computes a multiple of so many logits
 IGNORED = -100  # label of a position without loss
 
 
-def encode_rows(rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_length: int) -> list[dict[str, Any]]:
-    """Rows as `{"input_ids", "labels", "length"}`, with loss on the completion only; rows over `max_length` are left out."""
+def encode_rows(
+    rows: list[dict[str, Any]], tokenizer: Any, spec: Spec, max_length: int, intent_weight: float = 1.0
+) -> list[dict[str, Any]]:
+    """Rows as `{"input_ids", "labels", "length"}`, with loss on the completion only; rows over `max_length` are left out.
+
+    With an `intent_weight` other than 1 they have "weights", too: how much the loss of each token counts, that many times as much where an
+    answer says its intent.
+    """
     examples = []
     for row in rows:
         question, answer = encode_example(tokenizer, prompt.messages(spec, row["text"]), answer_text(row["gold"], spec))
         if len(question) + len(answer) <= max_length:
-            examples.append(
-                {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
-            )
+            example = {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
+            if intent_weight != 1:
+                first = len(encode(tokenizer, intent_text(row["gold"], spec)))
+                example["weights"] = [0.0] * len(question) + [intent_weight] * first + [1.0] * (len(answer) - first)
+            examples.append(example)
     return examples
 
 
 def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Right-padded tensors of shape (batch, longest), with the longest rounded up."""
+    """Right-padded tensors of shape (batch, longest), with the longest rounded up; `weights` if the examples have them."""
     import torch
 
     longest = max(len(example["input_ids"]) for example in examples)
     longest += -longest % LENGTH_STEP
 
-    def stack(field: str, filler: int) -> Any:
+    def stack(field: str, filler: float) -> Any:
         return torch.tensor([example[field] + [filler] * (longest - len(example[field])) for example in examples])
 
     mask = torch.tensor([[1] * len(e["input_ids"]) + [0] * (longest - len(e["input_ids"])) for e in examples])
-    return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED)}
+    weights = {"weights": stack("weights", 0.0)} if "weights" in examples[0] else {}
+    return {"input_ids": stack("input_ids", pad_id), "attention_mask": mask, "labels": stack("labels", IGNORED), **weights}
 
 
 def lengths(inputs: dict[str, Any]) -> list[int]:
@@ -108,12 +117,16 @@ def completion_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, Any
 
 
 def completion_loss(model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
-    """Mean cross entropy of the completion tokens; `items` is the number of labels in the whole (accumulated) batch, if that is larger."""
+    """Mean cross entropy of the completion tokens, times their `weights` if there are any; `items` is the number of labels in the whole
+    (accumulated) batch, if that is larger."""
     import torch
 
     logits, labels, wanted = completion_logits(model, inputs)
     count = items if items is not None else wanted.sum()
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / count
+    if "weights" not in inputs:
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED) / count
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    return (each[labels != IGNORED] * inputs["weights"][:, 1:][wanted]).sum() / count
 
 
 def completion_matches(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:

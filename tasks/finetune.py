@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     spec = load_spec(str(inputs["dataset"]))
     set_template(tokenizer, spec)
     rows = read_rows(inputs["dataset"] / "train.jsonl")
-    train = encode_rows(rows, tokenizer, spec, config.max_length)
+    train = encode_rows(rows, tokenizer, spec, config.max_length, config.intent_weight)
     validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
 
     most_tokens = tokens_at_a_time(config, device)

@@ -57,6 +57,27 @@ def validation_loss(store: Store, inputs: dict[str, Manifest], adapter: Manifest
         return float(completion_loss(PeftModel.from_pretrained(model, folder).eval(), pad(rows, tokenizer.pad_token_id)))
 
 
+@pytest.mark.parametrize("style", ["short", "json"])
+def test_the_loss_of_the_intent_can_count_more(store: Store, inputs: dict[str, Manifest], style: str) -> None:
+    from transformers import AutoTokenizer
+
+    from tasks.completions import IGNORED, encode_rows
+    from tasks.domain.scoring import intent_text
+    from tasks.domain.spec import load_spec
+
+    base, data = (store.fetch(inputs[name]) for name in ("base_model", "dataset"))
+    tokenizer, rows = AutoTokenizer.from_pretrained(base), read_rows(data / "train.jsonl")
+    spec = load_spec(str(data)).model_copy(update={"answer": style})
+    assert all("weights" not in example for example in encode_rows(rows, tokenizer, spec, 256))
+    for row, example in zip(rows, encode_rows(rows, tokenizer, spec, 256, intent_weight=4.0), strict=True):
+        ids, weights = example["input_ids"], example["weights"]
+        assert tokenizer.decode([token for token, weight in zip(ids, weights, strict=True) if weight == 4]) == intent_text(
+            row["gold"], spec
+        )
+        assert {weight for weight, label in zip(weights, example["labels"], strict=True) if label == IGNORED} == {0.0}
+        assert {weight for weight, label in zip(weights, example["labels"], strict=True) if label != IGNORED} == {1.0, 4.0}
+
+
 def trained(store: Store, inputs: dict[str, Manifest], share: float, workers: int = 2) -> Manifest:
     config = FinetuneConfig(**TRAINING, epochs=4, finish_in_16bit=share, workers=workers)
     return run(finetune, config, inputs, store, Path(store.root) / "logs")[0]
@@ -110,7 +131,17 @@ def test_processes_that_share_a_batch_go_on_with_the_same_weights(store: Store, 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data.normal_(std=0.05)
-    batch = pad([{"input_ids": list(range(5, 30 + row)), "labels": [IGNORED] * 4 + list(range(9, 30 + row))} for row in range(4)], 0)
+    batch = pad(
+        [
+            {
+                "input_ids": list(range(5, 30 + row)),
+                "labels": [IGNORED] * 4 + list(range(9, 30 + row)),
+                "weights": [0.0] * 4 + [2.0] * (21 + row),
+            }
+            for row in range(4)
+        ],
+        0,
+    )
     labels = int((batch["labels"][:, 1:] != IGNORED).sum())
     pool.follow(model)
 

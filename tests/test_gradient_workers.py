@@ -180,8 +180,12 @@ def test_every_kind_of_model_learns_a_batch_as_its_rows_alone(kind: str, kernel:
     expected = torch.nn.functional.cross_entropy(torch.cat([logits for logits, _ in alone]), torch.cat([labels for _, labels in alone]))
     let_in_line(model)
     assert takes_lines(model, 24) == in_line
-    found = completion_loss(model, pad([{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows], 0))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    examples = [{"input_ids": row, "labels": [IGNORED] * 4 + row[4:]} for row in rows]
+    torch.testing.assert_close(completion_loss(model, pad(examples, 0)), expected, rtol=1e-4, atol=1e-6)
+    weighted = pad([{**example, "weights": [0.0] * 4 + [3.0] + [1.0] * (len(example["labels"]) - 5)} for example in examples], 0)
+    first = torch.stack([torch.nn.functional.cross_entropy(logits[0], labels[0]) for logits, labels in alone])
+    more = 2 * first.sum() / sum(len(labels) for _, labels in alone)  # the first token of each answer counts three times
+    torch.testing.assert_close(completion_loss(model, weighted), expected + more, rtol=1e-4, atol=1e-6)
 
 
 def test_the_order_of_rows_is_random_and_the_same_for_a_seed() -> None:

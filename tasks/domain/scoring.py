@@ -31,6 +31,12 @@ def answer_text(gold: Gold, spec: Spec) -> str:
     return "\n".join([spec.intent_codes[gold["intent"]], *slots])
 
 
+def intent_text(gold: Gold, spec: Spec) -> str:
+    """What `answer_text` begins with, up to the end of the intent."""
+    code = spec.intent_codes[gold["intent"]]
+    return f'{{"intent":"{gold["intent"]}' if spec.answer == "json" else code
+
+
 def compact_json(answer: Gold) -> str:
     """The one way an answer is given to others: compact JSON, `intent` first."""
     ordered = {"intent": answer["intent"], **{name: value for name, value in answer.items() if name != "intent"}}
