@@ -36,8 +36,9 @@ def comparison(options: argparse.Namespace) -> RunConfig:
     """`quick` with the rows and the batch asked for, in a precision that both trainers have."""
     precision = "bf16" if hardware.gpu() or hardware.native_bf16() else "fp32"
     changes = {"data.train_rows": options.rows, "data.validation_rows": options.validation, "train.batch_size": options.batch}
-    # Ours would be saved and evaluated on the way; TRL's is not, and neither is timed. Nor does TRL change to the 16-bit weights at last.
-    alike = {"train.precision": precision, "train.checkpoints": 1, "train.finish_in_16bit": 0}
+    # Ours would be saved and evaluated on the way; TRL's is not, and neither is timed. Nor does TRL change to the 16-bit weights at last, or
+    # count the intent more than once.
+    alike = {"train.precision": precision, "train.checkpoints": 1, "train.finish_in_16bit": 0, "train.intent_weight": 1}
     return resolve(load_config("quick", {**changes, **alike}))
 
 

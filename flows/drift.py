@@ -70,7 +70,9 @@ def open_check(settings: Settings, champion: Champion, digest: str, options: Dri
     running = UserError("model", champion.name, "is being checked for drift already", mend="Wait for it, or stop it first")
     with alone(settings, lock := f"drift-{champion.name}", running):
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-drift-{champion.name}"
-        key = hashlib.sha256(f"drift {champion.tags['cartwright.digest']} {digest} {options.model_dump_json()}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            f"drift {champion.name} {champion.tags['cartwright.digest']} {digest} {options.model_dump_json()}".encode()
+        ).hexdigest()[:16]
         tags = {"cartwright.kind": "drift", "cartwright.model": champion.name, "cartwright.version": champion.tags["version"]}
         tags |= opened(settings, lock)
         tracker = open_parent(settings, champion.experiment, key, name, tags)

@@ -9,7 +9,7 @@ from tasks import unpadded
 from tasks.domain import prompt
 from tasks.domain.scoring import answer_text, intent_text
 from tasks.domain.spec import Spec
-from tasks.tokenization import encode, encode_example
+from tasks.tokenization import encode_example
 
 # A CPU makes, and keeps, a kernel for every shape it meets: hundreds of different ones took gigabytes.
 LENGTH_STEP = 4  # lengths of batches are multiples of it
@@ -32,10 +32,21 @@ def encode_rows(
         if len(question) + len(answer) <= max_length:
             example = {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer, "length": len(question) + len(answer)}
             if intent_weight != 1:
-                first = len(encode(tokenizer, intent_text(row["gold"], spec)))
-                example["weights"] = [0.0] * len(question) + [intent_weight] * first + [1.0] * (len(answer) - first)
+                said = where(tokenizer, answer, intent_text(row["gold"], spec))
+                weights = [intent_weight if token in said else 1.0 for token in range(len(answer))]
+                example["weights"] = [0.0] * len(question) + weights
             examples.append(example)
     return examples
+
+
+def where(tokenizer: Any, ids: list[int], text: str) -> range:
+    """The fewest tokens among `ids` that hold the first occurrence of a text; none, if it does not occur.
+
+    A template may put something before an answer, such as an empty thought.
+    """
+    end = next((end for end in range(1, len(ids) + 1) if text in tokenizer.decode(ids[:end])), 0)
+    start = next((start for start in reversed(range(end)) if text in tokenizer.decode(ids[start:end])), end)
+    return range(start, end)
 
 
 def pad(examples: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:

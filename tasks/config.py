@@ -66,7 +66,8 @@ class RunConfig(BaseModel):
     )
     importance: ImportanceConfig = ImportanceConfig()
     gguf_search: SearchGgufConfig | None = Field(
-        None, description="Look for a GGUF file of mixed precision too; `{}` does it with the usual settings"
+        None,
+        description="Make a GGUF file of mixed precision too: `{}` the smallest there is, `{max_kld: 0.006}` the smallest that diverges no more",
     )
     gptq: tuple[QuantizeGptqConfig, ...] = Field((QuantizeGptqConfig(),), description="GPTQ variants to make")
     awq: tuple[QuantizeAwqConfig, ...] = Field((), description="AWQ variants to make; `[{}]` makes one with the usual settings")

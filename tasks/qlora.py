@@ -33,7 +33,10 @@ class FinetuneConfig(StageConfig):
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="Decay of Adam's mean of squared gradients; 0.95 forgets within 20 steps")
     weight_decay: float = Field(0.0, ge=0, le=1)
     intent_weight: float = Field(
-        1.0, ge=1, le=100, description="Weight of the loss where an answer says its intent, which is one token of many; 1 elsewhere"
+        1.0,
+        ge=1,
+        le=100,
+        description="Weight of the loss where an answer says its intent, which is one token of many; 1 elsewhere. Losses of training include it, that of validation does not",
     )
     rank: int = Field(16, ge=1, le=512, description="Rank of the LoRA matrices (Hu et al. 2021, arXiv 2106.09685)")
     alpha: int = Field(32, ge=1, le=1024)

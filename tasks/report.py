@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -95,12 +96,17 @@ def show_in_prefect(report: dict[str, Any], folder: Path, tracker: Tracker) -> N
         key="recommendation", markdown=f"{escape_markdown(report['recommendation']['why'])}\n\n{where}", description=report["run_id"]
     )
     create_table_artifact(key="variants", table=[_variant_row(v) for v in report["variants"]], description=report["run_id"])
-    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    tables = "\n".join(line for line in lines if not line.startswith("!["))  # the pictures are artifacts of their own
-    create_markdown_artifact(key="tables", markdown=tables, description=report["run_id"])
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    create_markdown_artifact(key="tables", markdown=by_itself(page), description=report["run_id"])
     for name in PICTURES:
         picture = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         create_image_artifact(key=name.replace("_", "-"), image_url=f"data:image/png;base64,{picture}", description=report["run_id"])
+
+
+def by_itself(page: str) -> str:
+    """A report in Markdown without what is beside it: pictures with their captions, and links to files."""
+    without_pictures = re.sub(r"^!\[.*\n\n.*\n", "", page, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]\n]+)\]\((?!https?:)[^)\n]+\)", r"`\1`", without_pictures)
 
 
 def _variant_row(variant: dict[str, Any]) -> dict[str, Any]:

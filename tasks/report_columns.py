@@ -115,7 +115,7 @@ TRAINING = [
     Column("Base model", "base_model"), Column("Examples", "examples"), Column("Epochs", "epochs"),
     Column("Tokens", "tokens"), Column("Tokens per second", "tokens_per_s"), Column("Time", "wall_s", "time"),
     Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
-    Column("Final loss", "final_loss"),
+    Column("Final loss", "final_loss", "number", "Of the last steps, with the weight of the intent"),
 ]  # fmt: skip
 MACHINE = [Column(*c) for c in (("Processor", "cpu"), ("Instructions", "instructions", "text"), ("Cores", "cores"), ("RAM, GB", "ram_gb"), ("GPU", "gpu"), ("Python", "python"),
                                   ("Speed measured on", "measured_on", "text"))]  # fmt: skip

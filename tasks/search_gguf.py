@@ -9,6 +9,7 @@ comes out is measured again.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from pydantic import Field
 
 from tasks.core import hardware, progress
 from tasks.core.stage import StageConfig, stage
-from tasks.fidelity import Asked, divergence, read_reference
+from tasks.fidelity import Asked, NoNumbersError, divergence, read_reference
 from tasks.importance import as_parameter
 from tasks.quantize_gguf import MODEL_FILE, describe, quantize
 from tasks.weights import open_gguf
@@ -78,10 +79,10 @@ class Mixture:
     libraries=("llama-cpp-python",),
     measures=True,
     preloaded=True,
-    varies="it tries as many mixtures as it has time for",
+    varies="within a limit it tries as many mixtures as it has time for",
 )
 def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Look for the smallest mixture of 8, 5 and 4 bits a weight that diverges no more than is allowed.
+    """Make the smallest mixture of 8, 5 and 4 bits a weight that diverges no more than is allowed.
 
     `inputs` has `gguf`, the F16 file; `importance`, its importance matrix; `reference`, what the 16-bit model foretells. Writes
     `model.gguf`, the best that was found (with 8 bits everywhere, if nothing smaller will do), and `search.json`, what was measured.
@@ -99,7 +100,12 @@ def search_gguf(config: SearchGgufConfig, inputs: Mapping[str, Path], out_dir: P
         size_mb = (out_dir / MODEL_FILE).stat().st_size / 1e6
         return Mixture(dict(types), mean_divergence(out_dir / MODEL_FILE, asked, reference), size_mb)
 
-    coarse = measure({part.name: COARSEST for part in known})
+    try:
+        coarse = measure({part.name: COARSEST for part in known})
+    except NoNumbersError:
+        if config.max_kld is None:
+            raise
+        coarse = Mixture({}, math.inf, 0.0)
     limit = coarse.mean_kld if config.max_kld is None else config.max_kld
     if coarse.mean_kld <= limit:
         return _found(coarse, limit, out_dir, known, tried=[coarse], costs={})

@@ -63,7 +63,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         for name, why in config.unmeasured.items()
         if name.split(":")[1] == variant.name and not name.startswith("kernel:")
     ]
-    notes += calibrated_on_little(model["metrics"]) + searched(variant, model)
+    notes += calibrated_on_little(model) + searched(variant, model)
     notes += beside_llama_bench(bench := _llama_bench(variant, performance, inputs))
     return {
         **row,
@@ -95,13 +95,15 @@ def _bits(variant: Variant, model: dict[str, Any], size: int, inputs: Mapping[st
     return 16 * size / whole
 
 
-def calibrated_on_little(made: Mapping[str, Any]) -> list[str]:
+def calibrated_on_little(model: Mapping[str, Any]) -> list[str]:
     """GPTQ inverts products of a layer's inputs: with fewer tokens than inputs, only its damping makes that possible."""
+    made = model["metrics"]
     tokens, inputs = made.get("calibration_tokens"), made.get("widest_layer")
     if tokens is None or inputs is None or tokens >= inputs:
         return []
+    more = "calibration_rows" if made["calibration_rows"] == model["config"]["calibration_rows"] else "data.train_rows"
     return [
-        f"calibrated on {tokens:,} tokens, fewer than the {inputs:,} inputs of its widest layer, which leaves its rounding to chance: raise calibration_rows"
+        f"calibrated on {tokens:,} tokens, fewer than the {inputs:,} inputs of its widest layer, which leaves its rounding to chance: raise {more}"
     ]
 
 

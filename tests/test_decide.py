@@ -194,9 +194,14 @@ def test_speeds_that_llama_bench_does_not_confirm_are_noted() -> None:
 
 
 def test_calibration_on_fewer_tokens_than_a_layer_has_inputs_is_noted() -> None:
-    (note,) = calibrated_on_little({"calibration_tokens": 430, "widest_layer": 1536})
+    model = {"metrics": {"calibration_tokens": 430, "widest_layer": 1536, "calibration_rows": 16}, "config": {"calibration_rows": 16}}
+    (note,) = calibrated_on_little(model)
     assert note.startswith("calibrated on 430 tokens, fewer than the 1,536 inputs") and note.endswith("raise calibration_rows")
-    assert calibrated_on_little({"calibration_tokens": 1536, "widest_layer": 1536}) == calibrated_on_little({}) == []
+    (few,) = calibrated_on_little(model | {"config": {"calibration_rows": 64}})
+    assert few.endswith("raise data.train_rows")
+    assert (
+        calibrated_on_little({"metrics": {"calibration_tokens": 1536, "widest_layer": 1536}}) == calibrated_on_little({"metrics": {}}) == []
+    )
 
 
 def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_brought() -> None:

@@ -78,6 +78,20 @@ def test_the_loss_of_the_intent_can_count_more(store: Store, inputs: dict[str, M
         assert {weight for weight, label in zip(weights, example["labels"], strict=True) if label != IGNORED} == {1.0, 4.0}
 
 
+def test_the_intent_is_found_behind_what_a_template_puts_before_an_answer(store: Store, inputs: dict[str, Manifest]) -> None:
+    from transformers import AutoTokenizer
+
+    from tasks.completions import where
+    from tasks.tokenization import encode
+
+    tokenizer = AutoTokenizer.from_pretrained(store.fetch(inputs["base_model"]))
+    ids = encode(tokenizer, "<think>\n\n</think>\n\nadd\np shoes to add")
+    said = where(tokenizer, ids, "add")
+    assert "add" in tokenizer.decode([ids[token] for token in said]) and said.stop < len(ids) - 4
+    assert tokenizer.decode(ids[: said.start]).rstrip() == "<think>\n\n</think>"
+    assert not where(tokenizer, ids, "return")
+
+
 def trained(store: Store, inputs: dict[str, Manifest], share: float, workers: int = 2) -> Manifest:
     config = FinetuneConfig(**TRAINING, epochs=4, finish_in_16bit=share, workers=workers)
     return run(finetune, config, inputs, store, Path(store.root) / "logs")[0]

@@ -263,7 +263,8 @@ def test_prefect_shows_recommendation_variants_and_pictures(finished: Finished) 
     rows = json.loads(rows) if isinstance(rows, str) else rows
     assert kind == "table" and [row["variant"] for row in rows] == [v["name"] for v in report["variants"]] and rows[-1]["requests/s"] > 0
     kind, tables = found["tables"]
-    assert kind == "markdown" and "| PSS, MB |" in tables and "![" not in tables
+    assert kind == "markdown" and "| PSS, MB |" in tables and "![" not in tables and "Upper left is better" not in tables
+    assert "(data_card.md)" not in tables and "](https://arxiv.org/abs/2510.21970)" in tables
     pictures = ("accuracy-memory", "accuracy-speed", "latency", "divergence", "languages")
     assert all(found[key][0] == "image" and found[key][1].startswith("data:image/png;base64,iVBOR") for key in pictures)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
-from tasks.fidelity import ReferenceLogitsConfig, read_reference, reference_logits
+from tasks.fidelity import NoNumbersError, ReferenceLogitsConfig, read_reference, reference_logits
 from tasks.importance import ImportanceConfig, importance
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, convert_gguf, quantize
 from tasks.search_gguf import COARSEST, FINE, Part, SearchGgufConfig, cheapest, cost_of, mean_divergence, parts, search_gguf
@@ -101,6 +102,25 @@ def test_without_a_limit_everything_has_the_fewest_bits_and_nothing_need_be_trie
     assert set(made.metrics["tensor_types"]) == {"F32", COARSEST} and made.metrics["max_kld"] == made.metrics["mean_kld"]
     same = world.make(search_gguf, SearchGgufConfig(max_kld=2 * made.metrics["mean_kld"]), **world.inputs)
     assert same.metrics["tensor_types"] == made.metrics["tensor_types"]
+
+
+def test_a_smallest_mixture_that_computes_no_numbers_is_passed_over_where_there_is_a_limit(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Path] = []
+
+    def broken_first(file: Path, *rows: Any) -> float:
+        measured.append(file)
+        if len(measured) == 1:
+            raise NoNumbersError("what it foretells are no numbers")
+        return mean_divergence(file, *rows)
+
+    monkeypatch.setattr("tasks.search_gguf.mean_divergence", broken_first)
+    folders = {name: world.path(manifest) for name, manifest in world.inputs.items()}
+    assert search_gguf.function(SearchGgufConfig(max_kld=1e-12), folders, tmp_path)["coarse_parts"] == 0
+    measured.clear()
+    with pytest.raises(NoNumbersError):
+        search_gguf.function(SearchGgufConfig(), folders, tmp_path)
 
 
 def test_when_the_time_is_up_the_rest_keeps_its_bits_and_the_result_says_so(world: World) -> None:

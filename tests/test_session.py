@@ -76,6 +76,8 @@ def test_what_goes_on_below_a_run_of_this_home_that_has_ended_is_ended_by_the_ne
         for key, by in (("a", "me"), ("b", "you"), ("c", "me"))
     )
     left, elsewhere, goes_on = (tracker.child("count", "k", "stage") for tracker in (mine, theirs, ours))  # `ours` is killed below
+    below = {"mlflow.parentRunId": mine.parent}
+    by_hand = mine.client.create_run(mine.experiment_id, run_name="a look at it", tags=below).info.run_id  # somebody's own
     for tracker in (mine, theirs):
         tracker.client.set_terminated(tracker.parent, "FAILED")
     gone = {"cartwright.kind": "stage", "mlflow.parentRunId": "0" * 32}
@@ -83,8 +85,8 @@ def test_what_goes_on_below_a_run_of_this_home_that_has_ended_is_ended_by_the_ne
     open_parent(load_settings(), "domain/base", "d", "run", {})
     assert mine.client.get_run(left).info.status == "RUNNING"  # whose home it is is not known
     open_parent(load_settings(), "domain/base", "c", "another commit", {"cartwright.opened_by": "me"}, mine=lambda tags: False)
-    now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on, without_parent)}
-    assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "KILLED", without_parent: "RUNNING"}
+    now = {run: mine.client.get_run(run).info.status for run in (left, elsewhere, goes_on, without_parent, by_hand)}
+    assert now == {left: "FAILED", elsewhere: "RUNNING", goes_on: "KILLED", without_parent: "RUNNING", by_hand: "RUNNING"}
 
 
 @pytest.mark.slow
@@ -118,6 +120,13 @@ def test_what_was_killed_under_the_lock_that_is_held_now_ends_too_and_a_lock_is_
         tuesday = open_parent(settings, "domain/base", "tuesday", "run", opened(settings, "drift-m"))
         now = [tracker.client.get_run(tracker.parent).info.status for tracker in (monday, tuesday)]
         assert now == ["KILLED", "RUNNING"]
+    with alone(settings, "ablation-recipe", running):
+        first, second = (
+            open_parent(settings, f"{shop}-ablation", "ablation-recipe", "ablation-recipe", opened(settings, "ablation-recipe"))
+            for shop in ("one", "other")
+        )
+        found = first.client.get_run(first.parent).info  # of another shop: it is no copy of the second
+        assert (found.status, found.lifecycle_stage) == ("KILLED", "active") and first.parent != second.parent
     elsewhere = tmp_path / "victim.lock"
     elsewhere.write_text("kept")
     planted = open_parent(settings, "domain/base", "planted", "run", opened(settings, "../../victim"))

@@ -29,35 +29,41 @@ def end_left_runs(client: Any, settings: Settings, kept: str, tags: Mapping[str,
 
     if not (home := tags.get(TAG + "opened_by")):
         return
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    running = client.search_runs(experiments, "attributes.status = 'RUNNING'")
+    running = _running(client)
     opened = client.get_run(kept)
+    ours = tags.get(TAG + "lock") or _lock(opened)
     for run in running:
         if run.info.run_id == kept or run.data.tags.get(TAG + "opened_by") != home:
             continue
         try:
-            if not _of_our_lock(run, opened, tags):
+            if _lock(run) != ours:
                 _end_if_free(client, settings, run)
-            elif run.info.run_name == opened.info.run_name and _key(run) == _key(opened):
+            elif _which(run) == _which(opened):
                 client.delete_run(run.info.run_id)  # MLflow's client sent a request twice, since the first answer was lost
             else:
                 _end(client, run)
         except MlflowException as error:  # such as of one that was deleted meanwhile
             logger.warning("The run %s, which was killed, could not be ended in MLflow: %s", run.info.run_id, error)
-    _end_orphans(client, home, [run for run in running if "mlflow.parentRunId" in run.data.tags])
+    _end_orphans(client, home, running)
 
 
-def _key(run: Any) -> str:
-    return str(run.data.tags.get(TAG + "pipeline_key", ""))
+def _running(client: Any) -> list[Any]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found: list[Any] = []
+    token = None
+    while page := client.search_runs(experiments, "attributes.status = 'RUNNING'", page_token=token):
+        found += page
+        if not (token := page.token):
+            break
+    return found
 
 
 def _lock(run: Any) -> str:
-    return str(run.data.tags.get(TAG + "lock") or f"run-{_key(run)}")
+    return str(run.data.tags.get(TAG + "lock") or f"run-{run.data.tags.get(TAG + 'pipeline_key', '')}")
 
 
-def _of_our_lock(run: Any, opened: Any, tags: Mapping[str, str]) -> bool:
-    """Whether a run was opened under the lock that is held here, as one of the same configuration, or a check for drift in other texts."""
-    return _lock(run) == tags.get(TAG + "lock") or _key(run) == _key(opened)
+def _which(run: Any) -> tuple[str, str, str]:
+    return run.info.experiment_id, run.info.run_name, run.data.tags.get(TAG + "pipeline_key", "")
 
 
 def _end_if_free(client: Any, settings: Settings, run: Any) -> None:
@@ -83,20 +89,24 @@ def _end(client: Any, run: Any) -> None:
     client.set_terminated(parent, "KILLED")
 
 
-def _end_orphans(client: Any, home: str, children: list[Any]) -> None:
-    """End children that go on, as MLflow has it, below a parent run of this home that has ended: that they ended was said, and not heard."""
+def _end_orphans(client: Any, home: str, running: list[Any]) -> None:
+    """End children of ours that go on, as MLflow has it, below a parent run of this home that has ended: that they ended was said, and not
+    heard."""
     from mlflow.exceptions import MlflowException
 
-    running: dict[str, list[str]] = {}
-    for child in children:
-        running.setdefault(child.data.tags["mlflow.parentRunId"], []).append(child.info.run_id)
-    for parent, ids in running.items():
+    at_work = {run.info.run_id for run in running}  # or ended just now, with their children
+    children: dict[str, list[str]] = {}
+    for run in running:
+        parent = run.data.tags.get("mlflow.parentRunId", "")
+        if parent and parent not in at_work and TAG + "kind" in run.data.tags:
+            children.setdefault(parent, []).append(run.info.run_id)
+    for parent, ids in children.items():
         try:
             found = client.get_run(parent)
-        except MlflowException:  # deleted for good, or none
+            if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != home:
+                continue
+            for child in ids:
+                if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
+                    client.set_terminated(child, found.info.status)
+        except MlflowException:  # deleted, as a child that was made twice is, or there is no such parent
             continue
-        if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != home:
-            continue
-        for child in ids:
-            if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
-                client.set_terminated(child, found.info.status)
