@@ -252,6 +252,7 @@ def test_text_of_others_stays_text_where_people_read_it(
     from tasks import gate, report
     from tasks.ablation import Ablation, Arm, Outcome, table
     from tasks.config import load_config
+    from tasks.rendering import render
 
     link = "[free](http://evil)"
     verdict = {"verdict": "hold", "champion": EVIL, "challenger": link, "checks": [{"name": f"{EVIL} | {link}", "passed": False}]}
@@ -263,14 +264,16 @@ def test_text_of_others_stays_text_where_people_read_it(
     tracker = registered[1]
     found = {"run_id": "r", "variants": [], "gate": verdict, "recommendation": {"why": f"{EVIL} {link}", "cpu": None}}
     found |= {"wall_s": 1.0, "overhead": {"wall_s": 1.0}}
+    render({name: part for name, part in found.items() if name != "overhead"}, home)
     report.show_in_prefect(found, home, tracker)
+    shown["tables"] = shown["tables"].replace("](https://arxiv.org/abs/2510.21970)", "")
     tracker.log_summary(found)
     shown["note"] = tracker.client.get_run(tracker.parent).data.tags["mlflow.note.content"]
     shown["approval"] = gate.in_markdown(verdict)
     arm = Arm(EVIL, {}, load_config("smoke"))
     ablation = Ablation(name="a", profile="quick", base={}, seeds=(1,), arms=(arm,))
     shown["ablation"] = table(ablation, [Outcome(arm, problems=[f"{EVIL} {link}"])])
-    assert set(shown) == {"gate", "recommendation", "note", "approval", "ablation"}
+    assert set(shown) == {"gate", "recommendation", "tables", "note", "approval", "ablation"}
     for where, text in shown.items():
         assert "&lt;script&gt;" in text and "<script" not in text, where
         assert "](http" not in text.replace("\\](", ""), where
