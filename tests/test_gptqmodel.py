@@ -111,6 +111,7 @@ def test_fewer_bits_of_gptq_are_smaller_and_further_from_the_16_bit_model(world:
 @pytest.mark.skipif(hardware.gpu() is not None, reason="says what a CPU does")
 def test_a_kernel_is_the_one_that_was_asked_for_or_an_error(world: World) -> None:
     made = world.make(quantize_gptq, QuantizeGptqConfig(bits=4, calibration_rows=8), model=world.tuned, dataset=world.dataset)
+    assert made.metrics["calibration_rows"] == 8 < made.metrics["calibration_tokens"] and made.metrics["widest_layer"] > 0
     folder = world.path(made)
     usual, other = TransformersRuntime(folder, 1, "float16"), TransformersRuntime(folder, 1, "float16", kernel="torch")
     assert usual.kernel != other.kernel == "TorchLinear"

@@ -103,10 +103,13 @@ def _end_orphans(client: Any, home: str, running: list[Any]) -> None:
     for parent, ids in children.items():
         try:
             found = client.get_run(parent)
-            if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != home:
-                continue
-            for child in ids:
+        except MlflowException:  # deleted for good, or none
+            continue
+        if found.info.status == "RUNNING" or found.data.tags.get(TAG + "opened_by") != home:
+            continue
+        for child in ids:
+            try:
                 if client.get_run(child).info.status == "RUNNING":  # it may have ended, and its parent after it, since they were looked for
                     client.set_terminated(child, found.info.status)
-        except MlflowException:  # deleted, as a child that was made twice is, or there is no such parent
-            continue
+            except MlflowException as error:  # such as of one that was made twice, and deleted meanwhile
+                logger.warning("The run %s, whose parent has ended, could not be ended in MLflow: %s", child, error)

@@ -33,8 +33,7 @@ def answer_text(gold: Gold, spec: Spec) -> str:
 
 def intent_text(gold: Gold, spec: Spec) -> str:
     """What `answer_text` begins with, up to the end of the intent."""
-    code = spec.intent_codes[gold["intent"]]
-    return f'{{"intent":"{gold["intent"]}' if spec.answer == "json" else code
+    return answer_text({"intent": gold["intent"]}, spec).removesuffix('"}')
 
 
 def compact_json(answer: Gold) -> str:
