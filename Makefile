@@ -115,7 +115,7 @@ readme: install
 
 # The finished run of a profile, measured as the figures of a paper should be: all else is cached.
 bench: install llama-bench
-	$(BIN)/cartwright run --profile $(PROFILE) --set benchmark.runs=5 --set benchmark.requests=30 --set 'benchmark.loads=[1,4,16,32]' \
+	$(BIN)/cartwright run --profile $(PROFILE) --set benchmark.runs=5 --set benchmark.requests=36 --set 'benchmark.loads=[1,4,16,32]' \
 		--set benchmark.repeats=5 --set benchmark.decode_tokens=128 --set benchmark.unshared_too=true --set benchmark.mapped_too=true \
 		--set benchmark.llama_bench=true --set 'baselines=[float32,bfloat16]' --set constrained=true $(ARGS)
 

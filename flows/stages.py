@@ -207,7 +207,7 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
         for variant in variants:
             # The base model reads long instructions with every request, and its speed is nobody's choice: it is measured once, in what
             # is quickest here.
-            few = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
+            few = {"requests": 12, "batched_requests": 12, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
             if variant.role == "base" and number:
                 continue
             run = MOST_RUNS * config.benchmark.session + number

@@ -2,11 +2,12 @@
 
 The measuring model: load time is from the call to the loaded model, file cache warm or not as found. A latency is that of one request
 alone, from its text to its last token, after `warmup` requests. `requests_s` is one over the mean of these; `requests_s_by_load` is of
-all requests at once, so many at a time. Prefill and decode are at fixed lengths, as llama-bench does them. llama.cpp learns to guess
-while it answers, as it would in deployment, and forgets it before each load, since a row that is asked twice is guessed better. Memory
-is that of the process and its children, read while the model and its cache are loaded. Energy is that of the requests one at a time,
-counted while they run; where nothing counts it, it is estimated when all else is measured. Raw samples are kept in `samples.json`;
-`pooled` puts repeats together.
+all requests at once, so many at a time, after as many to warm up. In all of them intents and languages take turns, so that few requests
+are as long as many. Prefill and decode are at fixed lengths, as llama-bench does them. llama.cpp learns to guess while it answers, as it
+would in deployment, and forgets it before each load, since a row that is asked twice is guessed better. Memory is that of the process and
+its children, the most that was read after the requests alone and after those at `parallel`, the model and its cache being loaded; its
+peak, loading included, is the kernel's figure. Energy is that of the requests one at a time, counted while they run; where nothing counts
+it, it is estimated when all else is measured. Raw samples are kept in `samples.json`; `pooled` puts repeats together.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import conversations, load_variant
 from tasks.runtimes import LONGEST_PROMPT, Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
-from tasks.synthesize import read_rows
+from tasks.synthesize import in_turns, read_rows
 
 SAMPLES = "samples.json"
 BUSY = ("others_cores", "stolen_cores")
@@ -44,8 +45,10 @@ class BenchmarkConfig(StageConfig):
     dtype: Dtype = Field("float16", description="What transformers computes in; GGUF files decide for themselves")
     zero_shot: bool = False
     few_shot: int = Field(0, ge=0, le=64, description="Rows of `train` shown as examples with every request")
-    requests: int = Field(30, ge=5, le=10_000, description="Requests answered one at a time")
-    batched_requests: int = Field(64, ge=5, le=10_000, description="Requests answered `parallel` at a time")
+    requests: int = Field(
+        36, ge=5, le=10_000, description="Requests answered one at a time; a multiple of the intents has all of them alike"
+    )
+    batched_requests: int = Field(72, ge=5, le=10_000, description="Requests answered `parallel` at a time")
     parallel: int = Field(16, ge=1, le=255)
     loads: tuple[int, ...] = Field((), description="Further numbers of requests at a time to measure")
     warmup: int = Field(3, ge=1, le=100)
@@ -78,7 +81,7 @@ class BenchmarkConfig(StageConfig):
 
 @stage(
     "benchmark",
-    version=6,
+    version=7,
     libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
     measures=True,
     varies=MEASURED,
@@ -86,7 +89,7 @@ class BenchmarkConfig(StageConfig):
 def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Measure `inputs["model"]` on rows of the `test` split of `inputs["dataset"]`."""
     spec = load_spec(str(inputs["dataset"]))
-    rows = read_rows(inputs["dataset"] / "test.jsonl")
+    rows = in_turns(read_rows(inputs["dataset"] / "test.jsonl"))
     texts = [rows[i % len(rows)]["text"] for i in range(max(config.requests, config.batched_requests) + config.warmup)]
     asked = conversations(config, inputs["dataset"], spec, texts)
     together = asked[: config.batched_requests]
@@ -107,15 +110,17 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         alone.append(_one(model, asked[i], config.max_tokens))
         joules = energy.joules()  # each time, since counters wrap
     cpu_s = time.process_time() - cpu_before
-    busy, memory = gpu and gpu.utilization(), hardware.memory_mb()
-    by_load = {}
+    busy, memory = gpu and gpu.utilization(), [hardware.memory_mb()]
+    by_load, waits = {}, {}
     for done, load in enumerate(loads, 1):
-        by_load[load] = _at_a_time(model, together, load, config.max_tokens)
+        by_load[load], waits[load] = _at_a_time(model, together, load, config.max_tokens)
+        if load == parallel:
+            memory.append(hardware.memory_mb())
         progress.advance(config.requests + done, total, f"{load} at a time")
     unshared = None
     if config.unshared_too:
         model.share_prefix = False
-        unshared = _at_a_time(model, together, parallel, config.max_tokens)
+        unshared, _ = _at_a_time(model, together, parallel, config.max_tokens)
     prefill, decode = [], []
     for repeat in range(config.repeats + 1):  # the first warms up
         prefill.append(model.prefill_tokens_per_s(config.prefill_tokens))
@@ -127,6 +132,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "tokens": [a["tokens"] for a in alone],
         "prefill_tok_s": prefill[1:],
         "decode_tok_s": decode[1:],
+        **{f"latency_s_at_{load}": seconds for load, seconds in waits.items()},
     }
     (out_dir / SAMPLES).write_text(json.dumps(samples), encoding="utf-8")
     figures = {
@@ -143,7 +149,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "parallel": parallel,
         "completion_tokens": statistics.mean(samples["tokens"]),
         "prompt_tokens": statistics.mean(a["prompt_tokens"] for a in alone),
-        **memory,
+        **{name: max(read[name] for read in memory) for name in memory[0]},
         "peak_rss_mb": hardware.peak_rss_mb(),
         "vram_mb": gpu and gpu.memory_mb(),
         "torch_peak_mb": _torch_peak_mb(model),
@@ -205,12 +211,14 @@ def _spread(values: list[float]) -> float:
     return (max(values) - min(values)) / statistics.median(values)
 
 
-def _at_a_time(model: LocalRuntime, asked: list[list[prompt.Message]], load: int, max_tokens: int) -> float:
-    """Requests/s when so many are answered at a time."""
+def _at_a_time(model: LocalRuntime, asked: list[list[prompt.Message]], load: int, max_tokens: int) -> tuple[float, list[float]]:
+    """Requests/s when so many are answered at a time, and how long each took, in the order they ended in."""
+    longest = sorted(asked, key=lambda conversation: len(conversation[-1]["content"]))[-load:]  # the room they need is enough for all
+    list(model.generate(longest, max_tokens, load))
     model.forget()
     started = time.perf_counter()
     answered = list(model.generate(asked, max_tokens, load))
-    return len(answered) / (time.perf_counter() - started)
+    return len(answered) / (time.perf_counter() - started), [completion.total_s for completion in answered]
 
 
 def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) -> dict[str, float]:

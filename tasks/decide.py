@@ -14,12 +14,13 @@ from tasks.core.stage import StageConfig, stage
 from tasks.fidelity import UNUSABLE
 from tasks.paired import correct_rows, paired_difference
 from tasks.paper import compare_with_paper
-from tasks.variant_figures import describe
+from tasks.variant_figures import AGAINST_REFERENCE, describe
 from tasks.variants import MIXED, Variant
 
 QUIET = 0.1  # cores that others may keep busy while a variant is measured; with more the machine was not quiet
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 NONE_MEASURED = "No quantized variant that can be trusted was made and measured on a CPU."
+WORTH_SEARCHING = 0.1  # how much smaller or faster than a ready-made file a searched mixture is to be
 LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_vram_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
 
 
@@ -30,7 +31,7 @@ class DecideConfig(StageConfig):
         0.005, ge=0, le=1, description="Largest loss of exact match against the 16-bit model, as a share: 0.01 is one percentage point"
     )
     max_size_mb: float | None = Field(None, gt=0)
-    max_rss_mb: float | None = Field(None, gt=0, description="Of what runs on a CPU")
+    max_rss_mb: float | None = Field(None, gt=0, description="Of what runs on a CPU, at its peak, loading included")
     max_vram_mb: float | None = Field(None, gt=0, description="GPU memory, of what runs on one")
     max_latency_p95_ms: float | None = Field(None, gt=0)
     machine_usd_per_hour: float | None = Field(None, gt=0, description="What the machine costs, from which the price of requests follows")
@@ -49,7 +50,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=6, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
+@stage("decide", version=7, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
@@ -61,10 +62,11 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     reference = next((v for v in variants if v["role"] == "reference" and v["quality"]), None)
     for variant in variants:
         _compare(variant, reference, inputs)
-    for variant in measured(variants):
-        if variant["name"] == MIXED:
-            variant["notes"] += beside_ready_made(variant, variants)
     recommendation = recommend(variants, config)
+    mixed = next((variant for variant in measured(variants) if variant["name"] == MIXED), None)
+    if mixed and (best := best_ready_made(variants, config)):
+        mine, theirs = (correct_rows(inputs[f"evaluate:{variant['name']}"]) for variant in (mixed, best))
+        mixed["notes"].append(beside_ready_made(mixed, best, paired_difference(mine, theirs), recommendation["excluded"].get(MIXED, "")))
     for variant in variants:
         if why := recommendation.get("excluded", {}).get(variant["name"]):
             for_cpu = " for a CPU" if variant["name"] == recommendation["gpu"] else ""
@@ -74,7 +76,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
         "pareto": pareto_front(variants),
         "recommendation": recommendation,
         "measurement": measurement(variants),
-        "paper": compare_with_paper(usable(variants), [v for v in variants if v["role"] == "api"]),
+        "paper": compare_with_paper(usable(variants), [v for v in variants if v["role"] == "api"], recommendation["cpu"]),
     }
     (out_dir / "decision.json").write_text(json.dumps(decision, indent=2, ensure_ascii=False), encoding="utf-8")
     return {"recommended_cpu": recommendation["cpu"], "variants": len(variants), "failed": len(config.failed)}
@@ -105,7 +107,8 @@ def recommended_cpu(decision: Manifest) -> str | None:
 
 
 def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: Mapping[str, Path]) -> None:
-    variant["speedup_vs_fp16"] = variant["ram_reduction_vs_fp16"] = None
+    for figure in AGAINST_REFERENCE:
+        variant[figure] = None
     if not reference or not variant["quality"]:
         return
     if variant["role"] != "api":
@@ -113,10 +116,16 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
         if variant["device"] == reference["device"]:
             variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
             variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
+            variant["batched_vs_fp16_alone"] = mine["requests_s_batched"] / theirs["requests_s"]
             variant["ram_reduction_vs_fp16"] = 1 - mine["rss_mb"] / theirs["rss_mb"]
+            variant["private_reduction_vs_fp16"] = 1 - mine["private_mb"] / theirs["private_mb"]
+            if mine.get("vram_mb") and theirs.get("vram_mb"):
+                variant["vram_reduction_vs_fp16"] = 1 - mine["vram_mb"] / theirs["vram_mb"]
+            else:
+                variant["vram_reduction_vs_fp16_reason"] = mine.get("vram_mb_reason") or "the 16-bit model's is not known"
         else:
             elsewhere = f"the 16-bit model was measured on {reference['device']}, this variant on {variant['device']}"
-            variant |= {"speedup_vs_fp16_reason": elsewhere, "ram_reduction_vs_fp16_reason": elsewhere}
+            variant |= dict.fromkeys((f"{figure}_reason" for figure in AGAINST_REFERENCE), elsewhere)
     if variant is not reference:
         variant["quality"]["vs_reference"] = paired_difference(
             correct_rows(inputs[f"evaluate:{variant['name']}"]), correct_rows(inputs[f"evaluate:{reference['name']}"])
@@ -147,25 +156,34 @@ def is_sound(v: dict[str, Any]) -> bool:
     return v["role"] != "candidate" or bool(v["fidelity"] and v["fidelity"]["verdict"] == "ok")
 
 
-def beside_ready_made(mixed: dict[str, Any], variants: list[dict[str, Any]]) -> list[str]:
-    """What the search brought, beside the smallest ready-made GGUF file that is as sound."""
-    others = [v for v in usable(variants) if v["format"] == "gguf" and v["name"] != MIXED and is_sound(v)]
-    if not others:
-        return []
-    smallest = min(others, key=lambda v: v["size_mb"])
-    smaller, quicker = (
-        1 - mixed["size_mb"] / smallest["size_mb"],
-        mixed["performance"]["requests_s"] / smallest["performance"]["requests_s"],
-    )
-    size = f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {smallest['name']}"
-    return [f"{size}, the smallest ready-made file whose verdict is ok, with {quicker:.2f} times its requests/s"]
+def best_ready_made(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any] | None:
+    """The GGUF file that would be recommended if nothing had been searched; None where none keeps to the limits."""
+    ready_made = [v for v in variants if v["role"] == "reference" or (v["format"] == "gguf" and v["name"] != MIXED)]
+    chosen = recommend(ready_made, config)["cpu"]
+    return next((v for v in ready_made if v["name"] == chosen), None)
+
+
+def beside_ready_made(mixed: dict[str, Any], best: dict[str, Any], versus: Mapping[str, float], excluded: str) -> str:
+    """What the search brought, beside the best ready-made GGUF file.
+
+    Args:
+        versus: how much more often the mixture is right, paired.
+        excluded: why it may not be recommended, if so.
+    """
+    smaller = 1 - mixed["size_mb"] / best["size_mb"]
+    quicker = mixed["performance"]["requests_s"] / best["performance"]["requests_s"]
+    size = f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {best['name']}, the best ready-made file"
+    figures = f"{size}, with {quicker:.2f} times its requests/s and {versus['delta'] * 100:+.1f} points of exact match (McNemar p {versus['mcnemar_p']:.2f})"
+    worth = not excluded and max(smaller, quicker - 1) >= WORTH_SEARCHING and (versus["delta"] >= 0 or versus["mcnemar_p"] >= SIGNIFICANT)
+    return f"{figures}: {'' if worth else 'not '}{WORTH_SEARCHING:.0%} smaller or faster at equal accuracy"
 
 
 def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
-    """Variants that no other on the same device beats in accuracy, speed and memory at once (and in one of them strictly)."""
+    """Variants that no other on the same device beats in accuracy, speed and memory (a GPU's own) at once, and in one of them strictly."""
 
     def figures(v: dict[str, Any]) -> tuple[float, float, float]:
-        return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -v["performance"]["rss_mb"]
+        memory = v["performance"].get("vram_mb") if v["device"] == "cuda" else None  # the memory of its host is mostly CUDA's own
+        return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -(memory or v["performance"]["rss_mb"])
 
     found = usable(variants)
     return [
@@ -188,6 +206,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         return {
             "cpu": None,
             "gpu": None,
+            "excluded": {},
             "constraints": limits,
             "why": "The 16-bit reference could not be measured, so nothing can be compared with it.",
         }
@@ -210,7 +229,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         "gpu_runner_up": gpu[1]["name"] if len(gpu) > 1 else None,
         "excluded": {v["name"]: why for v in measured(variants) if v["role"] == "candidate" and (why := _excluded(v, reference, config))},
         "constraints": limits,
-        "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu[0] if gpu else None, bool(on_gpu))}",
+        "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu, bool(on_gpu))}",
     }
 
 
@@ -232,7 +251,7 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
         ("size", v["size_mb"], config.max_size_mb, "MB"),
         ("GPU memory", v["performance"].get("vram_mb"), config.max_vram_mb, "MB")
         if v["device"] == "cuda"  # the memory of its host is mostly CUDA's own
-        else ("memory", v["performance"]["rss_mb"], config.max_rss_mb, "MB"),
+        else ("memory", v["performance"]["peak_rss_mb"], config.max_rss_mb, "MB"),
         ("95th percentile of latency", v["performance"]["latency_ms"]["p95"], config.max_latency_p95_ms, "ms"),
         ("price of 1,000 requests", v["performance"].get("usd_per_1k_requests"), config.max_usd_per_1k_requests, "USD"),
     )
@@ -271,10 +290,12 @@ def _why_cpu(
     )
 
 
-def _why_gpu(v: dict[str, Any] | None, measured: bool) -> str:
-    if not v:
+def _why_gpu(fitting: list[dict[str, Any]], measured: bool) -> str:
+    if not fitting:
         return "No variant for a GPU kept to the limits."
+    v = fitting[0]
+    after = f" Runner-up: {fitting[1]['name']}." if len(fitting) > 1 else ""
     doubt = "" if is_sound(v) else f" Its verdict is {v['fidelity']['verdict']}." if v["fidelity"] else " Its fidelity is unchecked."
     if measured:
-        return f"{v['name']} was the fastest on the GPU within the limits.{doubt}"
-    return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured.{doubt}"
+        return f"{v['name']} was the fastest on the GPU within the limits.{doubt}{after}"
+    return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured.{doubt}{after}"

@@ -64,12 +64,12 @@ def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, p
     return answers
 
 
-@stage("evaluate", version=6, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
+@stage("evaluate", version=7, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
     model = load_variant(config, inputs["model"], spec)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"dtype": getattr(model, "dtype", None)}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")
         asked = conversations(config, inputs["dataset"], spec, [row["text"] for row in rows])

@@ -21,7 +21,7 @@ from tasks.domain.scoring import answer_text
 from tasks.domain.spec import load_spec
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.runtimes import LocalRuntime
-from tasks.synthesize import read_rows
+from tasks.synthesize import in_turns, read_rows
 from tasks.tokenization import encode_example
 from tasks.weights import BrokenFileError, Comparison, compare, folder_weights, gguf_weights, layer_weights
 
@@ -30,6 +30,9 @@ UNUSABLE: frozenset[Verdict] = frozenset({"erased", "runtime-broken", "file-brok
 ERASED = 0.5  # of the fine-tuning, below which nothing reliable is left
 SAME_TOKEN = 0.95  # below it one token in twenty is another: an answer has about ten
 RUNTIME_SHARE = 1 / 3  # of the divergence; if the same weights elsewhere have less, the runtime made the rest
+BROKEN_TENSOR = 0.9  # a tensor's error as a share of its norm: with 1 bit a weight it is about 0.6, of zeros 1, of another tensor more
+MADE_ANEW = "Delete its folder and run again: it is made anew."
+SAME_AGAIN = "Made anew it would be the same: leave the format out, or take another version of what makes or reads it."
 FOLDED = "the format moves scales from layers into their neighbours, so that single matrices cannot be compared"
 LOGITS, ASKED = "logits.npz", "asked.json"
 
@@ -37,7 +40,9 @@ LOGITS, ASKED = "logits.npz", "asked.json"
 class ReferenceLogitsConfig(StageConfig):
     """On what variants are compared with the 16-bit model."""
 
-    rows: int = Field(48, ge=4, le=2000, description="Validation rows; each takes about a megabyte")
+    rows: int = Field(
+        48, ge=4, le=2000, description="Validation rows, in which intents and languages take turns; each takes about a megabyte"
+    )
     skip: int = Field(0, ge=0, description="Validation rows left out before them")
 
 
@@ -80,7 +85,7 @@ class Divergence:
     reference_perplexity: float
 
 
-@stage("reference_logits", version=1, libraries=("torch", "transformers"), preloaded=True)
+@stage("reference_logits", version=2, libraries=("torch", "transformers"), preloaded=True)
 def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """What `inputs["model"]`, computed in float32, foretells for the right completions of rows of `inputs["dataset"]`."""
     from transformers import AutoTokenizer
@@ -89,7 +94,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
     model = runtimes.load("transformers", inputs["model"], hardware.cores(), "float32")
     asked = []
-    for row in read_rows(inputs["dataset"] / "validation.jsonl")[config.skip : config.skip + config.rows]:
+    for row in in_turns(read_rows(inputs["dataset"] / "validation.jsonl"))[config.skip : config.skip + config.rows]:
         conversation = prompt.messages(spec, row["text"])
         asked.append(Asked(conversation, *encode_example(tokenizer, conversation, answer_text(row["gold"], spec))))
     logits = {str(i): logits.astype(np.float16) for i, logits in enumerate(ask(model, asked))}
@@ -98,7 +103,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
 
 
-@stage("fidelity", version=4, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
+@stage("fidelity", version=5, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
 def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
 
@@ -109,10 +114,11 @@ def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) 
     asked, reference = read_reference(inputs["reference"])
     try:
         if damage := damage_of(inputs["model"], manifest):
-            raise BrokenFileError(damage)
-        found = judge(*_opened(config, inputs), asked, reference)
+            found = _broken(damage, MADE_ANEW)
+        else:
+            found = judge(*_opened(config, inputs), asked, reference)
     except BrokenFileError as error:
-        found = _broken(str(error))
+        found = _broken(str(error), SAME_AGAIN)
     # What is decided from it depends on what was found: an artefact without files would always be the same.
     (out_dir / "fidelity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
@@ -165,8 +171,10 @@ def judge(
     except NoNumbersError as error:
         if not weights:
             raise
-        verdict, why = _erased(weights) or ("runtime-broken", f"The matrices are what they should be, and {error}.")
-        return {**_broken(""), **_weight_figures(weights), "verdict": verdict, "why": why}
+        verdict, why = (
+            _not_made_by_rounding(weights) or _erased(weights) or ("runtime-broken", f"The matrices are what they should be, and {error}.")
+        )
+        return {**_broken(str(error), ""), **_weight_figures(weights), "verdict": verdict, "why": why}
     figures = {
         **asdict(found),
         **_weight_figures(weights),
@@ -188,6 +196,13 @@ def _weight_figures(weights: Comparison | None) -> dict[str, Any]:
     }
 
 
+def _not_made_by_rounding(weights: Comparison) -> tuple[Verdict, str] | None:
+    name, error = weights.worst_tensor
+    if error <= BROKEN_TENSOR:
+        return None
+    return "file-broken", f"The tensor {name} is off by {error:.0%}, more than rounding makes: it holds something else. {SAME_AGAIN}"
+
+
 def _erased(weights: Comparison) -> tuple[Verdict, str] | None:
     if weights.delta_retained >= ERASED:
         return None
@@ -200,8 +215,8 @@ def _erased(weights: Comparison) -> tuple[Verdict, str] | None:
 def _verdict(
     found: Divergence, weights: Comparison | None, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
 ) -> tuple[Verdict, str]:
-    if weights and (erased := _erased(weights)):
-        return erased
+    if weights and (verdict := _not_made_by_rounding(weights) or _erased(weights)):
+        return verdict
     if same_prompts < rows:
         return "runtime-broken", (
             f"The runtime reads other tokens than the model was trained with in {rows - same_prompts} of {rows} prompts: its chat template or its tokenizer is not the model's."
@@ -225,7 +240,7 @@ def _verdict(
     return "degraded", degraded
 
 
-def _broken(problem: str) -> dict[str, Any]:
+def _broken(problem: str, mend: str) -> dict[str, Any]:
     names = (
         "mean_kld",
         "p99_kld",
@@ -236,7 +251,7 @@ def _broken(problem: str) -> dict[str, Any]:
         "delta_retained",
         "prompt_ids_match",
     )
-    return {**dict.fromkeys(names), "verdict": "file-broken", "why": f"{problem}. Delete its folder and run again: it is made anew."}
+    return {**dict.fromkeys(names), "verdict": "file-broken", "why": f"{problem}. {mend}"}
 
 
 def divergence(logits: Sequence[np.ndarray], reference: Sequence[np.ndarray], asked: Sequence[Asked]) -> Divergence:

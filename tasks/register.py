@@ -22,6 +22,7 @@ from tasks.decide import recommended_cpu
 from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.registered import problem_of
+from tasks.variant_figures import AGAINST_REFERENCE
 
 # Rows, and the evaluations of challenger and champion on them.
 Comparison = tuple[Manifest, Manifest, Manifest]
@@ -68,7 +69,7 @@ def log_variants(
                 **variant["performance"],
                 **(variant["fidelity"] or {}),
                 "constrained": variant.get("constrained") or {},
-                **{k: variant[k] for k in ("size_mb", "bits", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
+                **{k: variant[k] for k in ("size_mb", "bits", *AGAINST_REFERENCE)},
             }
         )
         tracker.log(

@@ -66,7 +66,7 @@ def write_report(
         **decided,
         "reproducibility": reproducibility(run.stages, decided["variants"]),
         "gate": gate,
-        "not_run": not_run(),
+        "not_run": not_run(decided["variants"]),
         "sbom": SBOM,
     }
     folder = run.settings.reports / run.run_id
@@ -137,9 +137,9 @@ def training_facts(adapter: Manifest, config: RunConfig) -> dict[str, Any]:
     return {"base_model": config.base_model.source, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
 
 
-def not_run() -> list[str]:
-    """What this machine could not measure, in words."""
-    if hardware.gpu():
+def not_run(variants: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What could not be measured where the variants were, in words."""
+    if any(variant.get("device") == "cuda" for variant in variants):
         return []
     return ["There was no GPU: GPTQ was made and evaluated on the CPU, and neither GPU memory nor GPU speed was measured."]
 

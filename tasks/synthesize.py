@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -197,3 +198,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one split."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def in_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a split in another order: intents take turns, and so do languages.
+
+    A split is written in blocks of one intent, so that its first rows are of a few intents only; in this order the first n are like all.
+    """
+    intents, languages = ([*dict.fromkeys(names)] for names in ([row["gold"]["intent"] for row in rows], [row["language"] for row in rows]))
+    seen: Counter[tuple[int, int]] = Counter()
+    turns = []
+    for row in rows:
+        intent, language = intents.index(row["gold"]["intent"]), languages.index(row["language"])
+        turns.append((seen[intent, language] * len(languages) + (language - intent) % len(languages), intent))
+        seen[intent, language] += 1
+    return [row for _, row in sorted(zip(turns, rows, strict=True), key=lambda pair: pair[0])]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tasks.decide import DecideConfig
 
 OF_OUR_MACHINE = ("load_s", "ttft_ms", "prefill_tok_s", "decode_tok_s", "rss_mb", "pss_mb", "vram_mb", "energy_j_per_request")
+AGAINST_REFERENCE = ("speedup_vs_fp16", "speedup_vs_fp16_batched", "batched_vs_fp16_alone",
+                     "ram_reduction_vs_fp16", "private_reduction_vs_fp16", "vram_reduction_vs_fp16")  # fmt: skip
 ELSEWHERE = "the model runs on its provider's machines"
 GPU_FORMATS = ("gptq", "awq")
 AGREES = 0.05  # how far our speeds may be from llama-bench's on the same file
@@ -52,6 +54,8 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         notes.append(f"asked with long instructions{examples}, since it was not fine-tuned")
         if (dtype := performance["dtype"]) != "bfloat16":
             notes.append(f"computed in {dtype}, which is quickest here")
+    elif (dtype := quality.get("dtype")) != performance["dtype"]:
+        notes.append(f"its accuracy is that of {dtype}, which is quicker here, its speed that of {performance['dtype']}")
     if performance["device"] == "cpu" and variant.format in GPU_FORMATS:
         notes.append(f"{variant.format.upper()} is made for GPUs; here it ran on the CPU, so its speed says nothing about a GPU")
     if performance["spread"] and (spread := max(performance["spread"].values())) > REPEATABLE:
@@ -96,12 +100,16 @@ def _bits(variant: Variant, model: dict[str, Any], size: int, inputs: Mapping[st
 
 
 def calibrated_on_little(model: Mapping[str, Any]) -> list[str]:
-    """GPTQ inverts products of a layer's inputs: with fewer tokens than inputs, only its damping makes that possible."""
+    """GPTQ inverts products of a layer's inputs: with fewer tokens than inputs, only its damping makes that possible. AWQ does not."""
     made = model["metrics"]
+    if (rows := made.get("calibration_rows")) and rows < (wanted := model["config"]["calibration_rows"]):
+        few = [f"calibrated on {rows:,} rows, all there are, where {wanted:,} were wanted: raise data.train_rows"]
+    else:
+        few = []
     tokens, inputs = made.get("calibration_tokens"), made.get("widest_layer")
     if tokens is None or inputs is None or tokens >= inputs:
-        return []
-    more = "calibration_rows" if made["calibration_rows"] == model["config"]["calibration_rows"] else "data.train_rows"
+        return few
+    more = "data.train_rows" if few else "calibration_rows"
     return [
         f"calibrated on {tokens:,} tokens, fewer than the {inputs:,} inputs of its widest layer, which leaves its rounding to chance: raise {more}"
     ]
@@ -230,7 +238,7 @@ def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any
         "threads": None,
         "kernel": None,
         **dict.fromkeys(("size_mb", "sha256", "tensor_types")),
-        **{f"{name}_reason": ELSEWHERE for name in ("size_mb", "bits", "threads", "sha256", "speedup_vs_fp16", "ram_reduction_vs_fp16")},
+        **{f"{name}_reason": ELSEWHERE for name in ("size_mb", "bits", "threads", "sha256", *AGAINST_REFERENCE)},
         "key": evaluation["key"],
         "quality": {**metrics["test"], "hard_exact_match": metrics.get("hard", {}).get("exact_match"), "hard": metrics.get("hard", {})},
         "fidelity": None,

@@ -23,7 +23,7 @@ from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
 from tasks.domain.spec import DOMAINS_DIR, load_spec
 from tasks.domain.utterances import SPLITS, split_catalogs, split_patterns, split_products
-from tasks.synthesize import SynthesizeConfig, make_generator, read_rows, synthesize
+from tasks.synthesize import SynthesizeConfig, in_turns, make_generator, read_rows, synthesize
 from tests.own import synthesize_with
 
 pytestmark = pytest.mark.fast
@@ -35,6 +35,16 @@ SMALL = SynthesizeConfig(train_rows=600, validation_rows=72, test_rows=144, hard
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("dataset")
     return folder, synthesize.function(SMALL, {}, folder)
+
+
+def test_in_turns_the_first_rows_are_of_all_intents_and_languages_and_none_is_lost(dataset: tuple[Path, dict[str, Any]]) -> None:
+    rows = read_rows(dataset[0] / "test.jsonl")[:-7]  # not the same number of each
+    turned = in_turns(rows)
+    assert len({row["gold"]["intent"] for row in rows[:24]}) == 4  # as written
+    for first in (12, 24, 72):
+        intents, languages = Counter(row["gold"]["intent"] for row in turned[:first]), Counter(row["language"] for row in turned[:first])
+        assert set(intents.values()) == {first // 12} and set(languages.values()) == {first // 6}
+    assert sorted(row["id"] for row in turned) == sorted(row["id"] for row in rows) and in_turns([]) == []
 
 
 @pytest.mark.parametrize("language", SPEC.languages)

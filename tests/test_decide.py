@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.decide import DecideConfig, beside_ready_made, pareto_front, recommend
+from tasks.decide import DecideConfig, beside_ready_made, best_ready_made, pareto_front, recommend
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
 from tasks.variant_figures import beside_llama_bench, calibrated_on_little, searched
@@ -22,8 +22,9 @@ def variant(
         "name": name, "role": role, "format": name.split("-")[0], "runtime": runtime, "device": "cpu", "bits": 4.5, "size_mb": size, "kernel": "Linear",
         "fidelity": {"verdict": "ok"},
         "quality": {"exact_match": {"value": exact}},
-        "performance": {"requests_s": speed, "rss_mb": rss, "latency_ms": {"p95": 1000 / speed}},
-        "speedup_vs_fp16": speed, "speedup_vs_fp16_batched": speed, "ram_reduction_vs_fp16": 1 - rss / 700,
+        "performance": {"requests_s": speed, "rss_mb": rss, "peak_rss_mb": rss, "latency_ms": {"p95": 1000 / speed}},
+        "speedup_vs_fp16": speed, "speedup_vs_fp16_batched": speed, "batched_vs_fp16_alone": 2 * speed,
+        "ram_reduction_vs_fp16": 1 - rss / 700, "private_reduction_vs_fp16": 1 - rss / 600,
     }  # fmt: skip
 
 
@@ -91,6 +92,18 @@ def test_on_a_gpu_its_memory_is_limited_and_not_its_hosts() -> None:
     assert less["excluded"]["gptq-4bit"] == "its GPU memory is 400 MB; at most 300 are allowed"
     unknown = [v | {"performance": v["performance"] | {"vram_mb": None}} for v in on_gpu]
     assert "GPU memory is not known" in recommend([*unknown, VARIANTS[3]], DecideConfig(**limits, max_vram_mb=300))["excluded"]["gptq-4bit"]
+
+
+def test_on_a_gpu_the_front_is_of_its_own_memory() -> None:
+    """Equal memory of the host, and less accuracy and speed: the quantized model is on the front for what it takes of the GPU."""
+    host = {"device": "cuda"}
+    whole, less = (
+        v | host | {"performance": v["performance"] | {"rss_mb": 2900.0, "requests_s": 9.0, "vram_mb": memory}}
+        for v, memory in ((VARIANTS[1], 900.0), (VARIANTS[2], 400.0))
+    )
+    assert pareto_front([whole, less]) == ["tuned-fp16", "gptq-4bit"]
+    assert pareto_front([whole, less | {"device": "cpu"}, whole | {"name": "again", "performance": whole["performance"] | {"vram_mb": 950.0}}]) == [
+        "tuned-fp16", "gptq-4bit"]  # fmt: skip
 
 
 def test_what_ran_elsewhere_than_the_16_bit_model_is_not_compared_with_its_speed() -> None:
@@ -169,6 +182,15 @@ def test_paper_claims_that_were_not_measured_are_null() -> None:
     assert claims["Best GGUF by speed"]["ours"] == "Q4_0"
 
 
+def test_beside_the_paper_stands_the_speed_of_what_is_recommended_not_of_what_is_only_fast() -> None:
+    ours = [v for v in VARIANTS[1:] if v["quality"]]
+    claims = {claim["claim"]: claim["ours"] for claim in compare_with_paper(ours, [], "gguf-Q4_K_M")}
+    assert claims["GGUF on a CPU against FP16: speed"] == (
+        "5.0x one at a time, 5.0x both batched, 10.0x batched against FP16 one at a time (gguf-Q4_K_M)"
+    )
+    assert claims["GGUF on a CPU against FP16: memory"] == "69% less resident memory, 63% less private (gguf-Q4_K_M)"
+
+
 def test_without_a_reference_no_claim_of_the_paper_is_compared_with_a_speed_up() -> None:
     alone = [v | dict.fromkeys(("speedup_vs_fp16", "ram_reduction_vs_fp16")) for v in VARIANTS[2:] if v["quality"]]
     claims = {claim["claim"]: claim["ours"] for claim in compare_with_paper(alone, [])}
@@ -199,6 +221,8 @@ def test_calibration_on_fewer_tokens_than_a_layer_has_inputs_is_noted() -> None:
     assert note.startswith("calibrated on 430 tokens, fewer than the 1,536 inputs") and note.endswith("raise calibration_rows")
     (few,) = calibrated_on_little(model | {"config": {"calibration_rows": 64}})
     assert few.endswith("raise data.train_rows")
+    awq = {"metrics": {"calibration_rows": 24}, "config": {"calibration_rows": 256}}
+    assert calibrated_on_little(awq) == ["calibrated on 24 rows, all there are, where 256 were wanted: raise data.train_rows"]
     assert (
         calibrated_on_little({"metrics": {"calibration_tokens": 1536, "widest_layer": 1536}}) == calibrated_on_little({"metrics": {}}) == []
     )
@@ -223,9 +247,21 @@ def test_the_search_for_mixed_precision_says_what_it_could_not_do_and_what_it_br
     (coarse,) = searched(mixed, {"metrics": found | {"trials_measured": 0, "fine_mean_kld": 0.003, "max_kld": 0.001}})
     assert "time for 7 of 60 trials" in short and "raise gguf_search.seconds" in short
     assert "0.0030 nats, all that gguf_search.max_kld = 0.001 allows" in coarse
+
+
+def test_what_was_searched_is_compared_with_the_file_that_would_be_chosen_without_it() -> None:
+    config = DecideConfig(max_accuracy_loss=0.01)
+    mixed = variant(MIXED, 0.96, 5.2, 190, size=84)
     doubtful = {**variant("gguf-Q2_K", 0.96, 9.0, 100, size=60), "fidelity": {"verdict": "degraded"}}
-    (brought,) = beside_ready_made(variant(MIXED, 0.96, 7.5, 190, size=84), [*VARIANTS, doubtful])
-    assert brought == "9% smaller than gguf-Q4_0, the smallest ready-made file whose verdict is ok, with 1.25 times its requests/s"
+    best = best_ready_made([*VARIANTS, doubtful, mixed], config)
+    assert best and best["name"] == "gguf-Q4_K_M"  # neither the faster one that loses too much nor the one that is not sound
+    assert best_ready_made(VARIANTS[:3], config) is None
+    equal = {"delta": -0.001, "mcnemar_p": 0.8}
+    said = "20% smaller than gguf-Q4_K_M, the best ready-made file, with 1.04 times its requests/s and -0.1 points of exact match (McNemar p 0.80)"
+    assert beside_ready_made(mixed, best, equal, "") == f"{said}: 10% smaller or faster at equal accuracy"
+    assert beside_ready_made(mixed, best, equal, "loses 1.2 percentage points") == f"{said}: not 10% smaller or faster at equal accuracy"
+    assert ": not 10%" in beside_ready_made(mixed, best, {"delta": -0.02, "mcnemar_p": 0.01}, "")
+    assert ": not 10%" in beside_ready_made({**mixed, "size_mb": 100}, best, equal, "")
 
 
 def test_paired_difference_against_counted_values() -> None:

@@ -28,6 +28,7 @@ from tasks.fidelity import (
     Asked,
     FidelityConfig,
     ReferenceLogitsConfig,
+    _not_made_by_rounding,
     divergence,
     fidelity,
     judge,
@@ -307,6 +308,22 @@ def test_a_file_that_cannot_be_right_is_refused(mine: dict[str, np.ndarray], pro
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("held", [np.zeros((64, 64)), np.ones((64, 64))], ids=["zeros", "something else"])
+def test_a_tensor_that_is_further_off_than_rounding_makes_it_is_no_matter_of_the_format(held: np.ndarray) -> None:
+    """Zeros have none of the fine-tuning left either, and the base model does not lie on them."""
+    rng = np.random.default_rng(1)
+    base, change = rng.normal(size=(2, 64, 64))
+    tuned = base + 0.01 * change
+    one_bit = np.sign(tuned) * np.abs(tuned).mean()
+    sound = _weights(k=tuned, q=one_bit)
+    broken = _weights(k=tuned, q=held)
+    found = [compare(weights, _weights(k=tuned, q=tuned), _weights(k=base, q=base)) for weights in (sound, broken)]
+    assert _not_made_by_rounding(found[0]) is None and found[0].worst_tensor[1] > 0.5
+    verdict, why = _not_made_by_rounding(found[1]) or ("ok", "")
+    assert verdict == "file-broken" and "The tensor blk.0.q is off by 1" in why and "leave the format out" in why
+
+
+@pytest.mark.fast
 def test_divergence_is_zero_for_equal_logits_and_counts_tokens() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]], np.float32))
     other = np.log(np.array([[0.7, 0.2, 0.1], [0.8, 0.1, 0.1]], np.float32))
@@ -347,10 +364,13 @@ def _decision(folder: Path, verdict: str, right: list[bool]) -> dict[str, Any]:
                 role="candidate" if candidate else "reference",
             )
         )
-        performance = {"device": "cpu", "threads": 2, "kernel": None, "requests_s": speed, "requests_s_batched": speed, "rss_mb": 9 - speed, "others_cores": 0.0, "stolen_cores": 0.0}  # fmt: skip
+        dtypes = {"evaluate": None, "benchmark": None} if candidate else {"evaluate": "bfloat16", "benchmark": "float16"}
+        performance = {"device": "cpu", "threads": 2, "kernel": None, "dtype": dtypes["benchmark"], "requests_s": speed, "requests_s_batched": speed, "rss_mb": 9 - speed, "peak_rss_mb": 9.0, "private_mb": 8 - speed, "others_cores": 0.0, "stolen_cores": 0.0}  # fmt: skip
         inputs[f"model:{name}"] = _artefact(folder / f"m{name}", "merge", {})
         rows = right if name == "gguf-Q4_1" else [True] * 60
-        inputs[f"evaluate:{name}"] = _artefact(folder / f"e{name}", "evaluate", {"test": {"exact_match": exact}}, rows)
+        inputs[f"evaluate:{name}"] = _artefact(
+            folder / f"e{name}", "evaluate", {"test": {"exact_match": exact}, "dtype": dtypes["evaluate"]}, rows
+        )
         inputs[f"benchmark:{name}:0"] = _artefact(folder / f"b{name}", "benchmark", performance)
         samples = {"latency_s": [1 / speed], "first_token_s": [0.1], "tokens": [1], "prefill_tok_s": [1.0], "decode_tok_s": [1.0]}
         (inputs[f"benchmark:{name}:0"] / SAMPLES).write_text(json.dumps(samples))
@@ -368,6 +388,7 @@ def test_what_is_broken_is_never_recommended_however_fast_it_is(tmp_path: Path, 
     assert ("gguf-Q4_1" in decision["pareto"]) == usable
     variant = decision["variants"][2]
     assert variant["fidelity"]["verdict"] == verdict and (f"{verdict}: Because." in variant["notes"]) == (verdict != "ok")
+    assert decision["variants"][0]["notes"] == ["its accuracy is that of bfloat16, which is quicker here, its speed that of float16"]
     assert decision["variants"][1]["fidelity"] is None and decision["variants"][1]["fidelity_reason"] == "not measured"
 
 

@@ -199,4 +199,4 @@ def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping
     for name, folder in folders.items():
         if damage := damage_of(folder, inputs[name], only_touched=True):
             shutil.rmtree(out_dir, ignore_errors=True)
-            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}")
+            raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}. Run again: it is made anew")
