@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
+from tasks.fidelity import UNUSABLE
 from tasks.plot_files import Plot
 
 INK, MUTED, GRID, PAPER = "#1b2330", "#5b6675", "#d9dee5", "#fefefe"
@@ -44,12 +45,13 @@ class _Point(NamedTuple):
     contrast: bool
     pareto: bool
     recommended: bool
+    sound: bool = True
 
 
 def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
     key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
-           "figures. Star: recommended. A triangle on the lower edge lies below the axis.")  # fmt: skip
+           "figures. Star: recommended. A triangle on the lower edge lies below the axis. A cross was found unusable.")  # fmt: skip
     return [
         save("accuracy_memory", f"Upper left is better. {key}",
               _scatter("Exact match against memory", report, "performance.rss_mb", "Memory (RSS), MB", -1)),
@@ -111,14 +113,19 @@ def _points(report: Mapping[str, Any], path: str) -> Iterator[_Point]:
             yield _Point(_label(variant, report), x, y, y if low is None else low, y if high is None else high,
                          str(variant.get("format")), str(variant.get("device")).startswith(("cuda", "gpu")),
                          variant.get("role") in ("base", "baseline", "api"), variant.get("name") in (report.get("pareto") or []),
-                         _is_recommended(variant, report))  # fmt: skip
+                         _is_recommended(variant, report), _is_sound(variant))  # fmt: skip
+
+
+def _is_sound(variant: Mapping[str, Any]) -> bool:
+    return (variant.get("fidelity") or {}).get("verdict") not in UNUSABLE
 
 
 def _front(points: Sequence[_Point], better: int) -> list[_Point]:
-    """The points no other point beats in both figures, by x. Base and API models are shown for contrast and take no part."""
+    """The points no other point beats in both figures, by x. Base and API models are shown for contrast and take no part,
+    nor does what was found unusable."""
     front: list[_Point] = []
     for point in sorted(points, key=lambda p: (-better * p.x, -p.y)):
-        if not point.contrast and (not front or point.y > front[-1].y):
+        if point.sound and not point.contrast and (not front or point.y > front[-1].y):
             front.append(point)
     return front
 
@@ -138,7 +145,8 @@ def _draw_point(axes: Axes, point: _Point, edge: float) -> None:
                       ecolor=colour, elinewidth=1, capsize=2, alpha=0.7)  # fmt: skip
     if point.pareto:
         axes.plot([point.x], [y], color=INK, **RING)
-    axes.plot([point.x], [y], "v" if below else marker, color=colour, markersize=7, markeredgecolor=PAPER, zorder=3)
+    shape, edge_colour = ("v" if below else marker, PAPER) if point.sound else ("x", colour)
+    axes.plot([point.x], [y], shape, color=colour, markersize=7, markeredgecolor=edge_colour, zorder=3)
 
 
 def _place_labels(figure: Figure, points: Sequence[_Point], fronts: Sequence[list[_Point]], edge: float) -> None:
@@ -246,10 +254,17 @@ def _divergence(title: str, report: Mapping[str, Any]) -> Figure:
         if x and y is not None:
             y = max(y, 1e-7)  # of a format that changes nothing it is zero, which a logarithmic axis has no place for
             points.append(_Point(_label(variant, report), x, y, y, y, str(variant.get("format")), False, False, False,
-                                 _is_recommended(variant, report)))  # fmt: skip
-            sound = variant["fidelity"].get("verdict") in ("ok", "degraded")
+                                 _is_recommended(variant, report), _is_sound(variant)))  # fmt: skip
             colour, marker = FORMATS.get(str(variant.get("format")), (MUTED, "X"))
-            axes.plot([x], [y], marker if sound else "x", color=colour, markersize=7, markeredgecolor=PAPER if sound else colour, zorder=3)
+            axes.plot(
+                [x],
+                [y],
+                marker if points[-1].sound else "x",
+                color=colour,
+                markersize=7,
+                markeredgecolor=PAPER if points[-1].sound else colour,
+                zorder=3,
+            )
     if not points:
         return _not_measured(figure)
     axes.set(xlabel="Bits per weight", ylabel="Mean KL divergence, nats", yscale="log")

@@ -64,9 +64,9 @@ CONSTRAINED_COLUMNS = [
     Column("Readable, free", "quality.json_valid", "percent"),
     Column("Readable, constrained", "constrained.json_valid", "percent"),
     Column("Requests/s, free", "performance.requests_s"),
-    Column("Requests/s, constrained", "constrained.requests_s"),
+    Column("Requests/s, constrained", "constrained.requests_s", "number", "Of one process, whatever the number of runs"),
     Column("Batched, free", "performance.requests_s_batched"),
-    Column("Batched, constrained", "constrained.requests_s_batched"),
+    Column("Batched, constrained", "constrained.requests_s_batched", "number", "Of one process, whatever the number of runs"),
 ]
 MEASURED_COLUMNS = [
     Column("Runs", "performance.runs", "number", "Fresh processes, variants taking turns"),
@@ -85,7 +85,13 @@ MEASURED_COLUMNS = [
         "Requests/s when each prompt is read as a whole",
         True,
     ),
-    Column("Mapped: load, s", "performance.mapped.load_s", "number", "With the file mapped into memory instead of read", True),
+    Column(
+        "Mapped: load, s",
+        "performance.mapped.load_s",
+        "number",
+        "With the file mapped into memory instead of read; of one process, whatever the number of runs",
+        True,
+    ),
     Column("Mapped: RSS, MB", "performance.mapped.rss_mb", "number", "", True),
     Column("Mapped: private, MB", "performance.mapped.private_mb", "number", "", True),
     Column("Mapped: requests/s", "performance.mapped.requests_s", "number", "", True),

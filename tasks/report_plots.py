@@ -15,7 +15,7 @@ class ReportPlotsConfig(StageConfig):
     """Nothing to choose: the plots show what is there."""
 
 
-@stage("report_plots", version=1, libraries=("matplotlib",), isolated=False, varies="it shows what was measured")
+@stage("report_plots", version=2, libraries=("matplotlib",), isolated=False, varies="it shows what was measured")
 def report_plots(config: ReportPlotsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Draw the plots of `inputs["decision"]`."""
     from tasks.plots import draw_plots

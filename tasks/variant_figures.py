@@ -45,7 +45,8 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         return row | _describe_api(variant, _manifest(inputs[f"evaluate:{variant.name}"]))
     model = _manifest(inputs[f"model:{variant.name}"])
     quality = _manifest(inputs[f"evaluate:{variant.name}"])["metrics"]
-    performance = pooled([(_manifest(folder)["metrics"], folder) for folder in _runs("benchmark", variant, inputs)])
+    runs = [(_manifest(folder), folder) for folder in _runs("benchmark", variant, inputs)]
+    performance = pooled([(run["metrics"], folder) for run, folder in runs])
     weights = [entry["size"] for name, entry in model["files"].items() if name.endswith((".gguf", ".safetensors"))]
     hard = quality.get("hard", {})
     notes = []
@@ -62,6 +63,8 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         notes.append(
             f"its {performance['runs']} runs differ by up to {spread:.0%}: the machine was not quiet, or the variant is not steady"
         )
+    if len(days := sorted({run["created"][:10] for run, _ in runs})) > 1:
+        notes.append(f"its {len(runs)} runs are of {days[0]} to {days[-1]}, kept from earlier commands: benchmark.session measures anew")
     notes += [
         f"{name.split(':')[0]} failed: {why}"
         for name, why in config.unmeasured.items()

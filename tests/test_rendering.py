@@ -237,6 +237,19 @@ def test_the_verdict_comes_first(rendered: Path) -> None:
     assert "tuned-fp16 (16-bit reference)" in markdown
 
 
+@pytest.mark.parametrize("verdict", ["erased", "ok"])
+def test_what_was_found_unusable_is_drawn_as_a_cross_and_is_on_no_front(verdict: str) -> None:
+    from tasks.plots import _front, _points, _scatter
+
+    report = sample_report()
+    fastest = max((v for v in report["variants"] if v["performance"]), key=lambda v: v["performance"]["requests_s"])
+    fastest["fidelity"]["verdict"] = verdict
+    points = list(_points(report, "performance.requests_s"))
+    assert (fastest["name"] in {point.label.removeprefix("★ ") for point in _front(points, 1)}) == (verdict == "ok")
+    axes = _scatter("Exact match against speed", report, "performance.requests_s", "Requests per second", 1).axes[0]
+    assert any(line.get_marker() == "x" for line in axes.lines) == (verdict == "erased")
+
+
 def test_markdown_tables_are_whole(rendered: Path) -> None:
     """Within a table, every row has as many cells as its heading; only a failed variant's row may be shorter."""
     width = 0
