@@ -23,7 +23,7 @@ from tasks.quantize_gguf import MODEL_FILE
 from tasks.runtimes import LocalRuntime
 from tasks.synthesize import in_turns, read_rows
 from tasks.tokenization import encode_example
-from tasks.weights import BrokenFileError, Comparison, compare, folder_weights, gguf_weights, layer_weights
+from tasks.weights import BrokenFileError, Comparison, compare, folder_weights, gguf_weights, gptq_weights
 
 Verdict = Literal["ok", "degraded", "erased", "runtime-broken", "file-broken"]
 UNUSABLE: frozenset[Verdict] = frozenset({"erased", "runtime-broken", "file-broken"})  # never recommended, never promoted
@@ -132,7 +132,7 @@ def read_reference(folder: Path) -> tuple[list[Asked], list[np.ndarray]]:
 
 
 def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison | None, Callable[[], LocalRuntime]]:
-    """The variant in its runtime, what became of its weights, and how to load the same weights into transformers."""
+    """The variant in its runtime, what became of its weights, and how to load the same weights into transformers, unpacked."""
     if config.runtime == "llama_cpp":
         file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
         comparison = compare(gguf_weights(file), *map(gguf_weights, others))
@@ -140,15 +140,29 @@ def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRu
     model: Any = runtimes.load("transformers", inputs["model"], hardware.cores())
     if config.folded:
         return model, None, lambda: model
-    with folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:
-        comparison = compare(layer_weights(model.model), tuned, base)
-    return model, comparison, lambda: model
+    with gptq_weights(inputs["model"]) as mine, folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:
+        comparison = compare(mine, tuned, base)
+    return model, comparison, lambda: _unquantized(inputs)
 
 
 def _in_transformers(file: Path, inputs: Mapping[str, Path]) -> LocalRuntime:
     from tasks.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(file.parent, hardware.cores(), "float32", gguf_file=file.name)
+
+
+def _unquantized(inputs: Mapping[str, Path]) -> LocalRuntime:
+    """The fine-tuned model with the weights of a GPTQ variant, as plain numbers."""
+    import torch
+
+    from tasks.runtimes.transformers import TransformersRuntime
+
+    plain = TransformersRuntime(inputs["tuned"], hardware.cores(), "float32")
+    with gptq_weights(inputs["model"]) as held, torch.no_grad():
+        for name, parameter in plain.model.named_parameters():
+            if name in held:
+                parameter.copy_(torch.from_numpy(held[name]()))
+    return plain
 
 
 def judge(

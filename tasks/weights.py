@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -137,47 +138,65 @@ def _dequantized(dequantize: Callable[..., Any], tensor: Any) -> np.ndarray:
 
 
 @contextmanager
-def folder_weights(path: Path) -> Iterator[Weights]:
-    """The matrices of the safetensors files of a Hugging Face folder."""
+def _tensors(path: Path) -> Iterator[dict[str, Any]]:
+    """The open safetensors file of a folder that holds each tensor."""
     from contextlib import ExitStack
 
     from safetensors import safe_open
 
     with ExitStack() as stack:
-        found: dict[str, Callable[[], np.ndarray]] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            opened = stack.enter_context(safe_open(file, framework="pt"))
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                if len(opened.get_slice(name).get_shape()) > 1:
-                    found[name] = functools.partial(_as_float32, opened.get_tensor, name)
-        yield found
+        files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(path.glob("*.safetensors"))]
+        yield {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _as_float32(get: Callable[[str], Any], name: str) -> np.ndarray:
-    return get(name).float().numpy()
-
-
-def layer_weights(model: Any) -> Weights:
-    """The matrices by which a model's linear layers multiply, whatever kernel does it: what they make of the unit vectors, without what they make
-    of nothing, which is a bias."""
-    import torch
-
-    def read(layer: Any) -> np.ndarray:
-        with torch.inference_mode():
-            parameters = list(layer.parameters())
-            held = [*parameters, *layer.buffers()]
-            place = held[0].device if held else torch.device("cpu")
-            # Kernels of GPUs take what their scales are of; those of CPUs take float32, in which little is lost. Packed weights are integers.
-            kinds = [tensor.dtype for tensor in (parameters if place.type == "cpu" else held) if tensor.dtype.is_floating_point]
-            unit = torch.eye(layer.in_features, dtype=kinds[0] if kinds else torch.float32, device=place)
-            bias = layer(torch.zeros_like(unit[:1])).float()
-            return (layer(unit).float() - bias).T.cpu().numpy()
-
+def _matrices(tensors: Mapping[str, Any]) -> Weights:
     return {
-        f"{name}{_SUFFIX}": functools.partial(read, layer)
-        for name, layer in model.named_modules()
-        if hasattr(layer, "in_features") and hasattr(layer, "out_features")
+        name: functools.partial(_as_float32, file, name)
+        for name, file in tensors.items()
+        if name.endswith(_SUFFIX) and len(file.get_slice(name).get_shape()) > 1
     }
+
+
+def _as_float32(file: Any, name: str) -> np.ndarray:
+    return file.get_tensor(name).float().numpy()
+
+
+@contextmanager
+def folder_weights(path: Path) -> Iterator[Weights]:
+    """The matrices of the safetensors files of a Hugging Face folder."""
+    with _tensors(path) as tensors:
+        yield _matrices(tensors)
+
+
+@contextmanager
+def gptq_weights(path: Path) -> Iterator[Weights]:
+    """The matrices of a GPTQ folder, unpacked by the format's definition: no kernel has a part in it.
+
+    Weights of so many bits stand one after the other, the lowest bit first, down each output's column of `qweight`, and zeros along each
+    group's row of `qzeros` (Frantar et al. 2022, arXiv 2210.17323, as AutoGPTQ stores it; its first format has zeros less one).
+    """
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    bits, less = settings["bits"], 0 if settings["checkpoint_format"] == "gptq_v2" else 1
+
+    def unpacked(layer: str) -> np.ndarray:
+        try:
+            words, zeros, scales, group = (
+                tensors[name := f"{layer}.{part}"].get_tensor(name).numpy() for part in ("qweight", "qzeros", "scales", "g_idx")
+            )
+        except KeyError as missing:
+            raise BrokenFileError(f"tensor {missing.args[0]} is missing") from None
+        offsets = (_integers(zeros, bits) + less) % (1 << bits)
+        return (_integers(words.T, bits) - offsets[group].T) * scales.astype(np.float32)[group].T
+
+    with _tensors(path) as tensors:
+        layers = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        yield {**_matrices(tensors), **{f"{layer}{_SUFFIX}": functools.partial(unpacked, layer) for layer in layers}}
+
+
+def _integers(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The integers of so many bits that each row of 32-bit words holds, the lowest bit first."""
+    streams = np.unpackbits(np.ascontiguousarray(packed).astype("<i4").view(np.uint8), axis=1, bitorder="little")
+    return streams.reshape(len(packed), -1, bits) @ (1 << np.arange(bits)).astype(np.float32)
 
 
 def compare(variant: Weights, tuned: Weights, base: Weights) -> Comparison:

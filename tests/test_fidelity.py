@@ -38,7 +38,7 @@ from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, Quant
 from tasks.runtimes.llama_cpp import LlamaCppRuntime
 from tasks.synthesize import SynthesizeConfig, synthesize
 from tasks.variants import Variant
-from tasks.weights import BrokenFileError, Comparison, Weights, compare, folder_weights, gguf_weights, layer_weights
+from tasks.weights import BrokenFileError, Comparison, Weights, compare, gptq_weights
 
 
 @dataclass
@@ -244,40 +244,37 @@ def test_the_dequantized_file_runs_in_transformers(world: World) -> None:
     assert divergence(logits[0], logits[1], rows).mean_kld < 1e-2
 
 
-def test_weights_are_what_the_kernels_multiply_by(world: World) -> None:
-    from transformers import AutoModelForCausalLM
-
-    folder = world.path(world.tuned)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with folder_weights(folder) as wanted:
-        found = layer_weights(model)
-        names = set(found) & set(wanted)
-        assert len(names) == 2 * 7
-        for name in names:
-            np.testing.assert_allclose(found[name](), wanted[name](), atol=1e-3)
-    assert {"blk.0.attn_q.weight", "token_embd.weight"} <= set(gguf_weights(world.path(world.tuned_gguf) / MODEL_FILE))
-
-
 @pytest.mark.fast
-def test_packed_weights_are_read_in_numbers_and_a_bias_is_no_weight() -> None:
-    import torch
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("format_", ["gptq", "gptq_v2"])
+def test_gptq_weights_are_unpacked_as_the_format_defines_them(tmp_path: Path, bits: int, format_: str) -> None:
+    """Two groups of 32 inputs in any order, 32 outputs; packed here bit by bit."""
+    from safetensors.numpy import save_file
 
-    class Packed(torch.nn.Module):
-        """As kernels of GPUs hold a layer: integers first; fed with anything but numbers they do what is none."""
+    def packed(numbers: Any) -> np.ndarray:
+        """Words of the numbers of each row, one after the other, the lowest bit first."""
+        rows = [sum(int(number) << bits * at for at, number in enumerate(row)) for row in numbers]
+        words = [[row >> 32 * word & 0xFFFFFFFF for word in range(len(numbers[0]) * bits // 32)] for row in rows]
+        return np.array(words, np.uint32).view(np.int32)
 
-        in_features, out_features = 2, 3
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.qweight = torch.nn.Parameter(torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int32), requires_grad=False)
-            self.bias = torch.nn.Parameter(torch.tensor([10.0, 20.0, 30.0]))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            assert x.dtype.is_floating_point
-            return x @ self.qweight.to(x.dtype).T + self.bias
-
-    found = layer_weights(torch.nn.ModuleDict({"q": Packed()}))
-    np.testing.assert_array_equal(found["q.weight"](), [[1, 2], [3, 4], [5, 6]])
+    rng = np.random.default_rng(2)
+    whole, zeros = rng.integers(0, 1 << bits, (32, 64)), rng.integers(0, 1 << bits, (2, 32))
+    scales, group = rng.uniform(0.01, 0.1, (2, 32)).astype(np.float16), rng.permutation(np.repeat([0, 1], 32)).astype(np.int32)
+    stored = zeros if format_ == "gptq_v2" else (zeros - 1) % (1 << bits)
+    tensors = {"qweight": packed(whole).T, "qzeros": packed(stored), "scales": scales, "g_idx": group}
+    embeddings = rng.normal(size=(5, 4)).astype(np.float16)
+    parts = {f"model.layers.0.q.{name}": np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file({**parts, "model.embed.weight": embeddings, "model.norm.weight": np.ones(4, np.float16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"bits": bits, "checkpoint_format": format_}}))
+    with gptq_weights(tmp_path) as found:
+        assert set(found) == {"model.layers.0.q.weight", "model.embed.weight"}
+        expected = (whole - zeros[group].T) * scales.astype(np.float32)[group].T
+        np.testing.assert_allclose(found["model.layers.0.q.weight"](), expected, rtol=1e-6)
+        np.testing.assert_array_equal(found["model.embed.weight"](), embeddings.astype(np.float32))
+    del parts["model.layers.0.q.g_idx"]
+    save_file(parts, tmp_path / "model.safetensors")
+    with gptq_weights(tmp_path) as found, pytest.raises(BrokenFileError, match=r"q\.g_idx is missing"):
+        found["model.layers.0.q.weight"]()
 
 
 def _weights(**matrices: np.ndarray) -> Weights:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.core import hardware
@@ -14,11 +17,12 @@ from tasks.core.child import run_isolated
 from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
 from tasks.domain.errors import UserError
-from tasks.fidelity import FidelityConfig, ReferenceLogitsConfig, fidelity, reference_logits
+from tasks.fidelity import FidelityConfig, ReferenceLogitsConfig, _opened, fidelity, judge, read_reference, reference_logits
 from tasks.quantize_awq import QuantizeAwqConfig, check_outputs, quantize_awq
 from tasks.quantize_gptq import QuantizeGptqConfig, quantize_gptq
 from tasks.runtimes.transformers import TransformersRuntime
 from tasks.synthesize import SynthesizeConfig, synthesize
+from tasks.weights import gptq_weights
 
 ASKED = [[{"role": "user", "content": " two olive oils please"}], [{"role": "user", "content": " bye"}]]
 
@@ -105,7 +109,32 @@ def test_fewer_bits_of_gptq_are_smaller_and_further_from_the_16_bit_model(world:
         inputs = {"model": made, "reference": reference, "tuned": world.tuned, "base": world.tuned}
         checked = world.make(fidelity, FidelityConfig(runtime="transformers"), **inputs).metrics
         found.append((made.metrics["size_mb"], -checked["mean_kld"], -checked["weight_rel_error"]))
+        check_kernel(world.path(made))
     assert all(few < many for few, many in zip(*found, strict=True))
+
+
+def check_kernel(folder: Path) -> None:
+    """What the kernel multiplies by is what the file holds."""
+    model = TransformersRuntime(folder, 1, "float32").model
+    with gptq_weights(folder) as held, torch.inference_mode():
+        layers = [(name, layer) for name, layer in model.named_modules() if f"{name}.weight" in held and hasattr(layer, "in_features")]
+        assert len(layers) == 2 * 7
+        for name, layer in layers:
+            np.testing.assert_allclose(layer(torch.eye(layer.in_features)).T.numpy(), held[f"{name}.weight"](), atol=1e-3)
+
+
+def test_a_kernel_that_multiplies_wrongly_is_told_from_a_bad_format(world: World) -> None:
+    made = world.make(quantize_gptq, QuantizeGptqConfig(bits=4, calibration_rows=8), model=world.tuned, dataset=world.dataset)
+    compared = {"model": made, "tuned": world.tuned, "base": world.tuned}
+    reference = world.make(reference_logits, ReferenceLogitsConfig(rows=6), model=world.tuned, dataset=world.dataset)
+    rows, logits = read_reference(world.path(reference))
+    model, weights, unpacked = _opened(FidelityConfig(runtime="transformers"), {name: world.path(of) for name, of in compared.items()})
+    right: Any = model
+    for block in right.model.model.layers:
+        block.mlp.down_proj.forward = lambda x, usual=block.mlp.down_proj.forward: -30 * usual(x)
+    found = judge(model, weights, unpacked, rows, logits)
+    assert found["verdict"] == "runtime-broken" and "run in transformers, the same weights agree" in found["why"]
+    assert 0 < found["weight_rel_error"] < 0.5
 
 
 @pytest.mark.skipif(hardware.gpu() is not None, reason="says what a CPU does")
