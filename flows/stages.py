@@ -211,7 +211,8 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
             if variant.role == "base" and number:
                 continue
             run = MOST_RUNS * config.benchmark.session + number
-            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": run})
+            kernel = config.benchmark.kernel if variant.format == "gptq" else None
+            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": run, "kernel": kernel})
             yield f"benchmark:{variant.name}:{number}", benchmark, measured, f"benchmark {variant.name}{again}", variant
             for kernel in config.benchmark.kernels if variant.format == "gptq" and not number else ():
                 other = measured.model_copy(update={"kernel": kernel})

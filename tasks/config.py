@@ -43,6 +43,7 @@ Measured = TypeVar("Measured", EvaluateConfig, BenchmarkConfig)
 Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
 RUN_KEY = 4  # characters of a configuration's key in the name of a run
 EVALUATED = ("test", "hard", "validation")
+MEASURED_BESIDE = {"constrained": "constrained", "mmap": "benchmark.mapped_too"}  # the switch for what is no variant's usual way
 BAD_LINES_SHOWN = 20  # of each labelled file
 PROFILES = Path(__file__).resolve().parents[1] / "deployments" / "profiles"
 
@@ -97,6 +98,9 @@ class RunConfig(BaseModel):
         for name in ("runtime", "zero_shot", "few_shot", *(("dtype", "run") if isinstance(value, BenchmarkConfig) else ())):
             if getattr(value, name) != type(value).model_fields[name].default:
                 raise ValueError(f"{name} = {getattr(value, name)!r} is filled in for each variant and cannot be set")
+        for name, instead in MEASURED_BESIDE.items():
+            if getattr(value, name, False):
+                raise ValueError(f"{name} = True is measured of GGUF variants, beside the usual. Set {instead}=true")
         return value
 
     @field_validator("gguf", "gptq", "awq", "baselines")

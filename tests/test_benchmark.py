@@ -128,6 +128,12 @@ def test_how_often_is_measured_is_not_part_of_what_is_measured() -> None:
     assert benchmark.key(BenchmarkConfig(run=1), {}) != benchmark.key(BenchmarkConfig(run=0), {})
 
 
+def test_a_kernel_is_for_gptq_variants() -> None:
+    gptq = Variant(name="gptq-4bit", format="gptq", bits=4, runtime="transformers", role="candidate")
+    config = load_config("smoke", {"benchmark.kernel": "torch"})
+    assert [settings.kernel for _, _, settings, *_ in measurements(config, [*VARIANTS, gptq])] == [None, None, None, "torch"]
+
+
 def test_a_load_that_is_none_is_refused() -> None:
     with pytest.raises(UserError, match=r"benchmark\.loads.*from 1 to 255"):
         load_config("smoke", {"benchmark.loads": [0]})

@@ -84,6 +84,12 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "fidelity.skip=24"], "fidelity.skip = 24: leaves out all of data.validation_rows = 24"),
         (["--set", "evaluate.runtime=transformers"], "runtime = 'transformers' is filled in for each variant"),
         (["--set", "benchmark.dtype=float32"], "dtype = 'float32' is filled in for each variant"),
+        (["--set", "evaluate.constrained=true"], "constrained = True is measured of GGUF variants, beside the usual. Set constrained=true"),
+        (
+            ["--set", "benchmark.constrained=true"],
+            "constrained = True is measured of GGUF variants, beside the usual. Set constrained=true",
+        ),
+        (["--set", "benchmark.mmap=true"], "mmap = True is measured of GGUF variants, beside the usual. Set benchmark.mapped_too=true"),
         (["--set", "data.languages=[en,de,en]"], "data.languages = 'en': is listed twice"),
         (["--set", "registry.name=.."], "registry.name = '..': String should match pattern"),
         (["--set", "evaluate.splits=[hard]"], "splits = ['hard']: some of test, hard, validation, with `test`"),
