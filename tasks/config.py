@@ -32,7 +32,7 @@ from tasks.llama_bench import program as llama_bench_program
 from tasks.merge import MergeConfig
 from tasks.qlora import FinetuneConfig
 from tasks.quantize_awq import QuantizeAwqConfig
-from tasks.quantize_gguf import UNWEIGHTED, GgufFormat
+from tasks.quantize_gguf import UNWEIGHTED, GgufFormat, converter
 from tasks.quantize_gptq import QuantizeGptqConfig, choose_group_size
 from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
@@ -230,7 +230,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Check what the configuration points at, before any work, and fill in the digests that make it exact.
 
     Raises:
-        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, an unknown API, a misconfigured teacher.
+        UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, no GGUF
+            converter, an unknown API, a misconfigured teacher.
     """
     from tasks.base_model import dimensions
     from tasks.base_model import resolve as resolve_base_model
@@ -251,6 +252,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.gguf_search and config.data.validation_rows <= (seen := config.fidelity.skip + config.fidelity.rows):
         problem = f"leaves no row for gguf_search beside the {seen} by which variants are judged"
         raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
+    converter()  # there is always a GGUF format to make
     if config.benchmark.llama_bench:
         llama_bench_program()
     for field, path, rows, bad in _own_rows(config):

@@ -111,6 +111,12 @@ def test_bad_input_stops_before_any_work(
     assert not home.exists()
 
 
+def test_so_does_a_converter_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CARTWRIGHT_LLAMA_CPP", "/wrong")
+    message = "CARTWRIGHT_LLAMA_CPP = '/wrong': has no convert_hf_to_gguf.py. Run `make install`"
+    test_bad_input_stops_before_any_work(home, ["--set", "gguf=[F16]"], message, monkeypatch, capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("api", "message"),
