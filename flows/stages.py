@@ -92,6 +92,9 @@ def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest, Ma
             call.display.say(lack)
 
     adapter = replace(call, meanwhile=explain)(finetune, run.config.train, base_model=base, dataset=dataset)
+    if missed := adapter.metrics["left_out_too_long"]:
+        limit = f"train.max_length={run.config.train.max_length}"
+        call.display.say(f"{missed:,} of {missed + adapter.metrics['examples']:,} training rows have more tokens than {limit}: left out.")
     tuned = call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
     try:
         reference: Manifest | str = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)

@@ -13,6 +13,7 @@ from tasks.completions import IGNORED, completion_loss, completion_matches, enco
 from tasks.core import hardware, progress
 from tasks.core.manifests import CHECKPOINTS
 from tasks.core.stage import stage
+from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
 from tasks.qlora import FinetuneConfig, build_model, has_compiler, make_optimizer, resolve_precision, tokens_at_a_time, training_settings
 from tasks.synthesize import read_rows
@@ -23,7 +24,11 @@ SAVED_EVERY_S = 120.0  # how much of a training that is stopped is done again, a
 
 @stage("finetune", version=9, libraries=("torch", "transformers", "peft", "bitsandbytes"), resumable=True, preloaded=True)
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
-    """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`."""
+    """Train a LoRA adapter on `inputs["base_model"]` with `inputs["dataset"]`; goes on from the last checkpoint in `out_dir`.
+
+    Raises:
+        UserError: no row of a split is short enough.
+    """
     import numpy as np
     import torch
     from datasets import Dataset
@@ -44,7 +49,16 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     set_template(tokenizer, spec)
     rows = read_rows(inputs["dataset"] / "train.jsonl")
     train = encode_rows(rows, tokenizer, spec, config.max_length, config.intent_weight)
-    validation = encode_rows(read_rows(inputs["dataset"] / "validation.jsonl"), tokenizer, spec, config.max_length)
+    validation_rows = read_rows(inputs["dataset"] / "validation.jsonl")
+    validation = encode_rows(validation_rows, tokenizer, spec, config.max_length)
+    if not train or not validation:
+        longest = max(example["length"] for example in encode_rows(rows + validation_rows, tokenizer, spec, sys.maxsize))
+        raise UserError(
+            "train.max_length",
+            config.max_length,
+            f"leaves {len(train):,} of {len(rows):,} rows of train and {len(validation):,} of {len(validation_rows):,} of validation",
+            mend=f"The longest row has {longest} tokens: set train.max_length={longest} to leave out none",
+        )
 
     most_tokens = tokens_at_a_time(config, device)
     threads = 1 if workers > 1 else hardware.cores()

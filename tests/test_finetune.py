@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flows.session import Run
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.checkpoints import SEAL
+from tasks.config import load_config
 from tasks.core.artifacts import Store
 from tasks.core.manifests import CHECKPOINTS, Manifest
 from tasks.core.stage import run
+from tasks.domain.errors import UserError
 from tasks.finetune import finetune
 from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
 from tasks.qlora import FinetuneConfig, build_model, load_base
@@ -76,6 +81,45 @@ def test_the_loss_of_the_intent_can_count_more(store: Store, inputs: dict[str, M
         )
         assert {weight for weight, label in zip(weights, example["labels"], strict=True) if label == IGNORED} == {0.0}
         assert {weight for weight, label in zip(weights, example["labels"], strict=True) if label != IGNORED} == {1.0, 4.0}
+
+
+def test_rows_that_are_all_too_long_are_said_before_the_model_is_loaded(
+    store: Store, inputs: dict[str, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {name: store.fetch(manifest) for name, manifest in inputs.items()}
+    folders["dataset"] = Path(shutil.copytree(folders["dataset"], tmp_path / "data"))
+    spec = folders["dataset"] / "spec.yaml"
+    spec.write_text(spec.read_text().replace("prompt: short", "prompt: chat"))
+    monkeypatch.setattr("tasks.finetune.build_model", None)
+    with pytest.raises(
+        UserError, match=r"max_length = 16: leaves 0 of 48 rows of train and 0 of 12 of validation.*set train.max_length="
+    ) as error:
+        finetune.function(FinetuneConfig(**TRAINING, workers=1, max_length=16), folders, tmp_path)
+    longest = int(str(error.value).partition("longest row has ")[2].split()[0])
+    monkeypatch.setattr("tasks.finetune.build_model", lambda config, folder: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        finetune.function(FinetuneConfig(**TRAINING, workers=1, max_length=longest), folders, tmp_path)
+
+
+@pytest.mark.fast
+def test_rows_that_are_left_out_are_counted_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import stages
+
+    said: list[str] = []
+    display = SimpleNamespace(say=said.append)
+
+    @dataclass
+    class Call:
+        display: Any
+        meanwhile: Any = None
+
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(metrics={"left_out_too_long": 87, "examples": 9})
+
+    monkeypatch.setattr(stages, "runner", lambda run: Call(display))
+    config = load_config("smoke", {"train.max_length": 16})
+    stages.train.fn(Run(run_id="x", mlflow_run="m", config=config, started="", resumed=False), None)
+    assert said == ["87 of 96 training rows have more tokens than train.max_length=16: left out."]
 
 
 def test_the_intent_is_found_behind_what_a_template_puts_before_an_answer(store: Store, inputs: dict[str, Manifest]) -> None:
