@@ -16,10 +16,11 @@ from tasks.core import progress
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
+from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_training
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import text_contains_slots
-from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, load_spec
+from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, line_of, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
 from tasks.leakage import ORDER, Admission, batched, check_leakage
 from tasks.own_files import paths_in
@@ -82,9 +83,14 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     """The generator a config describes; reads and checks the domain's files.
 
     Raises:
-        UserError: an unknown language or a broken file.
+        UserError: an unknown language, a broken file, or one that says how a model is asked, which a run does.
     """
     spec = load_spec(config.domain)
+    for name in ("prompt", "answer"):
+        if name in spec.model_fields_set:
+            file = spec.path / "spec.yaml"
+            mend = f"Take the line out, and choose by data.{name}={getattr(spec, name)}"
+            raise UserError(name, f"{file}:{line_of(file, (name,))}", "is chosen for each run, not by a domain", mend=mend)
     banks = {language: load_bank(spec, language) for language in config.languages}
     usual = tuple(kind for kind in KINDS if kind not in config.held_out_noise)
     plain = Style(usual, config.noise_rate, config.decoration_rate)

@@ -311,6 +311,16 @@ def test_a_field_that_is_missing_names_the_line_of_what_it_is_missing_in(domain:
         load_bank(load_spec(str(domain)), "en")
 
 
+@pytest.mark.parametrize("field", ["prompt: chat", "answer: json"])
+def test_what_a_run_chooses_is_not_said_by_a_domain(domain: Path, field: str) -> None:
+    text = (domain / "spec.yaml").read_text()
+    (domain / "spec.yaml").write_text(f"{text}{field}\n")
+    name, value = field.split(": ")
+    said = rf"^{name} = .*spec\.yaml:{len(text.splitlines()) + 1}': is chosen for each run.*data\.{name}={value}"
+    with pytest.raises(UserError, match=said):
+        resolve(load_config("smoke", {"data.domain": str(domain)}))
+
+
 def test_unknown_field_of_the_spec_is_named(domain: Path) -> None:
     (domain / "spec.yaml").write_text((domain / "spec.yaml").read_text() + "colour: red\n")
     with pytest.raises(UserError, match="colour"):
