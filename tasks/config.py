@@ -21,7 +21,7 @@ from tasks.core.settings import shown_uri
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled, read_training
-from tasks.domain.spec import domain_path, load_spec
+from tasks.domain.spec import domain_path, line_of, load_spec, load_yaml
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
@@ -139,15 +139,27 @@ def load_config(profile: str, overrides: dict[str, Any] | None = None) -> RunCon
         overrides: values by dotted name, such as `{"train.epochs": 2}`.
 
     Raises:
-        UserError: unknown profile or field, or a value that is not allowed.
+        UserError: unknown profile or field, or a value that is not allowed; of a profile's file with its line.
     """
-    path = PROFILES / f"{profile}.yaml"
     if profile not in profiles():
         raise UserError("profile", profile, "is unknown", allowed=profiles())
     if "profile" in (overrides or {}):
         raise UserError("profile", (overrides or {})["profile"], "is not a field to set", mend="Choose it with --profile")
-    values: dict[str, Any] = {"profile": profile, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
+    values = {"profile": profile, **_fields_of(PROFILES / f"{profile}.yaml")}
     return with_overrides(RunConfig, values, overrides or {})
+
+
+def _fields_of(path: Path) -> dict[str, Any]:
+    """What a profile's file says, checked by itself, so that what is wrong in it is told from an override."""
+    fields = load_yaml(path) or {}
+    if not isinstance(fields, dict):
+        raise UserError("file", f"{path}:1", "is not a mapping", mend="Write fields, such as `train: {epochs: 2}`")
+    try:
+        RunConfig.model_validate({"profile": path.stem, **fields})
+    except ValidationError as error:
+        where = f"{path}:{line_of(path, error.errors()[0]['loc'])}"
+        raise UserError(where, None, str(_explained(error, RunConfig))) from None
+    return fields
 
 
 def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mapping[str, Any]) -> Config:
@@ -198,12 +210,26 @@ def _explained(error: ValidationError, root: type[BaseModel]) -> UserError:
         model = _model_at(root, location[:-1])
         names = list(model.model_fields) if model else None
         return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
+    if first["type"] == "missing":
+        return UserError(".".join(location), None, "is not given", mend=f"Give it, as in `{location[-1]}: ...`")
     allowed = context.get("expected")
     message = first["msg"].removeprefix("Value error, ")
+    mend = ""
     given = first["input"]
     if isinstance(given, str) and "://" in given:  # what may be wrong with it is that it holds a key
         given = shown_uri(given.partition("?")[0])
-    return UserError(".".join(location), given, message, allowed=allowed)
+    if first["type"] in ("tuple_type", "list_type"):
+        message, mend = "is not a list", "Write it in brackets" if given is None else f"Write {_as_list(given)}"
+    if first["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        model = _model_at(root, location)
+        message, allowed = "is not a mapping of fields", list(model.model_fields) if model else "a mapping"
+        mend = "Write them in braces, as in `{field: value}`"
+    return UserError(".".join(location), given, message, allowed=allowed, mend=mend)
+
+
+def _as_list(given: object) -> str:
+    """The list that was meant by one item, or by several with commas between them, as it is written with `--set`."""
+    return f"[{', '.join(item.strip() for item in str(given).split(','))}]".replace("'", "")
 
 
 def _model_at(root: type[BaseModel], location: list[str]) -> type[BaseModel] | None:

@@ -90,6 +90,11 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
             "constrained = True is measured of GGUF variants, beside the usual. Set constrained=true",
         ),
         (["--set", "benchmark.mmap=true"], "mmap = True is measured of GGUF variants, beside the usual. Set benchmark.mapped_too=true"),
+        (["--set", "data.languages=en,de"], "data.languages = 'en,de': is not a list. Write [en, de]"),
+        (["--set", "gptq={bits: 4}"], "gptq = {'bits': 4}: is not a list. Write [{bits: 4}]"),
+        (["--set", "gguf=null"], "gguf: is not a list. Write it in brackets"),
+        (["--set", "gptq=[4]"], "gptq.0 = 4: is not a mapping of fields. Allowed: bits, group_size"),
+        (["--set", "api=[{few_shot: 2}]"], "api.0.model: is not given. Give it, as in `model: ...`"),
         (["--set", "data.languages=[en,de,en]"], "data.languages = 'en': is listed twice"),
         (["--set", "registry.name=.."], "registry.name = '..': String should match pattern"),
         (["--set", "evaluate.splits=[hard]"], "splits = ['hard']: some of test, hard, validation, with `test`"),
@@ -109,6 +114,29 @@ def test_bad_input_stops_before_any_work(
     assert "Traceback" not in said.err + said.out and "secret" not in said.err
     assert said.err.startswith("Error: ") and len(said.err.strip().splitlines()) == 1
     assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("data: {seed: 3\ntrain: {", r"file = '.*mine\.yaml:2': is not valid YAML"),
+        ("- data\n- train\n", r"file = '.*mine\.yaml:1': is not a mapping"),
+        ("data: {seed: 3}\n\ntrain:\n  epocs: 2\n", r"mine\.yaml:4: train\.epocs = 2: is an unknown field\. Allowed: method"),
+        ("gguf: [F16]\ngptq: [{bits: 4},\n  {bits: 5}]\n", r"mine\.yaml:3: gptq\.1\.bits = 5"),
+        ("data: {seed: 3}\ndata: {seed: 4}\n", r"mine\.yaml:2': is not valid YAML: 'data' stands twice"),
+    ],
+)
+def test_what_is_wrong_in_a_profile_is_said_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, said: str) -> None:
+    monkeypatch.setattr("tasks.config.PROFILES", tmp_path)
+    (tmp_path / "mine.yaml").write_text(written)
+    with pytest.raises(UserError, match=said):
+        load_config("mine", {"train.epochs": 2})
+
+
+def test_a_profile_without_a_field_is_the_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.config.PROFILES", tmp_path)
+    (tmp_path / "mine.yaml").write_text("# nothing yet\n")
+    assert load_config("mine", {"train.epochs": 2}).train.epochs == 2
 
 
 def test_so_does_a_converter_that_is_not_there(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
