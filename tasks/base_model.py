@@ -74,6 +74,7 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
 
 
 SIZES = ("hidden_size", "intermediate_size")
+TINY_SIZES = (64, 128)  # of the random model
 
 
 def dimensions(config: BaseModelConfig) -> list[int]:
@@ -81,7 +82,7 @@ def dimensions(config: BaseModelConfig) -> list[int]:
     from tasks.weights import check_gguf
 
     if config.source == TINY:
-        return []  # its stage makes it
+        return list(TINY_SIZES)
     if config.source == OFFLINE or config.source.endswith(".gguf"):
         fields = check_gguf("base_model.source", offline_gguf() if config.source == OFFLINE else Path(config.source))
         architecture = str(fields["general.architecture"].contents())
@@ -270,8 +271,8 @@ def name_no_code(folder: Path) -> None:
 
 
 def random_llama(
-    hidden_size: int = 64,
-    intermediate_size: int = 128,
+    hidden_size: int = TINY_SIZES[0],
+    intermediate_size: int = TINY_SIZES[1],
     num_hidden_layers: int = 2,
     num_attention_heads: int = 4,
     num_key_value_heads: int = 2,

@@ -286,13 +286,10 @@ def resolve(config: RunConfig) -> RunConfig:
             mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
             raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
     base_model = resolve_base_model(config.base_model)
-    sizes_of_groups = [(f"gptq.{number}", variant.group_size) for number, variant in enumerate(config.gptq)]
-    sizes_of_groups += [(f"awq.{number}", variant.group_size) for number, variant in enumerate(config.awq)]
-    if any(wanted for _, wanted in sizes_of_groups):
-        sizes = dimensions(base_model)
-        for field, wanted in sizes_of_groups:
-            if wanted and sizes:
-                choose_group_size(wanted, sizes, f"{field}.group_size")
+    sizes = dimensions(base_model) if config.gptq or config.awq else []
+    for kind, variants in (("gptq", config.gptq), ("awq", config.awq)):
+        for number, variant in enumerate(variants if sizes else ()):
+            choose_group_size(variant.group_size, sizes, f"{kind}.{number}.group_size")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),

@@ -36,19 +36,21 @@ def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.gro
     """The group size to use: it must divide every dimension of the quantized layers.
 
     Raises:
-        UserError: the wanted one does not.
+        UserError: the wanted one does not, or none does.
     """
     fitting = [size for size in GROUP_SIZES if all(dimension % size == 0 for dimension in dimensions)]
+    if wanted and not any(dimension % wanted for dimension in dimensions):
+        return wanted
     if not wanted and fitting:
         return fitting[0]
-    if not wanted or any(dimension % wanted for dimension in dimensions):
-        raise UserError(
-            field,
-            wanted,
-            f"does not divide the model's dimensions {sorted(set(dimensions))}",
-            allowed=fitting or "none of 128, 64, 32, 16",
-        )
-    return wanted
+    kind = field.partition(".")[0]
+    raise UserError(
+        field,
+        wanted,
+        f"{'does not divide' if wanted else 'finds none of 128, 64, 32, 16 that divides'} the model's dimensions {sorted(set(dimensions))}",
+        allowed=fitting or None,
+        mend="" if fitting else f"Leave {kind.upper()} out for this model: --set {kind}=[]",
+    )
 
 
 @stage("quantize_gptq", version=6, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)

@@ -69,6 +69,10 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
             ["--profile", "quick", "--set", "awq=[{group_size: 128}]"],
             "awq.0.group_size = 128: does not divide the model's dimensions [576, 1536]. Allowed: 64, 32, 16",
         ),
+        (
+            ["--set", "gptq=[{group_size: 128}]"],
+            "gptq.0.group_size = 128: does not divide the model's dimensions [64, 128]. Allowed: 64, 32",
+        ),
         (["--set", "gptq.0.group_size=64"], "gptq.0.group_size = 64: gptq has no fields to set one by one. Give all of it"),
         (["--set", "train.epochs.most=1"], "train.epochs.most = 1: train.epochs has no fields"),
         (["--set", "decide.max_size_mb=.inf"], "decide.max_size_mb = inf: Input should be a finite number"),
@@ -345,6 +349,17 @@ def test_group_size_divides_the_dimensions() -> None:
     assert choose_group_size(32, [576, 1536]) == 32
     with pytest.raises(UserError, match=r"gptq.group_size = 128: does not divide.*Allowed: 64, 32, 16"):
         choose_group_size(128, [576, 1536])
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_model_that_no_group_size_divides_is_refused_before_any_work(tmp_path: Path, kind: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    sizes = {"hidden_size": 100, "intermediate_size": 256}
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    changes = {"base_model.source": str(folder), "gptq": [], kind: [{}]}
+    with pytest.raises(UserError, match=rf"{kind}\.0\.group_size = 0: finds none of 128.*\[100, 256\].*: --set {kind}=\[\]"):
+        resolve_run(load_config("smoke", changes))
+    resolve_run(load_config("smoke", {"base_model.source": str(folder), "gptq": []}))
 
 
 def test_help_explains_itself(cartwright: Cartwright) -> None:
