@@ -116,12 +116,15 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     computed = sum(stage["state"] == "computed" for stage in report["stages"])
     cached = sum(stage["state"] == "cached" for stage in report["stages"])
+    failed = report["failed_stages"]
     print()
     print(
         f"{computed} stages computed, {cached} cached, in {report['wall_s']:.0f} s."
-        if computed
+        if computed or failed
         else f"Nothing to compute: all {cached} stages were cached."
     )
+    if failed:
+        print(f"{len(failed)} failed: {', '.join(failed)}")
     print(f"Recommendation: {report['recommendation']['why']}")
     print(
         f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"

@@ -49,6 +49,7 @@ def write_report(
     """
     decided = json.loads((run.store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
     finished = datetime.now(UTC)
+    ended_well = [stage for stage in run.stages if stage["state"] != "failed"]
     report = {
         "run_id": run.run_id,
         "mlflow_run": run.tracker.parent,
@@ -60,11 +61,12 @@ def write_report(
         "finished": finished.isoformat(timespec="seconds"),
         "wall_s": round((finished - datetime.fromisoformat(started)).total_seconds(), 1),
         "environment": {**hardware.environment(), "measured_on": measured_on(decided["variants"])},
-        "stages": run.stages,
+        "stages": ended_well,
+        "failed_stages": [stage["name"] for stage in run.stages if stage["state"] == "failed"],
         "dataset": {"sha256": dataset.digest, **dataset.metrics},
         "training": training_facts(adapter, config),
         **decided,
-        "reproducibility": reproducibility(run.stages, decided["variants"]),
+        "reproducibility": reproducibility(ended_well, decided["variants"]),
         "gate": gate,
         "not_run": not_run(decided["variants"]),
         "sbom": SBOM,

@@ -397,6 +397,8 @@ def test_a_variant_that_fails_fails_alone(copy: Path) -> None:
     assert again.returncode == 0 and states(copy)["decide"] == "cached", (
         again.stdout
     )  # what is known to fail is tried, and decides nothing new
+    assert "1 failed: quantize awq-4bit" in again.stdout and "Nothing to compute" not in again.stdout
+    assert set(states(copy).values()) == {"cached"}
 
 
 def test_killed_in_training_the_same_command_goes_on(copy: Path) -> None:

@@ -100,7 +100,7 @@ class Runner:
                 self.secrets,
             )
         except BaseException as error:
-            self.display.finish(label, "failed", time.monotonic() - started, str(error) if isinstance(error, StageError) else "")
+            self._note(label, "failed", started, worked, stage, why=str(error) if isinstance(error, StageError) else "")
             if child_run:
                 self.tracker.client.set_terminated(child_run[0], "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
@@ -109,9 +109,21 @@ class Runner:
         return manifest, state == "cached"
 
     def _note(
-        self, label: str, state: str, started: float, worked: float, stage: Stage | None = None, manifest: Manifest | None = None
+        self,
+        label: str,
+        state: str,
+        started: float,
+        worked: float,
+        stage: Stage | None = None,
+        manifest: Manifest | None = None,
+        why: str = "",
     ) -> None:
-        """Note for the report how a stage went that `started` then, when all stages before it had `worked` so many seconds."""
+        """Note for the report how a stage went that `started` then, when all stages before it had `worked` so many seconds.
+
+        Args:
+            state: `computed`, `cached` or `failed`.
+            why: it failed, as a person is told.
+        """
         wall_s = time.monotonic() - started
         self.stages.append(
             {
@@ -127,7 +139,7 @@ class Runner:
                 "varies": stage.varies if stage else "",
             }
         )
-        self.display.finish(label, state, wall_s)
+        self.display.finish(label, state, wall_s, why)
 
 
 def as_prefect_task(label: str, body: Callable[[], tuple[Any, bool]]) -> Any:
