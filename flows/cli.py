@@ -182,6 +182,7 @@ def evaluate(
 ) -> None:
     """Score a model on labelled rows: exact match with its 95% interval, by language, intent, slot and source, and what it confuses."""
     from tasks.asking import ask, find_model, wrong_answers
+    from tasks.core.display import beside_answers
     from tasks.domain.labelled import read_labelled
     from tasks.domain.scoring import score
 
@@ -201,7 +202,8 @@ def evaluate(
             "has no usable row",
             mend='Write lines such as {"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}',
         )
-    asked = ask(found, [row["text"] for row in rows])
+    with beside_answers(f"ask {model}"):
+        asked = ask(found, [row["text"] for row in rows])
     figures = score(rows, asked.answers, found.spec)
     figures.pop("correct")
     figures |= {
@@ -268,6 +270,7 @@ def predict(
 ) -> None:
     """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on. What else a line says is kept."""
     from tasks.asking import ask, find_model, read_texts
+    from tasks.core.display import beside_answers
     from tasks.domain.files import read_bytes
     from tasks.domain.labelled import LARGEST_FILE, has_half_character
     from tasks.domain.scoring import parse_answer
@@ -283,7 +286,8 @@ def predict(
     rows, bad = ([{"text": text} for text in texts], []) if texts else read_texts(lines)
     for line, problem in bad:
         print(f"line {line}: {printable(problem)}", file=sys.stderr)
-    asked = ask(found, [row["text"] for row in rows])
+    with beside_answers(f"ask {model}"):
+        asked = ask(found, [row["text"] for row in rows])
     for problem in asked.failed:
         print(f"no answer: {printable(problem)}", file=sys.stderr)
     for row, raw in zip(rows, asked.answers, strict=True):

@@ -161,7 +161,8 @@ def ask(found: Found, texts: list[str]) -> Asked:
     model = runtimes.load(found.runtime, Path(found.path), hardware.cores())
     answers = [""] * len(texts)
     latencies, failed = [], []
-    for completion in model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts)))):
+    answering = model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts))))
+    for completion in progress.track(answering, len(conversations), "answers"):
         answers[completion.index] = completion.text
         if not math.isnan(completion.total_s):  # a request without an answer has no latency
             latencies.append(completion.total_s)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tasks.core import progress
 from tasks.core.file_hash import sha256_file
 from tasks.core.manifests import canonical_json
 from tasks.core.stage import StageConfig, stage
@@ -233,6 +234,7 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    progress.advance(0, 2, "reading")
     if config.source == TINY:
         model, tokenizer = random_llama()
     else:
@@ -251,6 +253,7 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
+    progress.advance(1, 2, "writing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.half().save_pretrained(out_dir)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tasks.core import progress
 from tasks.core.stage import stage
 from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import Spec
@@ -49,7 +50,8 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     admission = Admission()
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
-        rows[split] = list(distinct_rows(generator, split, config.rows(split), admission))
+        drawn = distinct_rows(generator, split, config.rows(split), admission)
+        rows[split] = list(progress.track(drawn, config.rows(split), split))
         admission.hold_out(rows[split])
     if config.own_sha256:
         rows["own"], admission.rejected["own: cannot be used"] = _own_rows(paths_in(inputs["own"], config.own_sha256), generator.spec)

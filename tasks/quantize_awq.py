@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tasks.calibration import calibration_examples
-from tasks.core import hardware
+from tasks.core import hardware, progress
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.quantize_gptq import choose_group_size
@@ -74,6 +74,12 @@ def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir:
         trust_remote_code=False,
         dtype=torch.float16,  # the layers that hold the result take no float32
     )
+
+    def layer_complete(layer_idx: int, submodule_finalized: bool) -> None:
+        if not submodule_finalized:  # told once more, by another thread, when it is packed
+            progress.advance(layer_idx + 1, model_config["num_hidden_layers"], "blocks")
+
+    model.layer_callback = layer_complete
     with TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes a folder `logs` wherever it is
         model.quantize(
             [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in examples],

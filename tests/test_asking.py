@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tasks.asking import wrong_answers
+from flows.cli import predict
+from tasks.asking import Found, wrong_answers
+from tasks.core import progress
 from tasks.domain.labelled import read_labelled
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
@@ -72,6 +76,29 @@ def test_only_the_fields_to_score_count(tmp_path: Path) -> None:
     result = score(rows, [answer] * 3, SPEC)
     assert result["correct"] == [False, True, False]
     assert [item["wrong"] for item in wrong_answers(rows, [answer] * 3, SPEC)] == [["quantity"], ["quantity"]]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_how_far_answers_are_is_shown_beside_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    def generate(asked: list[Any], *_: int) -> Iterator[Any]:
+        for index in range(len(asked)):
+            yield SimpleNamespace(index=index, text='{"intent":"view_cart"}', total_s=0.1, prompt_tokens=3)
+
+    monkeypatch.setattr("tasks.asking.find_model", lambda *_: Found(Path(), "llama_cpp", SPEC, Path()))
+    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr("tasks.core.display.PLAIN_INTERVAL_S", 0)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    predict(["one", "two", "three"])
+    said = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in said.out.splitlines()] == ["one", "two", "three"]
+    assert "ask recommended" in said.err and "3/3" in said.err and "answers" in said.err
+    assert progress._listener is progress._nobody
+    monkeypatch.setattr("tasks.core.display.PLAIN_INTERVAL_S", 15)
+    predict(["one"])
+    assert terminal or not capsys.readouterr().err  # of what is quick, nothing but a bar
 
 
 def test_answers_are_counted_by_slot_source_and_confusion(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.config import load_config, resolve
+from tasks.core import progress
 from tasks.domain.errors import UserError
 from tasks.gate_rows import gate_rows, gate_rows_config
 from tasks.synthesize import read_rows, synthesize
@@ -41,6 +42,16 @@ def test_rows_stay_the_same_with_other_training_data_and_begin_with_those_of_tes
     assert texts(rows, "test")[:36] == texts(tmp_path / "a" / "data", "test")
     assert not set(texts(rows, "test")) & set(texts(tmp_path / "a" / "data", "train"))
     assert (rows / "spec.yaml").read_text() == (tmp_path / "a" / "data" / "spec.yaml").read_text()
+
+
+def test_how_far_the_rows_are_is_told(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    progress.listen(told.append)
+    try:
+        made(tmp_path)
+    finally:
+        progress.listen()
+    assert {"done": 60, "total": 60, "note": "test"} in told and {"done": 24, "total": 24, "note": "hard"} in told
 
 
 def test_own_rows_are_asked_too_and_what_was_learnt_or_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:

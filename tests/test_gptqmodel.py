@@ -74,7 +74,9 @@ def test_awq_gives_the_same_file_twice_answers_and_is_checked_but_for_its_weight
     again = tmp_path / "again"
     again.mkdir()
     inputs = {"model": world.path(world.tuned), "dataset": world.path(world.dataset)}
-    run_isolated(quantize_awq, config, inputs, again, world.logs / "again.log", lambda event: None, {})
+    told: list[dict[str, Any]] = []
+    run_isolated(quantize_awq, config, inputs, again, world.logs / "again.log", told.append, {})
+    assert [event["done"] for event in told if event.get("note") == "blocks"] == [1, 2]
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {
         path.name: path.read_bytes() for path in world.path(made).iterdir() if path.name != "manifest.json"
     }

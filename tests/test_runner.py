@@ -22,6 +22,11 @@ from tests.tiny_stages import CountConfig, count
 pytestmark = pytest.mark.fast
 
 
+@pytest.fixture(autouse=True)
+def without_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.core.runner.as_prefect_task", lambda label, body: body()[0])
+
+
 @pytest.fixture
 def written() -> io.StringIO:
     return io.StringIO()
@@ -47,6 +52,23 @@ def test_a_stage_that_fails_is_noted_where_it_belongs(runner: Runner, written: i
     assert [stage["state"] for stage in runner.stages] == ["computed", "failed", "cached"]
     assert runner.stages[1] | {"name": "count error", "kind": "count", "key": "", "pool": "local"} == runner.stages[1]
     assert any(line.startswith("failed count error") and "broken on purpose" in line for line in written.getvalue().splitlines())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_makes_no_artefact_is_named_while_it_works(runner: Runner, terminal: bool) -> None:
+    file = io.StringIO()
+    runner.display = Display(Console(file=file, width=200, force_terminal=terminal))
+
+    def action(fails: bool) -> tuple[int, bool]:
+        assert "register" in file.getvalue() and (runner.display._bar is not None) is terminal
+        if fails:
+            raise StageError("no registry")
+        return 1, False
+
+    assert runner.act("register", lambda: action(False), "mlflow") == 1
+    with pytest.raises(StageError):
+        runner.act("register", lambda: action(True), "mlflow")
+    assert runner.display._bar is None and [stage["state"] for stage in runner.stages] == ["computed", "failed"]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tasks.core import progress
 from tasks.core.progress import Event
 from tasks.domain.errors import printable
 
@@ -29,8 +32,12 @@ class Display:
         """A line. Text of others is in many: what looks like markup, or would steer the terminal, is shown as it is."""
         self.console.print(Text(printable(text)) if isinstance(text, str) else text)
 
-    def start(self, label: str) -> None:
-        """A stage begins to compute."""
+    def start(self, label: str, *, aloud: bool = True) -> None:
+        """A stage begins to compute.
+
+        Args:
+            aloud: where no bar can be drawn, a line says so at once; else only once it has taken a while.
+        """
         label = printable(label)
         self._label, self._last_line, self._begun = label, time.monotonic(), None
         if self.console.is_terminal:
@@ -47,7 +54,7 @@ class Display:
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task(label, total=None, note="")
             self._bar.start()
-        else:
+        elif aloud:
             self.say(f"  ...  {label}")
 
     def event(self, event: Event) -> None:
@@ -68,9 +75,26 @@ class Display:
 
     def finish(self, label: str, state: str, wall_s: float, detail: str = "") -> None:
         """A stage ended: `computed`, `cached` or `failed`."""
-        if self._bar:
-            self._bar.stop()
-            self._bar = self._task = None
+        self.stop()
         mark = {"computed": ("done  ", "green"), "cached": ("cached", "cyan"), "failed": ("failed", "red")}[state]
         wall = f"{wall_s:7.1f} s" if state != "cached" else " " * 9
         self.say(Text.assemble(mark, f" {printable(label):<28}{wall}  {printable(detail)}".rstrip()))
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+@contextmanager
+def beside_answers(label: str) -> Iterator[None]:
+    """Show how far what goes on in this process is on standard error, since standard output is for answers."""
+    display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    display.start(label, aloud=False)
+    progress.listen(display.event)
+    try:
+        yield
+    finally:
+        progress.listen()
+        display.stop()

@@ -8,11 +8,16 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 Event = dict[str, Any]
 
-_listener: Callable[[Event], None] = lambda event: None  # noqa: E731 - replaced as a whole by listen()
+
+def _nobody(event: Event) -> None:
+    pass
 
 
-def listen(listener: Callable[[Event], None]) -> None:
-    """Send this process's events to `listener` from now on."""
+_listener: Callable[[Event], None] = _nobody
+
+
+def listen(listener: Callable[[Event], None] = _nobody) -> None:
+    """Send this process's events to `listener` from now on; without one, to nobody."""
     global _listener
     _listener = listener
 

@@ -64,8 +64,13 @@ class Runner:
 
         def timed() -> tuple[Any, bool]:
             started, worked = time.monotonic(), ledger.split()["stages"]
-            with ledger.charge(account):
-                result, nothing_to_do = action()
+            self.display.start(label)
+            try:
+                with ledger.charge(account):
+                    result, nothing_to_do = action()
+            except BaseException:
+                self._note(label, "failed", started, worked)
+                raise
             self._note(label, "cached" if nothing_to_do else "computed", started, worked)
             return result, nothing_to_do
 
