@@ -287,9 +287,9 @@ def resolve(config: RunConfig) -> RunConfig:
             raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
     base_model = resolve_base_model(config.base_model)
     sizes = dimensions(base_model) if config.gptq or config.awq else []
-    for kind, variants in (("gptq", config.gptq), ("awq", config.awq)):
-        for number, variant in enumerate(variants if sizes else ()):
-            choose_group_size(variant.group_size, sizes, f"{kind}.{number}.group_size")
+    for kind, wanted in (("gptq", [v.group_size for v in config.gptq]), ("awq", [v.group_size for v in config.awq])):
+        for number, group_size in enumerate(wanted if sizes else ()):
+            choose_group_size(group_size, sizes, f"{kind}.{number}.group_size")
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"domain_sha256": digest, "extra_sha256": tuple(map(_digest, config.data.extra))}),
