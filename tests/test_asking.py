@@ -14,6 +14,8 @@ from flows.cli import predict
 from tasks.asking import Found, wrong_answers
 from tasks.core import progress
 from tasks.domain.labelled import read_labelled
+from tasks.asking import read_texts, wrong_answers
+from tasks.domain.labelled import DEEPEST, read_labelled
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
 
@@ -58,6 +60,18 @@ def test_a_line_that_is_not_utf_8_is_named_and_the_rest_goes_on(tmp_path: Path) 
     (tmp_path / "mine.jsonl").write_bytes(b"\n".join(lines))
     rows, bad = read_labelled(tmp_path / "mine.jsonl", SPEC)
     assert [row["line"] for row in rows] == [1, 3] and bad == [(2, "is not UTF-8")]
+
+
+def test_a_line_that_is_nested_too_deeply_is_named_whatever_is_left_of_the_stack(tmp_path: Path) -> None:
+    """Between the depth that Python reads and the one that it writes are a few levels, which depend on who calls."""
+    depths = [DEEPEST - 1, *range(DEEPEST, DEEPEST + 3), *range(900, 1001)]
+    lines = [f'{{"text": "x", "gold": {"[" * depth}{"]" * depth}}}' for depth in depths]  # the row itself is one level more
+    problem = "is nested too deeply"
+    _, bad = read(tmp_path, *lines)
+    assert [line for line, _ in bad] == [*range(1, len(depths) + 1)] and {said for _, said in bad[1:]} == {problem}
+    assert "`gold.intent`" in bad[0][1]
+    texts, bad = read_texts([line.encode() for line in lines])
+    assert len(texts) == 1 and bad == [(number, problem) for number in range(2, len(depths) + 1)]
 
 
 def test_a_slot_with_a_default_need_not_be_labelled(tmp_path: Path) -> None:

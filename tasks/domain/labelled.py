@@ -14,6 +14,7 @@ from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, SlotDefault, S
 
 LARGEST_FILE = 256_000_000  # bytes; some millions of rows
 LONGEST_LINE = 1_000_000  # characters
+DEEPEST = 50  # levels of nesting; what goes through a row level by level must never be near the end of Python's stack
 SHOWN = 80  # characters of a wrong value
 
 
@@ -85,11 +86,23 @@ def parse_json(line: str | bytes) -> tuple[Any, str | None]:
     if len(line) > LONGEST_LINE:
         return None, f"is longer than {LONGEST_LINE} characters"
     try:
-        return json.loads(line), None
+        value = json.loads(line)
     except ValueError as error:
         return None, f"is not JSON ({error})"
     except RecursionError:
         return None, "is nested too deeply"
+    return (None, "is nested too deeply") if is_deeper(value, DEEPEST) else (value, None)
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and mappings that were read from JSON are nested in more than so many levels."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return False
+        level = [part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole)]
+    return True
 
 
 def has_half_character(value: Any) -> bool:

@@ -6,10 +6,11 @@ import json
 import re
 from typing import Any
 
+from tasks.domain.labelled import is_deeper
 from tasks.domain.scoring import normalise
 
 LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items have some tens of thousands
-DEEPEST = 10  # levels of nesting
+DEEPEST = 10  # levels of nesting; deeper is no item, and to write it down might exceed Python's stack
 
 # How models decline, and how they speak of themselves; no customer writes so.
 REFUSAL = re.compile(
@@ -47,17 +48,8 @@ def items_of(text: str) -> tuple[list[Any], str | None]:
         problem = "cut_off" if value else "not_json"
     else:
         value, problem = value.get("items") if isinstance(value, dict) else value, None
-    return (value, problem) if isinstance(value, list) and not _is_deep(value) else ([], "wrong_schema")
-
-
-def _is_deep(items: list[Any]) -> bool:
-    """Whether something is nested so deeply that it is no item, and that to write it down might exceed Python's stack."""
-    level: list[Any] = items
-    for _ in range(DEEPEST):
-        level = [
-            part for whole in level if isinstance(whole, dict | list) for part in (whole.values() if isinstance(whole, dict) else whole)
-        ]
-    return any(isinstance(part, dict | list) for part in level)
+    fits = isinstance(value, list) and not any(is_deeper(item, DEEPEST) for item in value)
+    return (value, problem) if fits else ([], "wrong_schema")
 
 
 def _whole_items(text: str) -> list[Any]:
