@@ -155,28 +155,81 @@ def test_rollback_swaps_and_says_what_it_did(registry: Registry) -> None:
     assert aliases(registry) == ("2", "1") and registry.rolled_back(NAME, "Q8_0") and not registry.rolled_back(NAME, "Q4_0")
 
 
-@pytest.mark.slow
-def test_a_rollback_that_was_killed_is_finished_by_the_same_command(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it was killed: after as many writes as there are, one more each time."""
-    done: list[str] = []
+def dies_after(registry: Registry, writes: int, done: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Let the machine die before the write to the registry that follows so many; `done` names those that were made."""
 
-    def dying(write: Callable[..., Any], after: int) -> Callable[..., Any]:
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            if len(done) == after:
+            if len(done) == writes:
                 raise KeyboardInterrupt
             done.append(write.__name__)
             return write(*arguments)
 
         return call
 
+    done.clear()
+    for name in ("set_registered_model_alias", "delete_registered_model_alias", "set_model_version_tag", "delete_model_version_tag"):
+        patch.setattr(registry.client, name, dying(getattr(registry.client, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [None, "3"])
+def test_a_promotion_that_was_killed_forgets_no_version(registry: Registry, monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """Wherever it was killed, and whatever is done next: to promote again, or to go back."""
+    done: list[str] = []
+
+    def put(champion: str, previous: str | None) -> None:
+        registry.client.set_registered_model_alias(NAME, CHAMPION, champion)
+        if previous:
+            registry.client.set_registered_model_alias(NAME, PREVIOUS, previous)
+        else:
+            registry.client.delete_registered_model_alias(NAME, PREVIOUS)
+        for tag in ("promoted", "rolled_back", "rolling_back"):
+            registry.client.delete_model_version_tag(NAME, "2", f"cartwright.{tag}")
+
+    def killed(writes: int) -> bool:
+        put("1", before)
+        registry.client.set_model_version_tag(NAME, "2", "cartwright.rolled_back", "long ago")
+        with monkeypatch.context() as patch:
+            dies_after(registry, writes, done, patch)
+            try:
+                registry.promote(NAME, "2", lambda: "")
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    def notes() -> set[str]:
+        tags = {tag for version in "123" for tag in registry.client.get_model_version(NAME, version).tags}
+        return tags & {"cartwright.previous_before", "cartwright.rolling_back"}
+
+    for writes in range(20):
+        if not killed(writes):
+            break
+        if aliases(registry)[0] == "1":  # nothing was promoted: the version before is where a rollback goes to, and there may be none
+            if before:
+                assert [version["version"] for version in registry.rollback(NAME, by="ana")] == [before, "1"], done
+            else:
+                with pytest.raises(UserError, match="no version with the alias previous"):
+                    registry.rollback(NAME, by="ana")
+        else:
+            assert [version["version"] for version in registry.rollback(NAME, by="ana")] == ["1", "2"], done
+        assert not notes(), done
+        assert killed(writes)
+        registry.promote(NAME, "2", lambda: "")
+        assert aliases(registry) == ("2", "1") and not notes() and not registry.rolled_back(NAME, "Q4_0"), done
+    assert len(done) == writes >= 5  # all of them were the last once
+
+
+@pytest.mark.slow
+def test_a_rollback_that_was_killed_is_finished_by_the_same_command(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it was killed: after as many writes as there are, one more each time."""
+    done: list[str] = []
     for writes in range(20):
         registry.promote(NAME, "1", lambda: "")
         registry.promote(NAME, "2", lambda: "")
         registry.client.set_model_version_tag(NAME, "1", "cartwright.rolled_back", "long ago")
-        done.clear()
         with monkeypatch.context() as patch:
-            for name in ("set_registered_model_alias", "set_model_version_tag", "delete_model_version_tag"):
-                patch.setattr(registry.client, name, dying(getattr(registry.client, name), writes))
+            dies_after(registry, writes, done, patch)
             try:
                 registry.rollback(NAME, by="ana")
             except KeyboardInterrupt:

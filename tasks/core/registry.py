@@ -25,6 +25,10 @@ from tasks.domain.errors import UserError
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
 ROLLING_BACK = TAG + "rolling_back"  # on the version that a rollback makes champion, while it is under way: the version it replaces
+BEFORE = (
+    TAG + "previous_before"
+)  # on the champion that a promotion replaces, while it is under way: which version was `previous`, or NOBODY
+NOBODY = "none"
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
 
 
@@ -100,15 +104,38 @@ class Registry:
             return problem
         if self._claim and not self._claim.holds():
             return "it took so long that another host began to promote"
-        until_now = self.champion(name)
-        if until_now and until_now["version"] != version:
-            self.client.set_registered_model_alias(name, PREVIOUS, until_now["version"])
+        self._settle(name)
+        until_now, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
+        replaced = until_now["version"] if until_now and until_now["version"] != version else None
+        if replaced:  # any of these writes may be the last before the machine dies, see `_settle`
+            self.client.set_model_version_tag(name, replaced, BEFORE, previous["version"] if previous else NOBODY)
+            self.client.set_registered_model_alias(name, PREVIOUS, replaced)
         self.client.set_registered_model_alias(name, CHAMPION, version)
+        self._promoted(name, version, replaced)
+        return ""
+
+    def _promoted(self, name: str, version: str, replaced: str | None) -> None:
+        """What is written once the alias has moved."""
         tags = self.client.get_model_version(name, version).tags
         self.client.set_model_version_tag(name, version, TAG + "promoted", _now())
-        for tag in {ROLLED_BACK, ROLLING_BACK} & set(tags):
+        for tag in {ROLLED_BACK, ROLLING_BACK, BEFORE} & set(tags):
             self.client.delete_model_version_tag(name, version, tag)
-        return ""
+        if replaced:
+            self.client.delete_model_version_tag(name, replaced, BEFORE)  # last: until then the next promotion or rollback looks after it
+
+    def _settle(self, name: str) -> None:
+        """Undo what a promotion wrote that was killed before the champion moved, or write what one still had to that was killed after it."""
+        champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
+        if champion and BEFORE in champion:
+            if previous and previous["version"] == champion["version"]:
+                known = {str(version.version) for version in self.client.search_model_versions(f"name = '{name}'")}
+                if champion[BEFORE] in known:
+                    self.client.set_registered_model_alias(name, PREVIOUS, champion[BEFORE])
+                else:  # there was none, or it was deleted since
+                    self.client.delete_registered_model_alias(name, PREVIOUS)
+            self.client.delete_model_version_tag(name, champion["version"], BEFORE)
+        elif champion and previous and BEFORE in previous:
+            self._promoted(name, champion["version"], previous["version"])
 
     @ledger.charge("mlflow")
     def rolled_back(self, name: str, digest: str) -> str | None:
@@ -188,6 +215,7 @@ class Registry:
         return now, before
 
     def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
+        self._settle(name)
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         if champion and ROLLING_BACK in champion:  # a rollback to it was interrupted behind the first alias
             previous, champion = champion, self.version(name, champion[ROLLING_BACK])
@@ -195,7 +223,7 @@ class Registry:
             missing = CHAMPION if not champion else PREVIOUS
             mend = "There is nothing to go back to before a second model was promoted"
             raise UserError("model", name, f"has no version with the alias {missing} in {shown_uri(self._settings.mlflow_uri)}", mend=mend)
-        if champion["version"] == previous["version"]:  # a promotion was interrupted
+        if champion["version"] == previous["version"]:  # by hand, or by an interrupted promotion of an earlier Cartwright
             mend = "Run `cartwright run` again, or make another version the champion by `cartwright promote VERSION`"
             raise UserError("model", name, f"has version {previous['version']} as champion and as previous", mend=mend)
         self._check(name, previous["version"], champion["version"])
