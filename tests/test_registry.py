@@ -282,6 +282,33 @@ def test_a_rollback_to_what_nobody_would_load_is_refused_and_moves_nothing(
     assert aliases(registry) == ("2", "1") and not decisions(registry, "1") and not registry.rolled_back(NAME, "Q4_0")
 
 
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda registry: registry.client.set_registered_model_tag(NAME, "cartwright.promoting", "another:/home 1"),
+        lambda registry: registry.client.set_registered_model_alias(NAME, CHAMPION, "3"),
+    ],
+    ids=["another claims", "another promoted"],
+)
+def test_a_rollback_that_took_too_long_moves_nothing(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Registry], None]
+) -> None:
+    monkeypatch.setattr("tasks.core.registry.by_server", lambda settings: True)
+    monkeypatch.setattr("tasks.core.claims.Claim.__init__.__defaults__", (0.05, 600.0))
+    registry.promote(NAME, "1", lambda: "")
+    registry.promote(NAME, "2", lambda: "")
+    check = registry._check
+
+    def slow(*given: str) -> None:
+        check(*given)
+        meanwhile(registry)
+
+    monkeypatch.setattr(registry, "_check", slow)
+    with pytest.raises(UserError, match=r"nothing has moved\. Another host began to promote while the files of version 1 were read"):
+        registry.rollback(NAME, by="ana")
+    assert aliases(registry)[1] == "1" and not decisions(registry, "1") and not registry.rolled_back(NAME, "Q4_0")
+
+
 def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry, home: Path) -> None:
     shutil.rmtree(home / "Q8_0")
     problem = problem_of(NAME, "1")

@@ -25,10 +25,8 @@ from tasks.domain.errors import UserError
 CHAMPION, PREVIOUS = "champion", "previous"
 ROLLED_BACK = TAG + "rolled_back"
 ROLLING_BACK = TAG + "rolling_back"  # on the version that a rollback makes champion, while it is under way: the version it replaces
-BEFORE = (
-    TAG + "previous_before"
-)  # on the champion that a promotion replaces, while it is under way: which version was `previous`, or NOBODY
-NOBODY = "none"
+BEFORE = TAG + "previous_before"  # on the champion that a promotion replaces, while it is under way: what was `previous`, or NONE
+NONE = "none"
 MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")  # what MLflow says of what is not there
 
 
@@ -108,7 +106,7 @@ class Registry:
         until_now, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         replaced = until_now["version"] if until_now and until_now["version"] != version else None
         if replaced:  # any of these writes may be the last before the machine dies, see `_settle`
-            self.client.set_model_version_tag(name, replaced, BEFORE, previous["version"] if previous else NOBODY)
+            self.client.set_model_version_tag(name, replaced, BEFORE, previous["version"] if previous else NONE)
             self.client.set_registered_model_alias(name, PREVIOUS, replaced)
         self.client.set_registered_model_alias(name, CHAMPION, version)
         self._promoted(name, version, replaced)
@@ -204,7 +202,8 @@ class Registry:
             Version and tags of the champion now, and of the one until now.
 
         Raises:
-            UserError: one of the two is missing, or the files of `previous` are not those that were registered. Nothing has moved.
+            UserError: one of the two is missing, the files of `previous` are not those that were registered, or another champion came while
+                they were read. Nothing has moved.
         """
         with self.promoting(name):
             now, before = self._swap(name)
@@ -217,6 +216,7 @@ class Registry:
     def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
         self._settle(name)
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
+        read = champion
         if champion and ROLLING_BACK in champion:  # a rollback to it was interrupted behind the first alias
             previous, champion = champion, self.version(name, champion[ROLLING_BACK])
         if not champion or not previous:
@@ -227,6 +227,10 @@ class Registry:
             mend = "Run `cartwright run` again, or make another version the champion by `cartwright promote VERSION`"
             raise UserError("model", name, f"has version {previous['version']} as champion and as previous", mend=mend)
         self._check(name, previous["version"], champion["version"])
+        meanwhile, lost = self.champion(name), self._claim and not self._claim.holds()
+        if lost or not meanwhile or not read or meanwhile["version"] != read["version"]:
+            problem = f"nothing has moved. Another host began to promote while the files of version {previous['version']} were read"
+            raise UserError("rollback", None, problem, mend="Look which version is the champion now, and run the same command again")
         # Any of these may be the last before the machine dies. First of all, the next retraining must not promote the other again.
         now = _now()
         self.client.set_model_version_tag(name, champion["version"], ROLLED_BACK, now)
