@@ -129,12 +129,15 @@ def pools(kind: PoolKind, variables: Mapping[str, str]) -> dict[str, dict[str, A
         variables: what is put in for `{{ $NAME }}`.
 
     Raises:
-        UserError: a variable is not set.
+        UserError: a variable is not set, or holds a password: whoever reads the server reads a pool's job variables.
     """
 
     def filled(found: re.Match[str]) -> str:
         if found[1] not in variables:
             raise UserError(found[1], None, "is not set, and containers need it", mend="Set it to an address that containers reach")
+        if environment.has_password(variables[found[1]]):
+            mend = "Set it to an address without one, and give it to the containers by their image or as a secret of their host"
+            raise UserError(found[1], None, "holds a password, which everyone could read in the pool's job template", mend=mend)
         return variables[found[1]]
 
     wanted = yaml.safe_load(POOLS.read_text(encoding="utf-8"))["pools"][kind]

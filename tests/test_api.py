@@ -76,6 +76,7 @@ def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "no answer from https://ana:p4@ss@mlflow.test/api and http://host/a@b"
     assert settings.without_secrets(told) == "no answer from https://***@mlflow.test/api and http://host/a@b"
     assert settings.shown_uri("https://ana:p4@ss@mlflow.test/api") == "https://***@mlflow.test/api"
+    assert settings.shown_uri("s3://ID:s3/cret@bucket/store") == "s3://***@bucket/store"  # keys of S3 have slashes
 
 
 def test_a_model_behind_an_api_is_evaluated_like_any_other(

@@ -214,6 +214,36 @@ def test_every_pool_has_job_variables_that_its_kind_of_worker_takes(kind: Any) -
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("MLFLOW_TRACKING_URI", "postgresql://mlflow:planted-pw@db/mlflow"),
+        ("MLFLOW_TRACKING_URI", "postgresql://mlflow:planted/pw#1@db/mlflow"),
+        ("MLFLOW_TRACKING_URI", "postgresql://db/mlflow?user=mlflow&password=planted-pw"),
+        ("CARTWRIGHT_STORE", "s3://AKIAPLANTED:planted/pw@bucket"),
+        ("PREFECT_API_URL", "https://ana:planted-pw@prefect/api"),
+    ],
+)
+def test_no_password_of_an_address_gets_into_a_job_template(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, address: str) -> None:
+    variables = {"PREFECT_API_URL": "http://p:4200/api", "MLFLOW_TRACKING_URI": "http://m:5000", "CARTWRIGHT_STORE": "s3://b/store"}
+    told: list[Any] = []
+    known = json.loads(next((Path(prefect.__file__).parent / "server").rglob("aggregate-worker-metadata.json")).read_text())
+
+    def ask(self: Server, path: str, body: Any = None, *_: Any, **__: Any) -> Any:
+        told.append(body)
+        return known if "metadata" in path else [] if path == "deployments/filter" else None
+
+    monkeypatch.setattr(Server, "ask", ask)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "", ""))
+    Server("http://p/api", variables).deploy(kind)
+    assert "s3://b/store" in json.dumps(told) and "http://m:5000" in json.dumps(told)
+    with pytest.raises(UserError, match=f"{name}: holds a password") as refused:
+        Server("http://p/api", {**variables, name: address}).deploy(kind)
+    assert "planted" not in str(refused.value).lower() and "planted" not in json.dumps(told).lower()
+
+
+@pytest.mark.fast
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_is_one_clear_message(cartwright: Any) -> None:
     refused = cartwright("deploy", PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")

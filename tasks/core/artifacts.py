@@ -34,7 +34,7 @@ from tasks.core.manifests import (
     read_manifest,
     reason_of,
 )
-from tasks.core.settings import shown_uri
+from tasks.core.settings import has_password, shown_uri
 from tasks.domain.errors import UserError
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # no folders there; to make one would make a bucket of a mistyped name
@@ -49,7 +49,7 @@ class Store:
     """
 
     def __init__(self, uri: str, local: Path) -> None:
-        if urlsplit(uri).password is not None:
+        if has_password(uri):
             mend = "Give credentials by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             raise UserError("CARTWRIGHT_STORE", shown_uri(uri), "must not hold a password: the address is written into records", mend=mend)
         self.uri = uri

@@ -147,9 +147,18 @@ def without_secrets(text: str) -> str:
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
+_LOGIN = r"//(?:[^:/]*:.*|[^/]*)@"  # of an address; behind a colon is a password, which may have any character
+
+
 def shown_uri(uri: str) -> str:
     """An address as it may be shown: without user and password."""
-    return re.sub(r"//[^/]*@", "//***@", uri)
+    return re.sub(_LOGIN, "//***@", uri)
+
+
+def has_password(uri: str) -> bool:
+    """Whether an address holds a password or a token: before its host, or in its query as PostgreSQL takes it."""
+    login = re.search(_LOGIN, uri)
+    return bool((login and ":" in login[0]) or re.search(r"[?&][^=&]*(password|passwd|secret|token)[^=&]*=", uri.lower()))
 
 
 def asked_threads() -> int | None:
