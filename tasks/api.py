@@ -1,6 +1,6 @@
 """Models behind an API, through LiteLLM: one request with retries, for the baseline and the teacher alike.
 
-Keys come from the environment, as LiteLLM reads them; whatever an error says is shown without them.
+Keys come from the environment, as LiteLLM reads them; whatever an error or an answer says is shown and kept without them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tasks.domain.prompt import Message
 ATTEMPTS = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
+LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items of a teacher have some tens of thousands
 REQUEST_S = 120.0  # how long one answer may take
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
@@ -47,7 +48,7 @@ class ContentRefused(ApiError):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and what it took. `usd` is None where LiteLLM does not know the model's price."""
+    """An answer, without keys and cut at `LONGEST_ANSWER`, and what it took. `usd` is None where LiteLLM does not know the model's price."""
 
     text: str
     prompt_tokens: int
@@ -187,7 +188,7 @@ def _reply(litellm: Any, model: str, messages: list[Message], response: Any, sec
         usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
     else:
         usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
-    return Reply(text, asked, answered, usd, seconds)
+    return Reply(settings.without_secrets(text)[:LONGEST_ANSWER], asked, answered, usd, seconds)
 
 
 def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.api import ATTEMPTS, ApiError, complete
+from tasks.api import ATTEMPTS, LONGEST_ANSWER, ApiError, complete
 from tasks.core import settings
 from tasks.domain.errors import UserError
+from tasks.runtimes.litellm import LiteLlmRuntime
 from tests.fault_server import KEY, Faults
 
 ASK = [{"role": "user", "content": "2 milk"}]
@@ -51,6 +52,13 @@ def test_an_answer_whose_tokens_the_server_does_not_count_costs_what_they_do(ser
     assert 5 < reply.prompt_tokens < 20 and 150 < reply.completion_tokens < 500
     assert reply.usd == pytest.approx(reply.prompt_tokens * 2e-6 + reply.completion_tokens * 8e-6)
     assert complete("openai/of-our-own", ASK, 32).usd is None
+
+
+def test_an_answer_is_kept_without_keys_and_within_bounds(server: Faults) -> None:
+    server.answer = f"You asked with {KEY}. " + "milk " * LONGEST_ANSWER
+    (done,) = LiteLlmRuntime("openai/m").generate([ASK], 32, 1)
+    assert done.text.startswith("You asked with ***. milk") and len(done.text) == LONGEST_ANSWER
+    assert complete("openai/m", ASK, 32).text == done.text
 
 
 def test_attempts_end(server: Faults) -> None:

@@ -285,8 +285,8 @@ def test_text_of_others_stays_text_where_people_read_it(
 @pytest.mark.fast
 def test_what_has_no_end_is_read_to_its_bound_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks import recent_texts
+    from tasks.api import LONGEST_ANSWER
     from tasks.domain import files
-    from tasks.teaching.answers import LONGEST_ANSWER
 
     with pytest.raises(UserError, match=r"too large.*at most 1,000 bytes"):
         files.read_text("data", Path("/dev/zero"), 1000)

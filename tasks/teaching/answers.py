@@ -9,7 +9,6 @@ from typing import Any
 from tasks.domain.labelled import is_deeper
 from tasks.domain.scoring import normalise
 
-LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items have some tens of thousands
 DEEPEST = 10  # levels of nesting; deeper is no item, and to write it down might exceed Python's stack
 
 # How models decline, and how they speak of themselves; no customer writes so.

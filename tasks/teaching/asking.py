@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, complete
-from tasks.core import progress, settings
+from tasks.core import progress
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
-from tasks.teaching.answers import LONGEST_ANSWER
 from tasks.teaching.log import Answer, AnswerLog, request_hash
 
 FIELD = "data.teacher"
@@ -181,8 +180,7 @@ class Teacher:
         reply = complete(
             self.model, list(request.messages), sleep=self._pause, timeout_s=self._timeout_s, field=FIELD, **wanted, **self._access
         )
-        text = settings.without_secrets(reply.text)[:LONGEST_ANSWER]
-        return Answer(text, reply.prompt_tokens, reply.completion_tokens, reply.usd, round(reply.seconds, 3))
+        return Answer(reply.text, reply.prompt_tokens, reply.completion_tokens, reply.usd, round(reply.seconds, 3))
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
