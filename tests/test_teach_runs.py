@@ -109,8 +109,16 @@ PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "planted-s3-0123456789",
     "HF_TOKEN": "hf_planted0123456789",
     "CARTWRIGHT_SERVE_KEY": "planted-serve-0123456789",
-    "CARTWRIGHT_WEBHOOK": "https://hooks.test/planted-hook-0123456789",
+    "CARTWRIGHT_ALERT_WEBHOOK": "https://hooks.test/planted-hook-0123456789",
+    "PREFECT_API_AUTH_STRING": "ana:planted-prefect-0123456789",
 }
+
+
+@pytest.mark.fast
+def test_what_is_planted_is_what_the_code_reads() -> None:
+    source = (REPOSITORY / "tasks" / "core" / "settings.py").read_text(encoding="utf-8")
+    ours = {name for name in PLANTED if not name.startswith(("AWS_", "HF_"))}  # the others are read by libraries
+    assert ours == {name for name in ours if f'"{name}"' in source}
 
 
 def test_a_teacher_that_refuses_stops_a_run_before_any_training_and_no_secret_is_left_anywhere(
