@@ -7,21 +7,31 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from tests.chaos.cycle import cycle
+from tests.chaos.command import Command
+from tests.chaos.cycle import cycle, registers_anew
 from tests.chaos.faults import FAULTS
 from tests.chaos.invariants import Reader, look, violations
-from tests.chaos.pipelines import SMALL
-from tests.chaos.world import World, a_world
+from tests.chaos.pipelines import SMALL, SMOKE
+from tests.chaos.records import champion_loads, registered
+from tests.chaos.world import REGISTER, World, a_world
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with a_world(SMALL, tmp_path_factory.mktemp("chaos")) as world:
         yield world
+
+
+def sql(world: World, *statements: str) -> None:
+    """Change MLflow's records."""
+    with closing(sqlite3.connect(world.home / "mlflow.db")) as database, database:
+        for statement in statements:
+            database.execute(statement)
 
 
 def test_faults_on_a_small_pipeline_lose_nothing(small: World) -> None:
@@ -46,21 +56,14 @@ def test_what_is_lost_is_found(small: World) -> None:
         spoil()
         return "; ".join(violations(small, before, said, in_time=True))
 
-    def sql(statement: str) -> Callable[[], object]:
-        def run() -> None:
-            with closing(sqlite3.connect(small.home / "mlflow.db")) as database, database:
-                database.execute(statement)
-
-        return run
-
     (total,) = small.store.glob("add/*/total.txt")
     log = small.home / "teacher" / "answers.jsonl"
     assert not problems(lambda: None)
     assert "damaged" in problems(lambda: total.write_text("7"))
     assert "was made again" in problems(lambda: (total.parent / "manifest.json").touch())
     assert "is missing" in problems(lambda: shutil.rmtree(total.parent))
-    assert "left RUNNING" in problems(sql("update runs set status = 'RUNNING' where name = 'count'"))
-    assert "runs of the stage same" in problems(sql("update tags set value = 'same' where key = 'cartwright.key'"))
+    assert "left RUNNING" in problems(lambda: sql(small, "update runs set status = 'RUNNING' where name = 'count'"))
+    assert "runs of the stage same" in problems(lambda: sql(small, "update tags set value = 'same' where key = 'cartwright.key'"))
     assert "bought 2 times" in problems(lambda: log.write_text(log.read_text() * 2))
     assert "for 0 answers" in problems(lambda: small.teacher.requests.append({}))
     assert "temporary file" in problems(lambda: (small.store / ".partial" / "count-1").mkdir())
@@ -78,3 +81,53 @@ def test_what_is_lost_is_found(small: World) -> None:
     assert f"add {total.parent.name} could be read half-written" in seen
     small.damaged.add(total)
     assert not list(reader.ended())
+
+
+A_MODEL = (
+    "insert into registered_models (name) values ('shop-intent')",
+    "insert into model_versions (name, version, status) values ('shop-intent', 1, 'READY')",
+    "insert into model_version_tags (key, value, name, version) values ('cartwright.digest', 'made', 'shop-intent', 1)",
+    "insert into registered_model_aliases (alias, version, name) values ('champion', 1, 'shop-intent')",
+    "insert into logged_models select 'm-1', min(experiment_id), 'gguf', 'file:///', 0, 0, 2, 'active', '', '', '' from experiments",
+)
+
+
+def test_a_model_that_is_not_registered_as_it_should_be_is_found(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of MLflow's records as `smoke` leaves them: in a small pipeline nothing is registered."""
+    monkeypatch.setattr(small, "report", {"gate": {"challenger_sha256": "made"}})
+
+    def problems(*spoil: str, anew: bool = False) -> str:
+        small.restore()
+        sql(small, *A_MODEL, *spoil)
+        return "; ".join(registered(small, anew))
+
+    assert not problems()
+    assert "not one whole version" in problems("insert into model_versions (name, version, status) values ('shop-intent', 2, 'READY')")
+    assert "not one whole version" in problems("update model_versions set status = 'PENDING_REGISTRATION'")
+    assert "not the model of the undisturbed run" in problems("update model_version_tags set value = 'other'")
+    assert "aliases are []" in problems("delete from registered_model_aliases")
+    assert "previous" in problems("insert into registered_model_aliases (alias, version, name) values ('previous', 1, 'shop-intent')")
+    claim = "insert into registered_model_tags (key, value, name) values ('cartwright.promoting', 'me', 'shop-intent')"
+    assert "claim" in problems(claim, anew=True) and not problems(claim)
+    small.restore()
+    assert not list(champion_loads(small, none_yet=True))
+
+
+def test_about_half_of_the_cycles_register_a_model_anew(small: World, tmp_path: Path) -> None:
+    small.restore()
+    sql(small, *A_MODEL)
+    (small.home / "mlflow-artifacts" / "1" / "models" / "m-1").mkdir(parents=True)
+    small.forget_models()
+    with closing(sqlite3.connect(small.home / "mlflow.db")) as database:
+        left = [database.execute(f"select count(*) from {statement.split()[2]}").fetchone()[0] for statement in A_MODEL]
+        assert not any(left) and database.execute("select count(*) from runs").fetchone()[0]
+    assert not (small.home / "mlflow-artifacts" / "1" / "models").exists()
+    (small.home / "tmp" / "shop-intent").mkdir(parents=True)  # as registering does
+    command = Command(0, tmp_path)
+    assert small.await_stage(command, REGISTER)
+    (small.home / "tmp" / "shop-intent").rmdir()
+    command.over(0)
+    assert not small.await_stage(command, REGISTER)
+    assert not any(registers_anew(small, seed) for seed in range(50))
+    whole = World(SMOKE, small.folder, False, small.teacher, small.proxy)
+    assert 15 < sum(registers_anew(whole, seed) is not None for seed in range(50)) < 35

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tests.chaos import invariants
+from tests.chaos import invariants, records
 from tests.chaos.command import Command
 from tests.chaos.faults import ASKS, FAULTS, Fault
-from tests.chaos.world import World
+from tests.chaos.world import REGISTER, World
 
 CHECKPOINTED = ("stepwise", "finetune")
 START_S = 1.0  # of a small pipeline, until it looks for its first stage
@@ -20,12 +20,17 @@ START_WITH_PREFECT_S = 12.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a fault. `problems` is empty if nothing was lost. It may not have `struck`: what it is about was over, or not there."""
+    """What came of a fault. `problems` is empty if nothing was lost. It may not have `struck`: what it is about was over, or not there.
+
+    Attributes:
+        anew: no model was registered when the command was given.
+    """
 
     seed: int
     fault: str
     moment: str
     removed: list[str]
+    anew: bool
     first_exit: int | None
     seconds: float
     problems: list[str]
@@ -49,6 +54,8 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     fault = max((fault for fault in usable(world) if only in fault.name), key=lambda fault: Random(f"{seed} {fault.name}").random())
     moment = rng.choice(fault.moments)
     removed = _remove_some(world, rng, CHECKPOINTED if moment == "in checkpoints" else ())
+    if anew := registers_anew(world, seed):
+        world.forget_models()
     fault.prepare(world)
     struck = moment == "before" and fault.strike(world, None, rng)
     whole = invariants.look(world, commands=1)
@@ -57,7 +64,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     first = world.start()
     when: str = moment
     if moment != "before":
-        when = _await(world, first, rng, moment, removed)
+        when = _await(world, first, rng, moment, removed, anew)
         struck = fault.strike(world, first, rng)
     in_time = first.wait(world.pipeline.limit_s)
     struck = struck and world.heard
@@ -67,7 +74,7 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     problems += list(invariants.shared(world, first, world.second)) if world.second else []
     problems += [f"disturbed: {problem}" for problem in invariants.not_again(world, whole, but=world.damaged)]
     if world.pipeline.prefect:
-        problems += [f"disturbed: {problem}" for problem in invariants.champion_loads(world)]
+        problems += [f"disturbed: {problem}" for problem in records.champion_loads(world, none_yet=anew is not None)]
     before = invariants.look(world, commands=3 if world.second else 2)  # that of the undisturbed run, and the one that was disturbed
     world.teacher.requests.clear()
     started = time.monotonic()
@@ -77,7 +84,16 @@ def cycle(world: World, seed: int, only: str = "") -> Outcome:
     problems += reader.ended()
     problems += invariants.violations(world, before, again, in_time)
     output = f"--- disturbed ({first.exit_code})\n{first.output}--- again ({again.exit_code})\n{again.output}"
-    return Outcome(seed, fault.name, when, removed, first.exit_code, round(seconds, 2), problems, output, struck)
+    return Outcome(seed, fault.name, when, removed, anew is not None, first.exit_code, round(seconds, 2), problems, output, struck)
+
+
+def registers_anew(world: World, seed: int) -> Random | None:
+    """In about half of the cycles of a pipeline that registers, what draws a moment in that; None in the others.
+
+    It is a generator of its own, so that what the seed draws else stays what it was.
+    """
+    own = Random(f"{seed} registers")
+    return own if world.pipeline.prefect and own.random() < 0.5 else None
 
 
 def _remove_some(world: World, rng: Random, surely: tuple[str, ...]) -> list[str]:
@@ -92,8 +108,12 @@ def _remove_some(world: World, rng: Random, surely: tuple[str, ...]) -> list[str
     return [manifest.kind for manifest in removed]
 
 
-def _await(world: World, command: Command, rng: Random, moment: str, removed: list[str]) -> str:
-    """Wait for the moment, and say which it is: soon after the start, or so long after a stage began to compute."""
+def _await(world: World, command: Command, rng: Random, moment: str, removed: list[str], anew: Random | None) -> str:
+    """Wait for the moment, and say which it is: soon after the start, or so long after a stage, or registering, began.
+
+    Args:
+        anew: draws whether it is in registering, and then when; None if there is nothing to register.
+    """
     if moment == "in checkpoints":
         found = rng.randint(1, 4)
         while command.runs and len(_checkpoints(world)) < found:
@@ -102,6 +122,9 @@ def _await(world: World, command: Command, rng: Random, moment: str, removed: li
     stage = rng.choice(["", *removed])
     known = [manifest.wall_s for manifest in world.reference.values() if manifest.kind == stage]
     delay = rng.uniform(0, max(known, default=START_WITH_PREFECT_S if world.pipeline.prefect else START_S))
+    if anew and anew.random() < 0.5:
+        took = next(found["wall_s"] for found in world.report["stages"] if found["name"] == REGISTER)
+        stage, delay = REGISTER, anew.uniform(0, took)
     if stage and not world.await_stage(command, stage):
         return f"{stage} did not begin"
     time.sleep(delay)

@@ -5,18 +5,13 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
-import os
 import re
 import shutil
-import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +19,8 @@ from tasks.core.artifacts import Store
 from tasks.core.manifests import MANIFEST
 from tasks.core.stage import Stage
 from tasks.teaching.log import AnswerLog
-from tests.chaos.command import REPOSITORY, Command
+from tests.chaos.command import Command
+from tests.chaos.records import aliases, champion_loads, recorded, registered
 from tests.chaos.world import World
 
 GONE_WITHIN_S = 5
@@ -39,11 +35,13 @@ class Before:
         whole: artefacts that could be used, with the time their manifest was written.
         answers: requests whose answers are in the teacher's log.
         commands: how often the command had been given in this home.
+        champion: whether a registered model had one.
     """
 
     whole: dict[Path, int] = field(default_factory=dict)
     answers: frozenset[str] = frozenset()
     commands: int = 0
+    champion: bool = True
 
 
 def look(world: World, commands: int) -> Before:
@@ -53,7 +51,7 @@ def look(world: World, commands: int) -> Before:
         kind, key = path.parts[-3:-1]
         if store.find(kind, key)[0]:
             whole[path] = path.stat().st_mtime_ns
-    return Before(whole, frozenset(logged(world)), commands)
+    return Before(whole, frozenset(logged(world)), commands, bool(aliases(world)))
 
 
 class Reader(threading.Thread):
@@ -105,9 +103,17 @@ def logged(world: World) -> list[str]:
 
 def violations(world: World, before: Before, again: Command, in_time: bool) -> list[str]:
     """All that is wrong after the command was given again."""
-    checks = (completed(again, in_time), same(world), not_again(world, before), recorded(world, before), not_bought_twice(world, before))
-    found = [problem for check in checks for problem in check]
-    return found + list(left_behind(world)) + (list(champion_loads(world)) if world.pipeline.prefect else [])
+    checks = [
+        completed(again, in_time),
+        same(world),
+        not_again(world, before),
+        recorded(world, before.commands),
+        not_bought_twice(world, before),
+        left_behind(world),
+    ]
+    if world.pipeline.prefect:
+        checks += [registered(world, anew=not before.champion), champion_loads(world)]
+    return [problem for check in checks for problem in check]
 
 
 def said_plainly(first: Command) -> Iterator[str]:
@@ -172,41 +178,6 @@ def not_again(world: World, before: Before, but: Collection[Path] = ()) -> Itera
             yield f"{path.parts[-3]} {path.parts[-2]} was whole and was made again"
 
 
-def recorded(world: World, before: Before) -> Iterator[str]:
-    """MLflow has one run for each try at most, one child for each stage of it, and none that is said to go on."""
-    with closing(sqlite3.connect(world.home / "mlflow.db")) as database:
-        runs = {
-            run: (name, status)
-            for run, name, status in database.execute("select run_uuid, name, status from runs where lifecycle_stage = 'active'")
-        }
-        tags = list(database.execute("select run_uuid, key, value from tags"))
-        versions = Counter(database.execute("select name, value from model_version_tags where key = 'cartwright.digest'").fetchall())
-        pending = database.execute("select count(*) from logged_models where status = 1 and lifecycle_stage = 'active'").fetchone()[0]
-    of: dict[str, dict[str, str]] = {run: {} for run in runs}
-    for run, key, value in tags:
-        if run in of:
-            of[run][key] = value
-    for name, status in runs.values():
-        if status in ("RUNNING", "SCHEDULED"):
-            yield f"MLflow's run {name} is left {status}"
-    children = Counter(
-        (found["mlflow.parentRunId"], found.get("cartwright.kind"), found.get("cartwright.key"))
-        for found in of.values()
-        if "mlflow.parentRunId" in found
-    )
-    for (_, kind, key), times in children.items():
-        if times > 1:
-            yield f"MLflow has {times} runs of the {kind} {key} in one parent"
-    parents = sum(found.get("cartwright.kind") == "pipeline" for found in of.values())
-    if parents > before.commands + 1:
-        yield f"MLflow has {parents} pipeline runs for {before.commands + 1} commands"
-    for (name, _), times in versions.items():
-        if times > 1:
-            yield f"{times} versions of {name} have the same content"
-    if pending:
-        yield f"{pending} logged models are left unfinished"
-
-
 def not_bought_twice(world: World, before: Before) -> Iterator[str]:
     """Each answer is in the log once, and none that was there was asked for again."""
     now = logged(world)
@@ -238,12 +209,3 @@ def left_behind(world: World) -> Iterator[str]:
     logged = list(folder.rglob("*")) if (folder := world.home / "tmp").is_dir() else []
     for path in [*unfinished, *names, *temporary, *logged]:
         yield f"a temporary file is left: {path.relative_to(world.disk)}"
-
-
-def champion_loads(world: World) -> Iterator[str]:
-    """Who follows the alias gets a model that answers."""
-    code = "from tasks.core.registry import champion_version; from tasks.core.settings import load_settings; from tasks.registered import problem_of\nname = 'shop-intent'\nfound = champion_version(load_settings(), name)\nprint(problem_of(name, found['version']) if found else 'there is none')"
-    variables = {**os.environ, "CARTWRIGHT_HOME": str(world.home)}
-    said = subprocess.run([sys.executable, "-c", code], env=variables, cwd=REPOSITORY, capture_output=True, text=True)
-    if said.returncode or said.stdout.strip():
-        yield f"the champion: {(said.stdout or said.stderr).strip()[-300:]}"

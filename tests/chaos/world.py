@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from tests.chaos.pipelines import Pipeline
 from tests.chaos.proxy import Proxy, serving
 from tests.fault_server import KEY, Faults
 from tests.lessons import lesson
+
+REGISTER = "register"  # no artefact is made in it; what it copies lies in a folder of its own meanwhile
+MODELS = ("logged_model", "registered_model", "model_version")  # how MLflow's tables about models begin
 
 
 def can_mount(folder: Path) -> bool:
@@ -48,6 +53,7 @@ class World:
         self.log = folder / "mlflow-server.log"
         self.through_server = False
         self.reference: dict[tuple[str, str], Manifest] = {}
+        self.report: dict[str, Any] = {}
         self._imported: list[Imported] = []
         self._under_way: list[Command] = []
         self.second: Command | None = None
@@ -75,6 +81,7 @@ class World:
             if not first.wait(self.pipeline.limit_s) or first.exit_code:
                 raise RuntimeError(f"the undisturbed run failed:\n{first.output}")
             self.reference = {(m.kind, m.key): m for m in self.artefacts()}
+            self.report = self.latest_report()
             shutil.copytree(self.disk, self.kept, symlinks=True)
             yield
         finally:
@@ -111,6 +118,21 @@ class World:
         found = sorted(self.store.glob(f"*/*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns)
         return [Manifest.model_validate_json(path.read_bytes()) for path in found]
 
+    def latest_report(self) -> dict[str, Any]:
+        """What the last run that ended well says of itself; nothing where reports are no part of the pipeline."""
+        path = self.home / "reports" / "latest" / "report.json"
+        return json.loads(path.read_bytes()) if path.exists() else {}
+
+    def forget_models(self) -> None:
+        """No model is logged or registered, as if the undisturbed run had ended before: the next has to log, register and promote it."""
+        with closing(sqlite3.connect(self.home / "mlflow.db")) as database, database:
+            for (table,) in database.execute("select name from sqlite_master where type = 'table'").fetchall():
+                if table.startswith(MODELS):
+                    database.execute(f"delete from {table}")
+            database.execute("delete from inputs where source_type = 'RUN_OUTPUT'")
+        for folder in (self.home / "mlflow-artifacts").glob("*/models"):
+            shutil.rmtree(folder)
+
     # The command -------------------------------------------------------------------------------------------------
 
     def start(self, beside: bool = False, other: bool = False) -> Command:
@@ -143,9 +165,9 @@ class World:
         return command
 
     def await_stage(self, command: Command, kind: str) -> bool:
-        """Wait until a stage of this kind computes; False if the command ends first."""
+        """Wait until a stage of this kind computes, or models are registered; False if the command ends first."""
         while command.runs:
-            if any((self.store / ".partial").glob(f"{kind}-*")):
+            if any((self.home / "tmp").glob("*") if kind == REGISTER else (self.store / ".partial").glob(f"{kind}-*")):
                 return True
             time.sleep(0.005)
         return False
