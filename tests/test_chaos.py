@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from tasks.core.manifests import MANIFEST, Manifest, read_manifest
 from tests.chaos.command import Command
 from tests.chaos.cycle import cycle, registers_anew
 from tests.chaos.faults import FAULTS
-from tests.chaos.invariants import Reader, look, violations
+from tests.chaos.figures import metrics_like, reported
+from tests.chaos.invariants import Reader, look, same, settled, violations
 from tests.chaos.pipelines import SMALL, SMOKE
 from tests.chaos.records import champion_loads, registered
 from tests.chaos.world import REGISTER, World, a_world
@@ -62,6 +67,7 @@ def test_what_is_lost_is_found(small: World) -> None:
     assert "damaged" in problems(lambda: total.write_text("7"))
     assert "was made again" in problems(lambda: (total.parent / "manifest.json").touch())
     assert "is missing" in problems(lambda: shutil.rmtree(total.parent))
+    assert "has total 7, 6 without the fault" in problems(lambda: remade(total.parent, {"total": 7}))
     assert "left RUNNING" in problems(lambda: sql(small, "update runs set status = 'RUNNING' where name = 'count'"))
     assert "runs of the stage same" in problems(lambda: sql(small, "update tags set value = 'same' where key = 'cartwright.key'"))
     assert "bought 2 times" in problems(lambda: log.write_text(log.read_text() * 2))
@@ -81,6 +87,68 @@ def test_what_is_lost_is_found(small: World) -> None:
     assert f"add {total.parent.name} could be read half-written" in seen
     small.damaged.add(total)
     assert not list(reader.ended())
+
+
+def remade(folder: Path, metrics: dict[str, Any]) -> None:
+    """An artefact with other metrics, as if it had been made with them."""
+    path = folder / MANIFEST
+    was = path.stat()
+    path.write_text(read_manifest(path).model_copy(update={"metrics": metrics}).sealed().model_dump_json())
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def made(kind: str, digest: str, metrics: dict[str, Any], **inputs: str) -> Manifest:
+    rest = {"version": 1, "config": {}, "files": {}, "libraries": {}, "hardware": "", "wall_s": 1.0, "peak_rss_mb": None, "created": ""}
+    return Manifest(kind=kind, key=f"k{digest}", digest=digest, metrics=metrics, inputs=inputs, **rest)
+
+
+def test_all_that_is_not_made_from_what_varies_has_to_be_there_again(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant that fails alone leaves the exit code 0, and its evaluation and its measurement are not in the store."""
+    chain = [
+        made("evaluate", "1", {}),
+        made("benchmark", "2", {}, model="1"),
+        made("decide", "3", {}, b="2"),
+        made("count", "4", {}, of="3"),
+    ]
+    monkeypatch.setattr(small, "reference", {(m.kind, m.key): m for m in chain})
+    assert settled(small) == {("evaluate", "k1"), ("benchmark", "k2")}
+    small.restore()
+    assert {f"{kind} k{number} is missing" for kind, number in (("evaluate", 1), ("benchmark", 2))} <= set(same(small))
+
+
+def test_other_metrics_are_found() -> None:
+    trained = made("finetune", "1", {"validation_loss": 0.5, "tokens_per_s": 9.0, "history": [1], "more": {"verdict": "ok"}})
+    assert not list(metrics_like(trained, made("finetune", "1", {**trained.metrics, "tokens_per_s": None, "history": []}), varies=False))
+    for change in ({"validation_loss": 0.5000001}, {"more": {"verdict": "degraded"}}, {"left_out": 1}):
+        assert list(metrics_like(trained, made("finetune", "1", {**trained.metrics, **change}), varies=False)), change
+    measured = {"prompt_tokens": 20.0, "completion_tokens": 10.0, "requests_s": 100.0}
+    expected = made("benchmark", "1", measured)
+    assert not list(metrics_like(made("benchmark", "2", {**measured, "requests_s": 1.0, "completion_tokens": 10.2}), expected, varies=True))
+    for change in ({"prompt_tokens": 19.0}, {"completion_tokens": 8.0}):
+        assert list(metrics_like(made("benchmark", "2", {**measured, **change}), expected, varies=True)), change
+
+
+def test_a_report_that_lacks_something_is_found(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.restore()
+    quality = {"exact_match": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 36}, "json_valid": 1.0}
+    whole = {"variants": [{"name": "gguf-Q4_0", "quality": quality}], "recommendation": {"cpu": "gguf-Q4_0"}}
+    monkeypatch.setattr(small, "report", whole)
+
+    def problems(**changes: Any) -> str:
+        report = small.home / "reports" / "latest" / "report.json"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps({**whole, **changes}))
+        return "; ".join(reported(small))
+
+    def asked(**changes: Any) -> list[dict[str, Any]]:
+        return [{"name": "gguf-Q4_0", "quality": {**quality, "exact_match": {**quality["exact_match"], **changes}}}]
+
+    assert "has no variant gguf-Q4_0" in "; ".join(reported(small))
+    assert not problems() and not problems(variants=asked(value=0.52))
+    assert "failed: killed" in problems(variants=[{"name": "gguf-Q4_0", "error": "killed", "quality": None}])
+    assert "exact_match.n 35" in problems(variants=asked(n=35))
+    assert "exact_match.value 0.4" in problems(variants=asked(value=0.4))
+    assert "None is recommended" in problems(recommendation={"cpu": None})
 
 
 A_MODEL = (

@@ -20,6 +20,7 @@ from tasks.core.manifests import MANIFEST
 from tasks.core.stage import Stage
 from tasks.teaching.log import AnswerLog
 from tests.chaos.command import Command
+from tests.chaos.figures import metrics_like, reported
 from tests.chaos.records import aliases, champion_loads, recorded, registered
 from tests.chaos.world import World
 
@@ -112,7 +113,7 @@ def violations(world: World, before: Before, again: Command, in_time: bool) -> l
         left_behind(world),
     ]
     if world.pipeline.prefect:
-        checks += [registered(world, anew=not before.champion), champion_loads(world)]
+        checks += [reported(world), registered(world, anew=not before.champion), champion_loads(world)]
     return [problem for check in checks for problem in check]
 
 
@@ -152,8 +153,20 @@ def varying() -> frozenset[str]:
     )
 
 
+def settled(world: World) -> set[tuple[str, str]]:
+    """Kind and key of the undisturbed run's artefacts that every run has: nothing that they are made from varies."""
+    varies, fed = varying() - world.pipeline.steady, set[tuple[str, str]]()
+    while True:
+        digests = {made.digest for found, made in world.reference.items() if made.kind in varies or found in fed}
+        more = {found for found, made in world.reference.items() if digests & set(made.inputs.values())}
+        if more == fed:
+            return world.reference.keys() - fed
+        fed = more
+
+
 def same(world: World) -> Iterator[str]:
-    """Every artefact of the undisturbed run is there, whole, and holds the same; so is every other one."""
+    """Every artefact of the undisturbed run is there, whole, and holds the same; so is every other one. Of one that is made from what varies,
+    which has another key each time, there is one of its kind."""
     store, varies = Store(world.store.as_uri(), world.home), varying() - world.pipeline.steady
     there = {(path.parts[-3], path.parts[-2]) for path in world.store.glob(f"*/*/{MANIFEST}")}
     for kind, key in sorted(there):
@@ -161,13 +174,14 @@ def same(world: World) -> Iterator[str]:
         expected = world.reference.get((kind, key))
         if damage:
             yield f"damaged: {damage}"
-        elif manifest and expected and kind not in varies and manifest.digest != expected.digest:
-            yield f"{kind} {key} holds something else than without the fault"
+        elif manifest and expected:
+            if kind not in varies and manifest.digest != expected.digest:
+                yield f"{kind} {key} holds something else than without the fault"
+            yield from metrics_like(manifest, expected, kind in varies)
     for kind in sorted({kind for kind, _ in world.reference} - {kind for kind, _ in there}):
         yield f"there is no {kind}"
-    if not varies & {kind for kind, _ in world.reference}:  # or what follows from it would have another key
-        for kind, key in sorted(set(world.reference) - there):
-            yield f"{kind} {key} is missing"
+    for kind, key in sorted(settled(world) - there):
+        yield f"{kind} {key} is missing"
 
 
 def not_again(world: World, before: Before, but: Collection[Path] = ()) -> Iterator[str]:
