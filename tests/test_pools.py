@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
@@ -28,12 +30,12 @@ WAIT_S = 800
 pytestmark = pytest.mark.timeout(1800)
 
 
-def until(found: Callable[[], Any], what: str) -> Any:
+def until(found: Callable[[], Any], what: str, every_s: float = 0.5) -> Any:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         if answer := found():
             return answer
-        time.sleep(0.5)
+        time.sleep(every_s)
     raise TimeoutError(what)
 
 
@@ -104,6 +106,19 @@ def end_of(asked: subprocess.Popen[str]) -> str:
 
 def runs_of(team: Home, flow: str) -> list[dict[str, Any]]:
     return team.ask("flow_runs/filter", {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC"})
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """All that work for a home."""
+    found = psutil.process_iter(["environ", "status"])
+    here = [process for process in found if (process.info["environ"] or {}).get("CARTWRIGHT_HOME") == str(home)]
+    return [process for process in here if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def left_running(team: Home) -> set[str]:
+    """Ids of the runs that go on, as MLflow has it."""
+    with closing(sqlite3.connect(f"file:{team.folder / 'mlflow.db'}?mode=ro", uri=True)) as database:
+        return {run for (run,) in database.execute("select run_uuid from runs where status = 'RUNNING' and lifecycle_stage = 'active'")}
 
 
 def running_stages(home: Path) -> list[psutil.Process]:
@@ -239,6 +254,40 @@ def test_when_a_host_dies_the_parent_says_so_and_the_same_command_goes_on_elsewh
     states = {stage["name"]: stage["state"] for stage in report["stages"]}
     assert states["finetune"] == states["evaluate gguf-F16"] == "cached" and states["benchmark gguf-F16"] == "computed"
     assert not list((team.folder / "store" / ".partial").iterdir())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [1, 5])
+def test_when_a_worker_alone_dies_the_same_command_goes_on_elsewhere(team: Home, tmp_path: Path, seed: int) -> None:
+    """What the worker had started outlives it, at least until it has something to say: how the parent ends is not laid down. Nothing is lost."""
+    rng, store = Random(seed), team.folder / "store"
+    kind, delay_s = rng.choice(("finetune", "evaluate", "benchmark")), rng.uniform(0, 2)
+    changes = {**SMALL, "data.seed": 100 + seed}  # nothing of it is cached
+    before = left_running(team)
+    with worker(team, tmp_path / "dies", store) as host:
+        asked = retrain(team, changes)
+        until(lambda: any((store / ".partial").glob(f"{kind}-*")) or asked.poll() is not None, f"{kind} to run", every_s=0.02)
+        assert asked.poll() is None, asked.communicate()[0]
+        time.sleep(delay_s)
+        host.kill()
+        # A stage flow may end well without its worker; the next one then waits until there is another.
+        late = {"flow_runs": {"state": {"name": {"any_": ["Late"]}}}}
+        until(lambda: asked.poll() is not None or team.ask("flow_runs/filter", late), "the end, or a flow that waits for a worker")
+    with worker(team, tmp_path / "lives", store):
+        first = end_of(asked)
+        finished = {path: path.stat().st_mtime_ns for path in store.glob("[!.]*/*/manifest.json")}
+        again = retrain(team, changes)
+        out = end_of(again)
+    assert again.returncode == 0, f"seed {seed}, {kind} + {delay_s:.1f} s\n{first}\n{out}"
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    report = json.loads((team.folder / "reports" / "latest" / "report.json").read_text())
+    known = {(path.parts[-3], path.parts[-2]) for path in finished}
+    cached = {stage["name"]: stage["state"] == "cached" for stage in report["stages"] if (stage["kind"], stage["key"]) in known}
+    assert cached["synthesize"] and all(cached.values()), cached
+    assert not [variant["error"] for variant in report["variants"] if variant.get("error")]
+    until(lambda: not processes_of(tmp_path / "dies" / "home"), "what the dead worker had started to end")
+    assert not list((store / ".partial").iterdir())
+    assert not left_running(team) - before
 
 
 def test_cancelling_the_parent_leaves_no_process_behind(team: Home, tmp_path: Path) -> None:
