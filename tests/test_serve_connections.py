@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -85,6 +86,21 @@ def test_the_second_request_of_a_connection_has_as_much_time(address: str) -> No
         served(twice)
         twice.sendall(b"GET /health HT")
         assert heard(twice) == (408, "timeout")
+
+
+def test_who_asks_and_never_reads_is_left(address: str) -> None:
+    """As many as there may be, each with more answers to get than the kernel keeps for it."""
+    with ExitStack() as all_of_them:
+        deaf = [all_of_them.enter_context(connect(address)) for _ in range(MOST)]
+        left = select.poll()
+        for connection in deaf:
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 2000)
+            left.register(connection, select.POLLHUP)
+        deadline = time.monotonic() + 60
+        while len(left.poll(100)) < MOST and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(left.poll(0)) == MOST
+        assert works(address)
 
 
 def test_there_are_only_so_many_connections_and_a_closed_one_makes_room(address: str) -> None:

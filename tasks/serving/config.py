@@ -33,7 +33,10 @@ class ServeConfig(BaseModel):
     max_connections: int = Field(512, ge=1, le=100_000, description="Open connections; more are refused with 503")
     rate: float = Field(100.0, ge=0, description="Requests a second of one client, by its address; 429; 0: no limit")
     timeout_s: float = Field(
-        10.0, gt=0, le=3600, description="Longest time for a request; 504, or 408 where its head or its body does not arrive"
+        10.0,
+        gt=0,
+        le=3600,
+        description="Longest time for a request; 504, or 408 where its head or its body does not arrive; and for an answer to be read",
     )
     reload_s: float = Field(10.0, gt=0, le=86_400, description="How often the alias is looked up")
     end_s: float = Field(30.0, gt=0, le=3600, description="How long running requests may take to end after SIGTERM")

@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import socket
+import struct
 import sys
 from http import HTTPStatus
 from types import FrameType
@@ -58,21 +59,24 @@ def serve(settings: Settings, config: ServeConfig) -> None:
 
 
 class _Http(H11Protocol):
-    """uvicorn's HTTP, with what happens before there is a request: so many connections, the head of a request in time, and answers to
-    what is no HTTP that have the form of every other error.
+    """uvicorn's HTTP, with what happens around a request: so many connections, its head in time, answers to what is no HTTP that have the form
+    of every other error, and an end for who does not read an answer.
 
     Args:
-        limits: `max_connections`, and `timeout_s` for a head, from the connection or from its first byte on.
+        limits: `max_connections`, and `timeout_s` for a head, from the connection or from its first byte on, and for what the kernel does
+            not take because the client reads nothing.
     """
 
     def __init__(self, limits: ServeConfig, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._limits = limits
         self._head: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._over = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` at the first byte that is not sent: closing waits for the last one
         if len(self.connections) > self._limits.max_connections:
             refused = Refused(503, "overloaded", f"There are {self._limits.max_connections} connections", retry_after_s=1)
             self._close_with(refused, linger_s=LINGER_S)
@@ -90,7 +94,26 @@ class _Http(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._forget_unread()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._limits.timeout_s, self._leave)
+
+    def resume_writing(self) -> None:
+        self._forget_unread()
+        super().resume_writing()
+
+    def _leave(self) -> None:
+        """Without what is not sent yet: the kernel would keep megabytes of it, and offer them for minutes to who does not read."""
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _forget_unread(self) -> None:
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None
 
     def _await_head(self) -> None:
         late = Refused(408, "timeout", f"The head of a request did not arrive within {self._limits.timeout_s:g} s")
