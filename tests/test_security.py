@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from tasks.core import registered_files, registry
 from tasks.core.artifacts import Store
 from tasks.core.manifests import MANIFEST, Manifest, damage_of, describe_files, digest_of
+from tasks.core.markdown import escape_markdown
 from tasks.core.registry import champion_files
 from tasks.core.settings import Settings, load_settings
 from tasks.core.tracking import Tracker, open_parent
@@ -254,7 +256,7 @@ def test_text_of_others_stays_text_where_people_read_it(
     from tasks.config import load_config
     from tasks.rendering import render
 
-    link = "[free](http://evil)"
+    link = "[free](http://evil) https://evil.example"
     verdict = {"verdict": "hold", "champion": EVIL, "challenger": link, "checks": [{"name": f"{EVIL} | {link}", "passed": False}]}
     shown: dict[str, str] = {}
     for kind in ("link", "table", "image"):
@@ -276,7 +278,38 @@ def test_text_of_others_stays_text_where_people_read_it(
     assert set(shown) == {"gate", "recommendation", "tables", "note", "approval", "ablation"}
     for where, text in shown.items():
         assert "&lt;script&gt;" in text and "<script" not in text, where
-        assert "](http" not in text.replace("\\](", ""), where
+        assert "](http" not in text.replace("\\](", "") and "https://evil.example" not in text, where
+
+
+LINKS_OF = {  # what each takes for an address that stands bare; the two last look at the text that entities stand for
+    "showdown (MLflow)": r"(?i)(?:https?|ftp)://|www\.|[a-z0-9!#$%&'*+-/=?^_`{|}~.]+@[-a-z0-9]+(?:\.[-a-z0-9]+)*\.[a-z]+",
+    "marked (Prefect)": r"(?i)(?:ftp|https?)://|www\.|[a-z0-9._+-]+@[a-z0-9-_]+(?:\.[a-z0-9-_]*[a-z0-9])+",
+    "cmark-gfm (GitHub)": r"(?i)(?:https?|ftp)://|www\.|[a-z0-9.+_-]+@[a-z0-9]",
+    "remark-gfm (Prefect, MLflow)": r"(?i)https?://|www(?=\.)|[-.\w+]+@[-\w]+(?:\.[-\w]+)+",
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://evil.example",
+        "HTTP://evil.example",
+        "(ftp://evil.example)",
+        "www.evil.example",
+        "WWW.evil.example",
+        "me@evil.example",
+        "mailto:me+you@evil.example",
+        "&#104;ttps&#58;//evil.example",
+        "https&colon;//evil.example",
+    ],
+)
+def test_a_bare_address_of_others_is_no_link(address: str) -> None:
+    said = escape_markdown(f"see {address} now")
+    for renderer, links in LINKS_OF.items():
+        assert not re.search(links, said) and not re.search(links, html.unescape(said)), renderer
+    assert html.unescape(said).replace("\u200b", "") == f"see {address} now"  # which is what people see
+    assert escape_markdown("s3://bucket/a file:///b") == "s3://bucket/a file:///b"
 
 
 # Bounds -------------------------------------------------------------------------------------------------------------
