@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from flows.cli import predict
-from tasks.asking import Found, wrong_answers
+from tasks.asking import Found, read_texts, wrong_answers
 from tasks.core import progress
-from tasks.domain.labelled import read_labelled
-from tasks.asking import read_texts, wrong_answers
 from tasks.domain.labelled import DEEPEST, read_labelled
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
