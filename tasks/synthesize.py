@@ -145,7 +145,7 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
     (out_dir / "spec.yaml").write_text(f"{written}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
     figures = {**card.counts(), **admission.counts()}
     figures |= joining.summary(lessons, figures["origins"]["train"].get("teacher", 0), admission.rejected)
-    card.write(out_dir, figures)
+    card.write(out_dir, joining.lasting(figures))
     return figures
 
 

@@ -20,7 +20,7 @@ from tasks import api
 from tasks.config import load_config, resolve
 from tasks.core.manifests import Manifest
 from tasks.domain.errors import UserError
-from tasks.synthesize import read_rows
+from tasks.synthesize import read_rows, synthesize
 from tasks.teach import TeacherConfig, check_teacher, teach, teach_config
 from tests.conftest import REPOSITORY
 from tests.fault_server import KEY, Faults
@@ -52,12 +52,19 @@ def test_lessons_are_checked_counted_and_bought_once(server: Faults, ask: Callab
     assert server.most_at_once == 3
     assert {row["source"] for row in rows["utterances"]} <= {entry["hash"] for entry in log_of(home)}
 
+    def data_set(name: str) -> dict[str, str]:
+        (made := home / name).mkdir()
+        synthesize.function(DATA, {"teacher": folder}, made)
+        return {path.name: path.read_text(encoding="utf-8") for path in made.iterdir()}
+
+    first = data_set("first")
     again = ask(concurrency=1)  # the artefact is there
     assert again.key == taught.key and len(server.requests) == 8
     for path in folder.iterdir():
         path.unlink()
     rebuilt = ask()  # it is gone, and the log is not
     assert rebuilt.digest == taught.digest and len(server.requests) == 8 and rebuilt.metrics["requests_from_log"] == 8
+    assert data_set("second") == first  # and nothing that is made from it is made anew
     more = ask(requests=10)
     assert more.metrics["requests_from_log"] == 8 and len(server.requests) == 10
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ def summary(lessons: Path | None, joined: int, rejected: Counter[str]) -> dict[s
     late = {reason.removeprefix("teacher: "): n for reason, n in rejected.items() if reason.startswith("teacher: ")}
     reasons = Counter(figures["rejected"]) + Counter(late)
     return {"teacher": {**figures, "accepted": {**figures["accepted"], "utterances": joined}, "rejected": dict(reasons.most_common())}}
+
+
+def lasting(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a data set without how many answers were in the log: made again from the log, it would be another data set."""
+    taught = figures["teacher"]
+    return {**figures, "teacher": taught and {name: value for name, value in taught.items() if name != "requests_from_log"}}
 
 
 def shown_summary(taught: Any) -> dict[str, Any]:
