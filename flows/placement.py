@@ -96,24 +96,24 @@ class Pools:
         """
         where = machine or (self._accelerator if stage_flow.name in ACCELERATED else "cpu")
         errand = errands.errand_for(self._run, stage_flow, given)
-        errand.send(self._runner.store, self._run)
+        sha256 = errand.send(self._runner.store, self._run)
         with ledger.charge("processes"):
-            result, stages = self._result(stage_flow, where, errand)
+            result, stages = self._result(stage_flow, where, errand, sha256)
             ledger.waited_for({"stages": sum(stage.get("worked_s", 0.0) for stage in stages)})
         self._runner.stages.extend(stages)
         return result
 
-    def _result(self, stage_flow: StageFlow, where: Machine, errand: Errand) -> tuple[Any, list[dict[str, Any]]]:
+    def _result(self, stage_flow: StageFlow, where: Machine, errand: Errand, sha256: str) -> tuple[Any, list[dict[str, Any]]]:
         """What came of an errand, once a run of it is completed, and how its stages went."""
         child: FlowRun | None = None
         try:
-            for child in self._attempts(f"{stage_flow.name}/{where}", errand):
+            for child in self._attempts(f"{stage_flow.name}/{where}", errand, sha256):
                 known = child.state is not None and child.state.is_final()  # of an earlier life of this run
                 self._runner.display.say(f"{stage_flow.name} on {where}-pool: flow run {child.name} ({child.id})")
                 state = self._wait(child)
                 if state.is_completed():
                     with suppress(FileNotFoundError):  # who cleans up the store may have taken the note of an old one
-                        return errand.result(self._runner.store, stage_flow)
+                        return errand.result(self._runner.store, stage_flow, state.message or "")
                 if not known:
                     raise StageError(f"{stage_flow.name} on {where}-pool {_ended(state)}: {_reason(state)}")
         except StageError:
@@ -124,9 +124,9 @@ class Pools:
             raise
         raise AssertionError("there is always another attempt")
 
-    def _attempts(self, deployment: str, errand: Errand) -> Iterator[FlowRun]:
+    def _attempts(self, deployment: str, errand: Errand, sha256: str) -> Iterator[FlowRun]:
         """The flow runs of an errand, one after the other: those that were started in an earlier life of this run, then new ones."""
-        parameters = {"errand": errand.name, "store": self._runner.store.uri}
+        parameters = {"errand": errand.name, "sha256": sha256, "store": self._runner.store.uri}
         for attempt in itertools.count(1):
             key = f"{errand.name}-{deployment.partition('/')[2]}-{attempt}"
             name = f"{self._run.run_id}-{deployment.partition('/')[0]}" + (f"-{attempt}" if attempt > 1 else "")

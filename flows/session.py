@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 from uuid import UUID
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from tasks.config import RUN_KEY, RunConfig
@@ -20,6 +20,7 @@ from tasks.core import hardware, ledger
 from tasks.core import settings as environment
 from tasks.core.artifacts import Store
 from tasks.core.display import Display
+from tasks.core.manifests import Name
 from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state
@@ -33,8 +34,8 @@ class Run(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run_id: str
-    mlflow_run: str
+    run_id: Name  # folders are called after it, on every machine
+    mlflow_run: Name
     config: RunConfig
     started: str
     resumed: bool
@@ -97,7 +98,7 @@ def open_run(config: RunConfig, settings: Settings, display: Display, here: bool
         here: its stages run in this process, and not on workers.
 
     Raises:
-        UserError: the home cannot be written, or the same configuration is running already.
+        UserError: the home cannot be written, the same configuration is running already, or somebody renamed its run to what is no name.
     """
     store = Store(settings.store_uri, settings.home)
     store.check_writable()
@@ -119,7 +120,11 @@ def open_run(config: RunConfig, settings: Settings, display: Display, here: bool
         tracker = open_parent(settings, experiment_name(config), config.key(), name, tags, mine=lambda left: _mine(left, tags, config))
         _name_flow_run(tracker.run_name)
         started = now.isoformat(timespec="seconds")
-        run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+        try:
+            run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+        except ValidationError:
+            mend = "Rename it there with letters, digits, spaces and . + = @ - only, and run the same command again"
+            raise UserError("run", tracker.run_name, "has a name in MLflow that no folder can have", mend=mend) from None
         ledger.begin()
         with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
             yield run

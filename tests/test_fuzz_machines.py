@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,9 @@ def test_note_of_an_errand(folder: Path, data: bytes) -> None:
     from tasks.core.artifacts import Store
 
     store = Store("memory://fuzz-notes", folder)
-    for name in ("notes/e.json", "notes/e.result.json"):
-        store.fs.pipe_file(f"{store.root}/{name}", data)
-    assert isinstance(answered(lambda: read_errand(store, "e", measure, store.uri)), UserError)
-    found = answered(lambda: Errand("e", {}).result(store, measure))
+    sha256 = hashlib.sha256(data).hexdigest()  # as if it had been left by who may
+    for name in ("e", "e.result"):
+        store.fs.pipe_file(f"{store.root}/notes/{name}.{sha256}.json", data)
+    assert isinstance(answered(lambda: read_errand(store, "e", sha256, measure, store.uri)), UserError)
+    found = answered(lambda: Errand("e", {}).result(store, measure, sha256))
     assert isinstance(found, UserError) or len(found) == 2

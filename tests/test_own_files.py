@@ -81,11 +81,11 @@ with prefect_api(parents):
     with open_run(config, parents, Display()) as run:
         files, asked = stages.own_rows(run)
         sent = errand_for(run, stages.make_data, (files,))
-        sent.send(Store(parents.store_uri, parents.home), run)
+        sha256 = sent.send(Store(parents.store_uri, parents.home), run)
     extra.unlink()
     own.unlink()
     with join_run(run, workers, Display(), "cpu") as call:
-        _, run, given = read_errand(call.store, sent.name, stages.make_data, "")
+        _, run, given = read_errand(call.store, sent.name, sha256, stages.make_data, "")
         dataset, _ = stages.make_data.fn(run, *given)
         rows = call(gate_rows, gate_rows_config(run.config.data, run.config.registry), dataset=dataset, own=asked)
 print(json.dumps({"data": dataset.metrics["origins"]["train"], "rows": rows.metrics["rows"]}))

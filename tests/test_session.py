@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.session import _mine, alone, opened
+from flows.session import _mine, alone, open_run, opened
 from tasks.config import load_config
+from tasks.core.display import Display
 from tasks.core.settings import load_settings
 from tasks.core.tracking import Tracker, open_parent, write_ahead
 from tasks.domain.errors import UserError
@@ -24,6 +25,18 @@ def test_a_run_takes_up_what_was_left_in_its_own_home_by_the_same_code() -> None
     assert not _mine({**HERE, "cartwright.flow_run": "f1", "mlflow.source.git.commit": "c0"}, HERE, CONFIG)
     assert _mine({**HERE, "cartwright.opened_by": "other:/home", "mlflow.source.git.commit": "c0"}, HERE, CONFIG)  # the very flow run
     assert _mine({"mlflow.source.git.commit": "c1", "cartwright.opened_by": "other:/home"}, HERE, CONFIG)  # no flow run works on it
+
+
+@pytest.mark.slow
+def test_a_run_that_was_renamed_in_mlflow_to_what_is_no_name_of_a_folder_is_one_clear_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tracker, "run_name", property(lambda tracker: "../../x"))
+    with (
+        pytest.raises(UserError, match=r"run = '\.\./\.\./x': has a name in MLflow that no folder can have"),
+        open_run(CONFIG, load_settings(), Display(), here=False),
+    ):
+        pass
 
 
 @pytest.mark.slow
