@@ -118,16 +118,21 @@ def open_run(config: RunConfig, settings: Settings, display: Display, here: bool
         tags |= {f"cartwright.{name}": value for name, value in _flow_run().items()}
         tags |= opened(settings, f"run-{config.key()}")
         tracker = open_parent(settings, experiment_name(config), config.key(), name, tags, mine=lambda left: _mine(left, tags, config))
-        _name_flow_run(tracker.run_name)
-        started = now.isoformat(timespec="seconds")
-        try:
-            run = Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
-        except ValidationError:
-            mend = "Rename it there with letters, digits, spaces and . + = @ - only, and run the same command again"
-            raise UserError("run", tracker.run_name, "has a name in MLflow that no folder can have", mend=mend) from None
-        ledger.begin()
-        with _known(run, Runner(run.run_id, settings, store, tracker, display)), ending(tracker):
-            yield run
+        with ending(tracker):
+            run = _run_of(tracker, config, now)
+            _name_flow_run(run.run_id)
+            ledger.begin()
+            with _known(run, Runner(run.run_id, settings, store, tracker, display)):
+                yield run
+
+
+def _run_of(tracker: Tracker, config: RunConfig, now: datetime) -> Run:
+    started = now.isoformat(timespec="seconds")
+    try:
+        return Run(run_id=tracker.run_name, mlflow_run=tracker.parent, config=config, started=started, resumed=tracker.resumed)
+    except ValidationError:
+        mend = "Rename it there with letters, digits, spaces and . + = @ - only, and run the same command again"
+        raise UserError("run", tracker.run_name, "has a name in MLflow that no folder can have", mend=mend) from None
 
 
 def _name_flow_run(name: str) -> None:

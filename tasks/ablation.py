@@ -133,7 +133,7 @@ def _configured(read: AblationFile, changes: dict[str, Any], earlier: Sequence[A
     like = next((arm.config for arm in earlier if _only_trains(arm.changes)), None)
     if like and _only_trains(changes):
         return config.model_copy(update={"data": like.data, "base_model": like.base_model})
-    return resolve(config)
+    return resolve(config, quantizes=False)
 
 
 def _only_trains(changes: Mapping[str, Any]) -> bool:

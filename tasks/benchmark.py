@@ -6,7 +6,7 @@ all requests at once, so many at a time, after as many to warm up. In all of the
 are as long as many. Prefill and decode are at fixed lengths, as llama-bench does them. llama.cpp learns to guess while it answers, as it
 would in deployment, and forgets it before each load, since a row that is asked twice is guessed better. Memory is that of the process and
 its children, the most that was read after the requests alone and after those at `parallel`, the model and its cache being loaded; its
-peak, loading included, is the kernel's figure. Energy is that of the requests one at a time, counted while they run; where nothing counts
+peak, from loading until then, is the kernel's figure. Energy is that of the requests one at a time, counted while they run; where nothing counts
 it, it is estimated when all else is measured. Raw samples are kept in `samples.json`; `pooled` puts repeats together.
 """
 
@@ -94,7 +94,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     asked = conversations(config, inputs["dataset"], spec, texts)
     together = asked[: config.batched_requests]
     parallel, *loads = (min(load, len(together)) for load in (config.parallel, *config.loads))  # no more than there are run at a time
-    loads = sorted({parallel, *loads} - {1})
+    loads = sorted({parallel, *loads} - {1}, key=lambda load: (load != parallel, load))  # the one that memory is read after comes first
     total = config.requests + len(loads) + 2 * config.repeats + 3
     others = hardware.Disturbance()
     started = time.perf_counter()
@@ -110,12 +110,13 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         alone.append(_one(model, asked[i], config.max_tokens))
         joules = energy.joules()  # each time, since counters wrap
     cpu_s = time.process_time() - cpu_before
-    busy, memory = gpu and gpu.utilization(), [hardware.memory_mb()]
+    busy, memory, peak_rss_mb = gpu and gpu.utilization(), [hardware.memory_mb()], hardware.peak_rss_mb()
     by_load, waits = {}, {}
     for done, load in enumerate(loads, 1):
         by_load[load], waits[load] = _at_a_time(model, together, load, config.max_tokens)
         if load == parallel:
             memory.append(hardware.memory_mb())
+            peak_rss_mb = hardware.peak_rss_mb()
         progress.advance(config.requests + done, total, f"{load} at a time")
     unshared = None
     if config.unshared_too:
@@ -145,12 +146,12 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         **summary(samples),
         "requests_s_batched": by_load.get(parallel, len(alone) / sum(samples["latency_s"])),
         "requests_s_prefix_not_shared": unshared,
-        "requests_s_by_load": {str(load): requests_s for load, requests_s in by_load.items()},
+        "requests_s_by_load": {str(load): by_load[load] for load in sorted(by_load)},
         "parallel": parallel,
         "completion_tokens": statistics.mean(samples["tokens"]),
         "prompt_tokens": statistics.mean(a["prompt_tokens"] for a in alone),
         **{name: max(read[name] for read in memory) for name in memory[0]},
-        "peak_rss_mb": hardware.peak_rss_mb(),
+        "peak_rss_mb": peak_rss_mb,
         "vram_mb": gpu and gpu.memory_mb(),
         "torch_peak_mb": _torch_peak_mb(model),
         "gpu_utilization": busy,

@@ -252,8 +252,11 @@ def _check_banks(data: SynthesizeConfig) -> None:
     make_generator(data)
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: RunConfig, quantizes: bool = True) -> RunConfig:
     """Check what the configuration points at, before any work, and fill in the digests that make it exact.
+
+    Args:
+        quantizes: the model is to be quantized, as in a run; an ablation only trains.
 
     Raises:
         UserError: an unknown language or intent, a broken domain file, a base model that cannot be used, no GGUF
@@ -278,7 +281,8 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.gguf_search and config.data.validation_rows <= (seen := config.fidelity.skip + config.fidelity.rows):
         problem = f"leaves no row for gguf_search beside the {seen} by which variants are judged"
         raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
-    converter()  # there is always a GGUF format to make
+    if quantizes:
+        converter()  # there is always a GGUF format to make
     if config.benchmark.llama_bench:
         llama_bench_program()
     for field, path, rows, bad in _own_rows(config):
@@ -286,7 +290,7 @@ def resolve(config: RunConfig) -> RunConfig:
             mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
             raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
     base_model = resolve_base_model(config.base_model)
-    sizes = dimensions(base_model) if config.gptq or config.awq else []
+    sizes = dimensions(base_model) if quantizes and (config.gptq or config.awq) else []
     for kind, wanted in (("gptq", [v.group_size for v in config.gptq]), ("awq", [v.group_size for v in config.awq])):
         for number, group_size in enumerate(wanted if sizes else ()):
             choose_group_size(group_size, sizes, f"{kind}.{number}.group_size")

@@ -31,7 +31,9 @@ class DecideConfig(StageConfig):
         0.005, ge=0, le=1, description="Largest loss of exact match against the 16-bit model, as a share: 0.01 is one percentage point"
     )
     max_size_mb: float | None = Field(None, gt=0)
-    max_rss_mb: float | None = Field(None, gt=0, description="Of what runs on a CPU, at its peak, loading included")
+    max_rss_mb: float | None = Field(
+        None, gt=0, description="Of what runs on a CPU, at its peak, from loading to the answers at `benchmark.parallel`"
+    )
     max_vram_mb: float | None = Field(None, gt=0, description="GPU memory, of what runs on one")
     max_latency_p95_ms: float | None = Field(None, gt=0)
     machine_usd_per_hour: float | None = Field(None, gt=0, description="What the machine costs, from which the price of requests follows")
@@ -174,7 +176,9 @@ def beside_ready_made(mixed: dict[str, Any], best: dict[str, Any], versus: Mappi
     quicker = mixed["performance"]["requests_s"] / best["performance"]["requests_s"]
     size = f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {best['name']}, the best ready-made file"
     figures = f"{size}, with {quicker:.2f} times its requests/s and {versus['delta'] * 100:+.1f} points of exact match (McNemar p {versus['mcnemar_p']:.2f})"
-    worth = not excluded and max(smaller, quicker - 1) >= WORTH_SEARCHING and (versus["delta"] >= 0 or versus["mcnemar_p"] >= SIGNIFICANT)
+    if excluded:
+        return f"{figures}, but it may not be recommended: {excluded}"
+    worth = max(smaller, quicker - 1) >= WORTH_SEARCHING and (versus["delta"] >= 0 or versus["mcnemar_p"] >= SIGNIFICANT)
     return f"{figures}: {'' if worth else 'not '}{WORTH_SEARCHING:.0%} smaller or faster at equal accuracy"
 
 

@@ -15,7 +15,16 @@ from tasks.core.manifests import CHECKPOINTS
 from tasks.core.stage import stage
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
-from tasks.qlora import FinetuneConfig, build_model, has_compiler, make_optimizer, resolve_precision, tokens_at_a_time, training_settings
+from tasks.qlora import (
+    LONGEST,
+    FinetuneConfig,
+    build_model,
+    has_compiler,
+    make_optimizer,
+    resolve_precision,
+    tokens_at_a_time,
+    training_settings,
+)
 from tasks.synthesize import read_rows
 from tasks.tokenization import set_template
 
@@ -57,7 +66,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
             "train.max_length",
             config.max_length,
             f"leaves {len(train):,} of {len(rows):,} rows of train and {len(validation):,} of {len(validation_rows):,} of validation",
-            mend=f"The longest row has {longest} tokens: set train.max_length={longest} to leave out none",
+            mend=f"The longest row has {longest} tokens: set train.max_length={min(longest, LONGEST)}",
         )
 
     most_tokens = tokens_at_a_time(config, device)

@@ -13,6 +13,8 @@ from tasks.core import hardware
 from tasks.core.stage import Seed, StageConfig
 from tasks.unpadded import let_in_line
 
+LONGEST = 8192  # tokens a row that is trained on may have
+
 
 class FinetuneConfig(StageConfig):
     """How the adapter is trained."""
@@ -41,7 +43,7 @@ class FinetuneConfig(StageConfig):
     rank: int = Field(16, ge=1, le=512, description="Rank of the LoRA matrices (Hu et al. 2021, arXiv 2106.09685)")
     alpha: int = Field(32, ge=1, le=1024)
     dropout: float = Field(0.0, ge=0, lt=1)
-    max_length: int = Field(256, ge=16, le=8192, description="Longer rows are left out, and counted")
+    max_length: int = Field(256, ge=16, le=LONGEST, description="Longer rows are left out, and counted")
     checkpoints: int = Field(
         10, ge=1, le=1000, description="How often training is evaluated on `validation`, and saved; it is saved every two minutes as well"
     )

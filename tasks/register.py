@@ -168,6 +168,9 @@ def _registered(
     verdict = {**verdict, "version": version}
     if not verdict["unchanged"]:  # what was decided when it was promoted stays the last word
         registry.write_decision(config.name, version, verdict)
+    elif registry.unsettled(config.name):
+        with registry.promoting(config.name):
+            registry.settle(config.name)
     return verdict, known and verdict["verdict"] != "promote"
 
 

@@ -76,7 +76,7 @@ MEASURED_COLUMNS = [
     Column("Later token p50, ms", "performance.tpot_ms.p50", "number", "Mean time of each token after the first"),
     Column("Latency p99, ms", "performance.latency_ms.p99"),
     Column("Layer class", "kernel", "text", "What computes the quantized layers in transformers", True),
-    Column("Peak RSS, MB", "performance.peak_rss_mb", "number", "The most it ever had, loading included"),
+    Column("Peak RSS, MB", "performance.peak_rss_mb", "number", "The most it ever had, from loading to the answers several at once"),
     Column("PSS, MB", "performance.pss_mb", "number", "Memory, what is shared with other processes divided among them", True),
     Column(
         "Batched, prefix not shared",

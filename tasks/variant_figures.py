@@ -64,7 +64,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
             f"its {performance['runs']} runs differ by up to {spread:.0%}: the machine was not quiet, or the variant is not steady"
         )
     if len(days := sorted({run["created"][:10] for run, _ in runs})) > 1:
-        notes.append(f"its {len(runs)} runs are of {days[0]} to {days[-1]}, kept from earlier commands: benchmark.session measures anew")
+        notes.append(f"its {len(runs)} runs are of {days[0]} to {days[-1]}; with another benchmark.session all are measured anew")
     notes += [
         f"{name.split(':')[0]} failed: {why}"
         for name, why in config.unmeasured.items()

@@ -85,6 +85,8 @@ def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.without_secrets(told) == "no answer from https://***@mlflow.test/api and http://host/a@b"
     assert settings.shown_uri("https://ana:p4@ss@mlflow.test/api") == "https://***@mlflow.test/api"
     assert settings.shown_uri("s3://ID:s3/cret@bucket/store") == "s3://***@bucket/store"  # keys of S3 have slashes
+    assert settings.shown_uri("http://m:5000/team@acme and postgresql://ana@db/x") == "http://m:5000/team@acme and postgresql://***@db/x"
+    assert settings.without_secrets("no answer from postgresql://ana:planted/pw#1@db/x") == "no answer from postgresql://***@db/x"
 
 
 def test_a_model_behind_an_api_is_evaluated_like_any_other(

@@ -148,6 +148,7 @@ def test_so_does_a_converter_that_is_not_there(home: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CARTWRIGHT_LLAMA_CPP", "/wrong")
     message = "CARTWRIGHT_LLAMA_CPP = '/wrong': has no convert_hf_to_gguf.py. Run `make install`"
     test_bad_input_stops_before_any_work(home, ["--set", "gguf=[F16]"], message, monkeypatch, capsys)
+    assert resolve_run(load_config("smoke"), quantizes=False).data.domain_sha256  # who only trains needs none
 
 
 @pytest.mark.slow

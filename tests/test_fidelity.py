@@ -246,7 +246,7 @@ def test_the_dequantized_file_runs_in_transformers(world: World) -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("format_", ["gptq", "gptq_v2"])
 def test_gptq_weights_are_unpacked_as_the_format_defines_them(tmp_path: Path, bits: int, format_: str) -> None:
     """Two groups of 32 inputs in any order, 32 outputs; packed here bit by bit."""

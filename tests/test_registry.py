@@ -214,6 +214,11 @@ def test_a_promotion_that_was_killed_forgets_no_version(registry: Registry, monk
         else:
             assert [version["version"] for version in registry.rollback(NAME, by="ana")] == ["1", "2"], done
         assert not notes(), done
+        assert killed(writes)  # the same command finds nothing to promote, or promotes anew
+        was = aliases(registry)
+        registry.settle(NAME)
+        assert not registry.unsettled(NAME) and not notes() and aliases(registry) == (("1", before) if was[0] == "1" else was), done
+        assert (registry.rolled_back(NAME, "Q4_0") is None) == (was[0] == "2")
         assert killed(writes)
         registry.promote(NAME, "2", lambda: "")
         assert aliases(registry) == ("2", "1") and not notes() and not registry.rolled_back(NAME, "Q4_0"), done

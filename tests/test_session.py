@@ -37,6 +37,8 @@ def test_a_run_that_was_renamed_in_mlflow_to_what_is_no_name_of_a_folder_is_one_
         open_run(CONFIG, load_settings(), Display(), here=False),
     ):
         pass
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("FAILED",)]  # and not one that is said to go on
 
 
 @pytest.mark.slow

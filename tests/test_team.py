@@ -223,10 +223,11 @@ def test_every_pool_has_job_variables_that_its_kind_of_worker_takes(kind: Any) -
         ("MLFLOW_TRACKING_URI", "postgresql://db/mlflow?user=mlflow&password=planted-pw"),
         ("CARTWRIGHT_STORE", "s3://AKIAPLANTED:planted/pw@bucket"),
         ("PREFECT_API_URL", "https://ana:planted-pw@prefect/api"),
+        ("MLFLOW_TRACKING_URI", "https://planted-token@mlflow/api"),
     ],
 )
 def test_no_password_of_an_address_gets_into_a_job_template(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, address: str) -> None:
-    variables = {"PREFECT_API_URL": "http://p:4200/api", "MLFLOW_TRACKING_URI": "http://m:5000", "CARTWRIGHT_STORE": "s3://b/store"}
+    variables = {"PREFECT_API_URL": "http://p:4200/api", "MLFLOW_TRACKING_URI": "http://m:5000/@team", "CARTWRIGHT_STORE": "s3://b/store"}
     told: list[Any] = []
     known = json.loads(next((Path(prefect.__file__).parent / "server").rglob("aggregate-worker-metadata.json")).read_text())
 

@@ -102,10 +102,10 @@ class Registry:
             return problem
         if self._claim and not self._claim.holds():
             return "it took so long that another host began to promote"
-        self._settle(name)
+        self.settle(name)
         until_now, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         replaced = until_now["version"] if until_now and until_now["version"] != version else None
-        if replaced:  # any of these writes may be the last before the machine dies, see `_settle`
+        if replaced:  # any of these writes may be the last before the machine dies, see `settle`
             self.client.set_model_version_tag(name, replaced, BEFORE, previous["version"] if previous else NONE)
             self.client.set_registered_model_alias(name, PREVIOUS, replaced)
         self.client.set_registered_model_alias(name, CHAMPION, version)
@@ -121,7 +121,11 @@ class Registry:
         if replaced:
             self.client.delete_model_version_tag(name, replaced, BEFORE)  # last: until then the next promotion or rollback looks after it
 
-    def _settle(self, name: str) -> None:
+    def unsettled(self, name: str) -> bool:
+        """Whether a promotion was killed between its writes."""
+        return any(BEFORE in (self.champion(name, alias) or ()) for alias in (CHAMPION, PREVIOUS))
+
+    def settle(self, name: str) -> None:
         """Undo what a promotion wrote that was killed before the champion moved, or write what one still had to that was killed after it."""
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         if champion and BEFORE in champion:
@@ -214,7 +218,7 @@ class Registry:
         return now, before
 
     def _swap(self, name: str) -> tuple[dict[str, str], dict[str, str]]:
-        self._settle(name)
+        self.settle(name)
         champion, previous = (self.champion(name, alias) for alias in (CHAMPION, PREVIOUS))
         read = champion
         if champion and ROLLING_BACK in champion:  # a rollback to it was interrupted behind the first alias

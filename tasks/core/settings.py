@@ -143,22 +143,26 @@ def without_secrets(text: str) -> str:
     for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
-    text = re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+    text = shown_uri(text)
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
 
 
-_LOGIN = r"//(?:[^:/]*:.*|[^/]*)@"  # of an address; behind a colon is a password, which may have any character
+# User and password of an address. Of one of the web they end before its path; keys of S3 and passwords of databases may have slashes.
+_LOGIN = re.compile(
+    r"(?P<scheme>https?://)(?P<web>[^/\s]*)@|(?P<other>\b(?!https?:)[a-z][\w+.-]*://)(?P<login>[^/\s:]*:\S*|[^/\s]*)@", re.IGNORECASE
+)
 
 
 def shown_uri(uri: str) -> str:
-    """An address as it may be shown: without user and password."""
-    return re.sub(_LOGIN, "//***@", uri)
+    """An address, or a text with some, as it may be shown: without users and passwords."""
+    return _LOGIN.sub(lambda found: f"{found['scheme'] or found['other']}***@", uri)
 
 
 def has_password(uri: str) -> bool:
-    """Whether an address holds a password or a token: before its host, or in its query as PostgreSQL takes it."""
-    login = re.search(_LOGIN, uri)
-    return bool((login and ":" in login[0]) or re.search(r"[?&][^=&]*(password|passwd|secret|token)[^=&]*=", uri.lower()))
+    """Whether an address holds a password, or a token in the place of a user: before its host, or in its query as PostgreSQL takes it."""
+    login = _LOGIN.search(uri)
+    secret = login and (login["scheme"] or ":" in login["login"])  # a user of a database is no secret
+    return bool(secret or re.search(r"[?&][^=&]*(password|passwd|secret|token)[^=&]*=", uri.lower()))
 
 
 def asked_threads() -> int | None:

@@ -60,7 +60,7 @@ def serve(settings: Settings, config: ServeConfig) -> None:
 
 class _Http(H11Protocol):
     """uvicorn's HTTP, with what happens around a request: so many connections, its head in time, answers to what is no HTTP that have the form
-    of every other error, and an end for who does not read an answer.
+    of every other error, and an end for who does not take an answer in time.
 
     Args:
         limits: `max_connections`, and `timeout_s` for a head, from the connection or from its first byte on, and for what the kernel does
