@@ -261,6 +261,6 @@ def test_a_load_is_called_by_what_ran_and_no_row_is_asked_twice(tiny_gguf: Path,
     assert [(len(texts), parallel) for texts, parallel in asked if parallel > 1] == [(6, 6), (6, 6), (4, 4), (6, 4)]  # each warmed up
     intents = {row["text"]: row["gold"]["intent"] for row in read_rows(data / "test.jsonl")}
     assert {intents[text.strip()] for text in alone[2:8]} == set(intents.values())  # and not six rows of two
-    assert asked[-1][0] == alone[2:8] and set(asked[-2][0]) == set(asked[-1][0])
+    assert asked[-1][0] == alone[2:8] and set(asked[-2][0]) < set(asked[-1][0])
     samples = json.loads((out / SAMPLES).read_text())
     assert [len(samples[f"latency_s_at_{load}"]) for load in (4, 6)] == [6, 6] and figures["peak_rss_mb"] >= figures["rss_mb"] * 0.9
