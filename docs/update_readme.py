@@ -30,11 +30,15 @@ def table(report: dict[str, Any]) -> str:
         )
     e, t = report["environment"], report["training"]
     speed = f"{t['tokens_per_s']:.0f} tokens/s, " if t["tokens_per_s"] else ""  # unknown of a training that was interrupted
-    about = (
-        f"Profile `{report['profile']}`, {report['started'][:10]}, {e['cpu']}, {e['cores']} cores, {e['gpu'] or 'no GPU'}; "
-        f"{report['wall_s'] / 60:.0f} minutes in all, {t['wall_s'] / 60:.0f} of them training on {t['examples']:,} utterances "
-        f"({speed}peak {t['peak_rss_mb'] / 1000:.1f} GB). {exact_rows(report)}"
+    minutes, training = f"{report['wall_s'] / 60:.0f} minutes", f"{t['wall_s'] / 60:.0f}"
+    on = f"training on {t['examples']:,} utterances ({speed}peak {t['peak_rss_mb'] / 1000:.1f} GB)"
+    cached = any(stage["kind"] == "finetune" and stage["state"] == "cached" for stage in report["stages"])
+    took = (
+        f"{training} minutes of {on} in an earlier command, {minutes} for what was left"
+        if cached
+        else f"{minutes} in all, {training} of them {on}"
     )
+    about = f"Profile `{report['profile']}`, {report['started'][:10]}, {e['cpu']}, {e['cores']} cores, {e['gpu'] or 'no GPU'}; {took}. {exact_rows(report)}"
     return "\n".join([about, "", *lines, "", report["recommendation"]["why"], "", languages(report)])
 
 
