@@ -389,6 +389,29 @@ def test_a_model_whose_logging_was_cut_short_is_completed_and_no_other_is_made(
     assert (model.model_id, str(model.status)) == (logged, "READY") == (left.model_id, "READY")
 
 
+def test_a_model_of_which_mlflow_heard_twice_since_its_answer_was_lost_is_there_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client sends what makes a logged model, or a version, again when it hears nothing."""
+    import mlflow
+
+    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
+    files = {"model": tmp_path / "model.gguf", "spec": tmp_path / "spec.yaml"}
+    for file in files.values():
+        file.write_text("x")
+    for name in ("initialize_logged_model", "register_model"):
+        usual = getattr(mlflow, name)
+        monkeypatch.setattr(mlflow, name, lambda *given, usual=usual, **more: (usual(*given, **more), usual(*given, **more))[1])
+    logged = tracker.log_model(tracker.child("gguf-F16", "key", "variant"), "gguf-F16", "digest", files, "llama_cpp")
+    (model,) = tracker.client.search_logged_models([tracker.experiment_id])
+    assert (model.model_id, str(model.status)) == (logged, "READY")
+    registry = Registry(load_settings())
+    version, known = registry.register(NAME, logged, "digest", {"cartwright.kind": "k"}, "what it is")
+    (found,) = registry.client.search_model_versions(f"name = '{NAME}'")
+    assert (version, known) == (str(found.version), False) == ("1", False) and found.description == "what it is"
+    assert found.tags["cartwright.digest"] == "digest" and registry.register(NAME, logged, "digest", {}, "")[1]
+
+
 def test_what_a_killed_registration_left_in_the_temporary_folder_goes_with_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "tmp" / NAME
     (folder / "tmpabc").mkdir(parents=True)

@@ -65,8 +65,22 @@ class Registry:
         tags = {**tags, **self._files(uri, weights), TAG + "digest": digest}
         with contextlib.redirect_stderr(io.StringIO()):  # it reports to the terminal what we report ourselves
             made = mlflow.register_model(uri, name, tags=tags)
-        self.client.update_model_version(name, made.version, description)
-        return str(made.version), False
+        version = self._first_of(name, digest, str(made.version))
+        self.client.update_model_version(name, version, description)
+        return version, False
+
+    def _first_of(self, name: str, digest: str, made: str) -> str:
+        """The first version with this content. Where that is not the one just made, since MLflow's answer was lost and the client asked again,
+        or another host registered it at the same moment, the latter goes."""
+        same = [
+            str(version.version)
+            for version in self.client.search_model_versions(f"name = '{name}'")
+            if version.tags.get(TAG + "digest") == digest
+        ]
+        first = min([*same, made], key=int)
+        if first != made:
+            self.client.delete_model_version(name, made)
+        return first
 
     def _files(self, uri: str, weights: Collection[str]) -> dict[str, str]:
         """SHA-256 of every file of a model, as tags."""

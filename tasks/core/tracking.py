@@ -252,15 +252,17 @@ class Tracker:
         import mlflow
         from mlflow.entities import LoggedModelOutput
 
-        found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'")
-        ready = [model for model in found if str(model.status) == "READY"]
-        begun = [model for model in found if str(model.status) == "PENDING" and self._was_cut_short(model, run_id)]
+        ready, begun = self._logged(digest, run_id)
         if ready:
-            model_id = str(ready[0].model_id)
+            model_id = ready[0]
         else:
-            tags = {TAG + "digest": digest, TAG + "variant": name}
-            begun = begun or [mlflow.initialize_logged_model(name=name, source_run_id=run_id, tags=tags, experiment_id=self.experiment_id)]
-            model_id = str(begun[0].model_id)
+            if not begun:
+                tags = {TAG + "digest": digest, TAG + "variant": name}
+                mlflow.initialize_logged_model(name=name, source_run_id=run_id, tags=tags, experiment_id=self.experiment_id)
+                _, begun = self._logged(digest, run_id)  # two, if MLflow's answer was lost and the client asked again
+            model_id, *others = begun
+            for other in others:
+                self.client.delete_logged_model(other)
             package = Path(__file__).resolve().parents[1]
             mlflow.pyfunc.log_model(
                 model_id=model_id,
@@ -274,6 +276,12 @@ class Tracker:
         if model_id not in {output.model_id for output in (shown.model_outputs if shown else [])}:  # twice is an error
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
+
+    def _logged(self, digest: str, run_id: str) -> tuple[list[str], list[str]]:
+        """The logged models with this content: those that are whole, and those that were begun and nobody else is at."""
+        found = self.client.search_logged_models([self.experiment_id], filter_string=f"tags.`{TAG}digest` = '{digest}'")
+        ready = [str(model.model_id) for model in found if str(model.status) == "READY"]
+        return ready, [str(model.model_id) for model in found if str(model.status) == "PENDING" and self._was_cut_short(model, run_id)]
 
     def _was_cut_short(self, model: Any, run_id: str) -> bool:
         """Whether nobody is logging a model that is not ready: its run is this one, taken up again, or goes on no more."""
