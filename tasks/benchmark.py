@@ -81,7 +81,7 @@ class BenchmarkConfig(StageConfig):
 
 @stage(
     "benchmark",
-    version=7,
+    version=8,
     libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
     measures=True,
     varies=MEASURED,

@@ -96,6 +96,16 @@ def test_transformers_answers_the_same_whether_it_reads_the_prefix_once_or_for_e
         assert together == alone and fewer < most - 3 * WORTH_SHARING, parallel
 
 
+def test_the_context_has_room_for_the_longest_that_are_answered_at_a_time_and_no_more(tiny_gguf: Path) -> None:
+    conversations = [[{"role": "user", "content": text}] for text in (*QUESTIONS[:4], "please " * 400, "thanks")]
+    model = LlamaCppRuntime(tiny_gguf, 1)
+    together = {c.index: c.text for c in model.generate(conversations, 8, 4)}
+    longest = max(len(model.encode(conversation)) for conversation in conversations)
+    assert longest < model._shape[1] < 2 * longest  # and not four times that
+    assert together == {index: next(model.generate([asked], 8, 1)).text for index, asked in enumerate(conversations)}
+    model.close()
+
+
 def test_a_grammar_that_cannot_be_read_is_an_error(tiny_gguf: Path) -> None:
     with pytest.raises(ValueError, match="cannot read the grammar"):
         LlamaCppRuntime(tiny_gguf, 1, grammar="root ::= (")

@@ -205,8 +205,8 @@ class LlamaCppRuntime:
         yield from refused.values()
         prompts = {index: prompt for index, prompt in enumerate(encoded) if index not in refused}
         prefix = common_prefix(list(prompts.values())) if self.share_prefix else []
-        longest = max(map(len, prompts.values()), default=0)
-        places = len(prefix) + parallel * (longest - len(prefix) + max_tokens + self._most_guesses)
+        longest = sorted(map(len, prompts.values()))[-parallel:]  # whichever are answered at a time, they need no more than these
+        places = len(prefix) + sum(length - len(prefix) + max_tokens + self._most_guesses for length in longest)
         listed = Listed([Asked(index, prompt, max_tokens) for index, prompt in prompts.items()])
         yield from self.answer(listed, prefix, parallel, places)
 
