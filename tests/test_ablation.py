@@ -173,4 +173,4 @@ def test_arms_are_trained_once_and_a_new_or_failing_one_joins_them(cartwright: C
         "too short, seed 7": "FAILED",
         "too short, seed 8": "FAILED",
     }
-    assert "- too short: seed 7: train.max_length = 16: leaves 0 of" in (home / "reports" / "ablation-tiny.md").read_text()
+    assert "- too short: seed 7: train.max_length = 16: leaves 1 of 24" in (home / "reports" / "ablation-tiny.md").read_text()
