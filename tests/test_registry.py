@@ -347,13 +347,18 @@ def test_what_was_compared_with_another_champion_is_held(registry: Registry) -> 
     assert aliases(registry) == ("1", None)
 
 
+def to_log(folder: Path) -> dict[str, Path]:
+    """What a model is logged from."""
+    files = {"model": folder / "model.gguf", "spec": folder / "spec.yaml"}
+    for file in files.values():
+        file.write_text("x")
+    return files
+
+
 def test_a_model_that_is_logged_again_after_an_interruption_is_shown_once(home: Path, tmp_path: Path) -> None:
-    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
-    file, spec = tmp_path / "model.gguf", tmp_path / "spec.yaml"
-    for written in (file, spec):
-        written.write_text("x")
+    tracker, files = open_parent(load_settings(), "domain/base", "key", "run", {}), to_log(tmp_path)
     run = tracker.child("gguf-F16", "key", "variant")
-    logged = {tracker.log_model(run, "gguf-F16", "digest", {"model": file, "spec": spec}, "llama_cpp") for _ in range(2)}
+    logged = {tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp") for _ in range(2)}
     assert len(logged) == 1 == len(tracker.client.get_run(run).outputs.model_outputs)
 
 
@@ -362,10 +367,7 @@ def test_a_model_whose_logging_was_cut_short_is_completed_and_no_other_is_made(
 ) -> None:
     import mlflow.pyfunc
 
-    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
-    files = {"model": tmp_path / "model.gguf", "spec": tmp_path / "spec.yaml"}
-    for file in files.values():
-        file.write_text("x")
+    tracker, files = open_parent(load_settings(), "domain/base", "key", "run", {}), to_log(tmp_path)
     run = tracker.child("gguf-F16", "key", "variant")
 
     def killed(**_: Any) -> None:
@@ -395,10 +397,7 @@ def test_a_model_of_which_mlflow_heard_twice_since_its_answer_was_lost_is_there_
     """The client sends what makes a logged model, or a version, again when it hears nothing."""
     import mlflow
 
-    tracker = open_parent(load_settings(), "domain/base", "key", "run", {})
-    files = {"model": tmp_path / "model.gguf", "spec": tmp_path / "spec.yaml"}
-    for file in files.values():
-        file.write_text("x")
+    tracker, files = open_parent(load_settings(), "domain/base", "key", "run", {}), to_log(tmp_path)
     for name in ("initialize_logged_model", "register_model"):
         usual = getattr(mlflow, name)
         monkeypatch.setattr(mlflow, name, lambda *given, usual=usual, **more: (usual(*given, **more), usual(*given, **more))[1])
