@@ -268,7 +268,10 @@ def predict(
     data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input.")] = None,
     model: ModelOption = "recommended",
 ) -> None:
-    """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on. What else a line says is kept."""
+    """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on.
+
+    What else a line says is kept, but for the fields of an earlier answer: `answer`, `problem` and `output`.
+    """
     from tasks.asking import ask, find_model, read_texts
     from tasks.core.display import beside_answers
     from tasks.domain.files import read_bytes
@@ -293,7 +296,8 @@ def predict(
     for row, raw in zip(rows, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
-        kept = {name: value for name, value in row.items() if name not in ("answer", "problem", "output")}  # an earlier one's
+        earlier = ("answer", "problem", "output") if "answer" in row else ()
+        kept = {name: value for name, value in row.items() if name not in earlier}
         print(json.dumps({**kept, **answer}, ensure_ascii=False))
 
 

@@ -15,7 +15,7 @@ from tasks import runtimes
 from tasks.api import is_model_id
 from tasks.core import hardware, progress
 from tasks.core.artifacts import Store
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, shown_uri
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import has_half_character, parse_json
@@ -70,13 +70,13 @@ def find_model(settings: Settings, name: str) -> Found:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     store = Store(settings.store_uri, settings.home)
     dataset = _dataset_of(report, store)
-    spec = load_spec(str(dataset)) if dataset.is_dir() else load_spec("ecommerce")
     if name == "champion":
         from tasks.core.registry import champion_files
 
         # It may be older than the latest run, and have been trained with another prompt: its own specification came with it.
         folder, runtime, asked_by = champion_files(settings, report["config"]["registry"]["name"])
         return Found(folder, runtime, load_spec(str(asked_by)), dataset)
+    spec = load_spec(str(_present(dataset, settings)))
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
     if wanted not in variants and is_model_id(name):
@@ -109,7 +109,10 @@ def find_model(settings: Settings, name: str) -> Found:
     manifest, damage = store.find(kind, variant["key"])
     if not manifest:
         raise UserError(
-            "model", name, damage or f"is no longer in {settings.store_uri}", mend="Run `cartwright run` again: it rebuilds what is missing"
+            "model",
+            name,
+            damage or f"is no longer in {shown_uri(settings.store_uri)}",
+            mend="Run `cartwright run` again: it rebuilds what is missing",
         )
     folder = store.path(kind, variant["key"])
     path = folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
@@ -132,8 +135,15 @@ def _latest_dataset(settings: Settings) -> Path | None:
         report = json.loads((latest_report(settings) / "report.json").read_text(encoding="utf-8"))
     except UserError:  # no run yet
         return None
-    dataset = _dataset_of(report, Store(settings.store_uri, settings.home))
-    return dataset if dataset.is_dir() else None
+    return _present(_dataset_of(report, Store(settings.store_uri, settings.home)), settings)
+
+
+def _present(dataset: Path, settings: Settings) -> Path:
+    """The data set of a run, if it is still there: without it nobody knows by which specification the run's models are asked."""
+    if not dataset.is_dir():
+        problem = f"the data of the latest run, which says how models are asked, is no longer in {shown_uri(settings.store_uri)}"
+        raise UserError("synthesize", dataset.name, problem, mend="Run `cartwright run` again: it rebuilds what is missing")
+    return dataset
 
 
 def _behind_an_api(name: str, spec: Spec, dataset: Path | None, settings: Settings) -> Found:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.registry import find_champion
-from tasks.core.settings import Settings
+from tasks.core.settings import Settings, shown_uri
 from tasks.domain.errors import UserError
 
 AGAIN = "Run `cartwright run` with its configuration once more"
@@ -37,6 +37,6 @@ def champion_with_dataset(settings: Settings, name: str) -> Champion:
     key, store = tags["cartwright.dataset_key"], Store(settings.store_uri, settings.home)
     dataset, damage = store.find("synthesize", key)
     if not dataset:
-        problem = f"the data set {key} of the champion, version {tags['version']}, is no longer in {settings.store_uri}"
+        problem = f"the data set {key} of the champion, version {tags['version']}, is no longer in {shown_uri(settings.store_uri)}"
         raise UserError("model", name, problem + (f" ({damage})" if damage else ""), mend=f"{AGAIN}: it makes the same data set again")
     return Champion(name, tags, experiment or f"{Path(dataset.config['domain']).name}-drift", dataset)

@@ -90,6 +90,32 @@ def test_only_the_fields_to_score_count(tmp_path: Path) -> None:
     assert [item["wrong"] for item in wrong_answers(rows, [answer] * 3, SPEC)] == [["quantity"], ["quantity"]]
 
 
+def test_what_is_not_to_be_scored_counts_in_no_figure(tmp_path: Path) -> None:
+    labelled = {"text": "red shoes, two", "gold": {"intent": "add_to_cart"}}  # its quantity is the default, and its product not labelled
+    rows, _ = read(tmp_path, {**labelled, "score": ["intent"]}, {**GOOD, "score": ["product"]})
+    result = score(rows, ['{"intent":"add_to_cart","product":"red shoes","quantity":2}', '{"intent":"view_cart"}'], SPEC)
+    assert result["intent_accuracy"] == 1 and result["confusion"] == {"add_to_cart": {"add_to_cart": 1}}
+    assert {name: (part["value"], part["n"]) for name, part in result["by_slot"].items()} == {"product": (0, 1)}
+    assert result["slot_f1"]["product"] == 0 and result["slot_f1"]["quantity"] is None
+
+
+def test_columns_of_ones_own_are_kept_and_those_of_an_earlier_answer_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(asked: list[Any], *_: int) -> Iterator[Any]:
+        yield from (
+            SimpleNamespace(index=index, text='{"intent":"view_cart"}', total_s=0.1, prompt_tokens=3) for index in range(len(asked))
+        )
+
+    monkeypatch.setattr("tasks.asking.find_model", lambda *_: Found(Path(), "llama_cpp", SPEC, Path()))
+    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate))
+    lines = [{"text": "one", "problem": "late delivery"}, {"text": "two", "answer": None, "problem": "no_json", "output": "?"}]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    predict(data=tmp_path / "texts.jsonl")
+    answer = {"answer": {"intent": "view_cart"}}
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [{**lines[0], **answer}, {"text": "two", **answer}]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_how_far_answers_are_is_shown_beside_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool

@@ -291,6 +291,9 @@ def test_wrong_spec_field_names_its_line(domain: Path) -> None:
     [
         ("search_product:", "search_product: {slots: {produkt: always}}\n  another:", "search_product.slots.produkt.*'produkt' is no slot; known slots: product"),
         ("held_out_departments: [", "held_out_departments: [petz, ", "held_out_departments.0.*'petz' is no department"),
+        ("minimum: 1, maximum: 999", "minimum: 10, maximum: 5", "quantity.*the minimum 10 is above the maximum 5"),
+        ("  order_id:", "  pages: {type: integer}\n  order_id:", "slots.pages.*'pages' is a second slot of the type 'integer'"),
+        ("  quantity: {", "  brand: {type: catalog}\n  quantity: {", "slots.brand.*'brand' is a second slot of the type 'catalog'"),
         ("fallback: true", "fallback: false", "intents.*exactly one intent must have `fallback: true`"),
         ("Example: {{", "Example: {", "zero_shot_prompt.*braces other than `{intents}`"),
         ("  {intents}", "  {intents:>9999999999}", "zero_shot_prompt.*braces other than `{intents}`"),

@@ -310,6 +310,16 @@ def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(fi
     assert found == {"champion": "short", "recommended": "chat"}
 
 
+def test_models_whose_specification_is_gone_are_not_asked_by_another(finished: Finished) -> None:
+    (dataset,) = (finished.home / "store" / "synthesize").iterdir()
+    aside = dataset.rename(finished.home / "aside")
+    try:
+        refused = call(finished.home, "predict", "two apples", "--model", "recommended")
+    finally:
+        aside.rename(dataset)
+    assert refused.returncode == 2 and "the data of the latest run, which says how models are asked, is no longer in" in refused.stderr
+
+
 def test_figures_are_not_saved_where_there_is_no_folder(finished: Finished, tmp_path: Path) -> None:
     nowhere = tmp_path / "none"
     refused = call(finished.home, "evaluate", "--output", str(nowhere / "out.json"))

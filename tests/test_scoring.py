@@ -43,7 +43,7 @@ def test_short_codes_are_words_and_letters_that_tell_names_apart() -> None:
     assert len(set(SPEC.intent_codes.values())) == len(SPEC.intents) and SPEC.intent_codes["add_to_cart"] == "add"
     assert SPEC.slot_codes == {"product": "p", "quantity": "q", "order_id": "o", "coupon_code": "c"}
     data = {**SPEC.model_dump(), "path": SPEC.path}
-    slots = {name: {"type": "catalog"} for name in ("color", "colour", "size")}
+    slots = {name: {"type": "code", "formats": ["A9"]} for name in ("color", "colour", "size")}
     intents = {"view_cart": {}, "view_order": {}, "checkout": {"fallback": True}}
     alike = Spec.model_validate({**data, "slots": slots, "intents": intents})
     assert alike.intent_codes == {"view_cart": "view_cart", "view_order": "view_order", "checkout": "checkout"}
@@ -51,7 +51,7 @@ def test_short_codes_are_words_and_letters_that_tell_names_apart() -> None:
     nested = Spec.model_validate(
         {
             **data,
-            "slots": {key: {"type": "catalog"} for key in ("order", "order_id")},
+            "slots": {key: {"type": "code", "formats": ["A9"]} for key in ("order", "order_id")},
             "intents": {"track": {"slots": {"order": "optional", "order_id": "optional"}}, "other": {"fallback": True}},
         }
     )

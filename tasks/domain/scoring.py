@@ -161,24 +161,27 @@ def score(rows: Sequence[Mapping[str, Any]], outputs: Sequence[str], spec: Spec)
     Returns:
         `exact_match` (proportion), `intent_accuracy`, `json_valid`, `slot_f1` by slot, `by_language`, `by_intent`, `by_source`,
         `by_slot` (proportions; a slot's rows are those whose label or answer has it), `confusion` (counts of answered intents by
-        labelled intent), `problems` (counts of unparseable answers by reason) and `correct` (one bool a row).
+        labelled intent), `problems` (counts of unparseable answers by reason) and `correct` (one bool a row). What a row's `score` leaves out
+        counts nowhere: its intent not in `intent_accuracy` and `confusion`, its slot not in `slot_f1` and `by_slot`.
     """
     if len(rows) != len(outputs):
         raise ValueError(f"{len(rows)} rows, {len(outputs)} outputs")
     parsed = [parse_answer(output, spec) for output in outputs]
-    correct = [exact_match(row["gold"], p.answer, row.get("score")) for row, p in zip(rows, parsed, strict=True)]
-    intent_right = [p.answer is not None and p.answer["intent"] == row["gold"]["intent"] for row, p in zip(rows, parsed, strict=True)]
+    pairs = list(zip(rows, parsed, strict=True))
+    of_intent = [(row, p) for row, p in pairs if _counts("intent", row)]
+    correct = [exact_match(row["gold"], p.answer, row.get("score")) for row, p in pairs]
+    intent_right = [p.answer is not None and p.answer["intent"] == row["gold"]["intent"] for row, p in of_intent]
     n = len(rows)
     return {
         "exact_match": proportion(sum(correct), n),
-        "intent_accuracy": sum(intent_right) / n if n else 0.0,
+        "intent_accuracy": sum(intent_right) / len(of_intent) if of_intent else 0.0,
         "json_valid": sum(p.answer is not None for p in parsed) / n if n else 0.0,
-        "slot_f1": {name: _slot_f1(name, rows, parsed) for name in spec.slots},
+        "slot_f1": {name: _slot_f1(name, pairs) for name in spec.slots},
         "by_language": _by((row.get("language", "?") for row in rows), correct),
         "by_intent": _by((row["gold"]["intent"] for row in rows), correct),
         "by_source": _by((str(row.get("source", "?")) for row in rows), correct),
-        "by_slot": {name: part for name in spec.slots if (part := _slot_accuracy(name, rows, parsed))},
-        "confusion": _confusion(rows, parsed),
+        "by_slot": {name: part for name in spec.slots if (part := _slot_accuracy(name, pairs))},
+        "confusion": _confusion(of_intent),
         "problems": dict(Counter(p.problem for p in parsed if p.problem)),
         "correct": correct,
     }
@@ -192,29 +195,37 @@ def _by(groups: Iterable[str], correct: Sequence[bool]) -> dict[str, dict[str, f
     return {group: proportion(right[group], total[group]) for group in sorted(total)}
 
 
-def _slot_accuracy(name: str, rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> dict[str, float | int] | None:
+Pairs = Sequence[tuple[Mapping[str, Any], Parsed]]
+
+
+def _counts(field: str, row: Mapping[str, Any]) -> bool:
+    return row.get("score") is None or field in row["score"]
+
+
+def _slot_values(name: str, pairs: Pairs) -> list[tuple[Any, Any]]:
+    """One slot as labelled and as answered, in the rows where it counts and either has it."""
+    values = [(slots_of(row["gold"]).get(name), slots_of(p.answer).get(name)) for row, p in pairs if _counts(name, row)]
+    return [(gold, answer) for gold, answer in values if gold is not None or answer is not None]
+
+
+def _slot_accuracy(name: str, pairs: Pairs) -> dict[str, float | int] | None:
     """How often one slot is right where label or answer has it; None when neither ever has."""
-    pairs = [(slots_of(row["gold"]).get(name), slots_of(p.answer).get(name)) for row, p in zip(rows, parsed, strict=True)]
-    concerned = [gold == answer for gold, answer in pairs if gold is not None or answer is not None]
+    concerned = [gold == answer for gold, answer in _slot_values(name, pairs)]
     return proportion(sum(concerned), len(concerned)) if concerned else None
 
 
-def _confusion(rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> dict[str, dict[str, int]]:
+def _confusion(pairs: Pairs) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
-    for row, p in zip(rows, parsed, strict=True):
+    for row, p in pairs:
         counts.setdefault(row["gold"]["intent"], Counter())[p.answer["intent"] if p.answer else UNPARSEABLE] += 1
     return {intent: dict(counts[intent].most_common()) for intent in sorted(counts)}
 
 
-def _slot_f1(name: str, rows: Sequence[Mapping[str, Any]], parsed: Sequence[Parsed]) -> float | None:
+def _slot_f1(name: str, pairs: Pairs) -> float | None:
     """Micro F1 of one slot; None when neither labels nor answers have it."""
-    true_positive = labelled = answered = 0
-    for row, p in zip(rows, parsed, strict=True):
-        gold, answer = slots_of(row["gold"]).get(name), slots_of(p.answer).get(name)
-        labelled += gold is not None
-        answered += answer is not None
-        true_positive += gold is not None and gold == answer
-    return 2 * true_positive / (labelled + answered) if labelled + answered else None
+    values = _slot_values(name, pairs)
+    said = sum((gold is not None) + (answer is not None) for gold, answer in values)
+    return 2 * sum(gold == answer for gold, answer in values) / said if said else None
 
 
 def text_contains_slots(text: str, gold: Gold, spec: Spec) -> bool:

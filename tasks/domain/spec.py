@@ -45,6 +45,12 @@ class IntegerSlot(_Frozen):
     minimum: int = Field(1, ge=0, le=999_999_999)
     maximum: int = Field(999, ge=1, le=999_999_999)  # as many digits as an answer's number may have
 
+    @model_validator(mode="after")
+    def _has_values(self) -> IntegerSlot:
+        if self.minimum > self.maximum:
+            raise ValueError(f"the minimum {self.minimum} is above the maximum {self.maximum}")
+        return self
+
 
 class CodeSlot(_Frozen):
     """An identifier. In a format `9` stands for a digit, `A` for a letter, `{word}` for a coupon word."""
@@ -95,6 +101,9 @@ class Spec(_Frozen):
     def _names_agree(self) -> Spec:
         if "intent" in self.slots:
             raise Misfit("names 'intent', which an answer has already; choose another name", "slots", "intent")
+        for kind in ("catalog", "integer"):  # an utterance is made with one product and one number that it means
+            if others := self.slot_of_type(kind)[1:]:
+                raise Misfit(f"{others[0]!r} is a second slot of the type {kind!r}; a domain has one at most", "slots", others[0])
         for name, intent in self.intents.items():
             for slot, use in intent.slots.items():
                 if slot not in self.slots:
