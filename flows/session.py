@@ -62,7 +62,7 @@ def teacher_secret(block: str) -> dict[str, str]:
 
     try:
         loaded: Any = Secret.load(block)
-        key = str(loaded.get())
+        key = str(loaded.get()).strip()
     except ValueError:  # also when the block is of another type
         mend = "Make it in the Prefect UI (Blocks, Secret), or give the key by the environment and leave teacher.secret_block empty"
         raise UserError("teacher.secret_block", block, "is no Secret block of this Prefect API", mend=mend) from None

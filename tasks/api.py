@@ -120,7 +120,7 @@ def complete(
         except RefusedRequest:
             raise
         except Exception as error:
-            reason = settings.without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
+            reason = " ".join(settings.without_secrets(f"{type(error).__name__}: {error}").split())[:500]
             status = getattr(error, "status_code", None)
             if isinstance(error, litellm.AuthenticationError) or status in (401, 403):
                 raise UserError(
@@ -188,7 +188,7 @@ def _reply(litellm: Any, model: str, messages: list[Message], response: Any, sec
         usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
     else:
         usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
-    return Reply(settings.without_secrets(text)[:LONGEST_ANSWER], asked, answered, usd, seconds)
+    return Reply(settings.without_known_secrets(text)[:LONGEST_ANSWER], asked, answered, usd, seconds)
 
 
 def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tuple[int, int]:

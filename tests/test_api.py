@@ -61,6 +61,12 @@ def test_an_answer_is_kept_without_keys_and_within_bounds(server: Faults) -> Non
     assert complete("openai/m", ASK, 32).text == done.text
 
 
+def test_what_only_looks_like_a_key_stays_in_an_answer(server: Faults) -> None:
+    for product in ("rk-482913", "sk-1234-56", "sk_winter24", "Ring Bearer Pillow", "https://shop.test/a@b"):
+        server.answer = json.dumps({"intent": "add_to_cart", "product": product})
+        assert complete("openai/m", ASK, 32).text == server.answer
+
+
 def test_attempts_end(server: Faults) -> None:
     server.faults = ["500"] * 20
     with pytest.raises(ApiError, match=f"no answer in {ATTEMPTS} attempts"):
@@ -78,9 +84,20 @@ def test_what_will_not_pass_is_asked_once_and_no_key_is_shown(server: Faults, st
     assert "openai/m" in str(caught.value)
 
 
+def test_a_key_with_a_line_break_is_not_shown_by_the_error_that_quotes_it(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROQ_API_BASE", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("GROQ_API_KEY", "planted/0123456789\n")
+    with pytest.raises(ApiError, match=r"Illegal header value b'Bearer \*\*\*\\n'") as caught:
+        complete("groq/m", ASK, 32, sleep=lambda _: None)
+    assert "0123456789" not in str(caught.value)
+
+
 def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "abcdefgh12345")
     assert settings.without_secrets("got abcdefgh12345 and the API key sk-abc*****wxyz.") == "got *** and the API key ***."
+    monkeypatch.setenv("MY_SECRET", "pass\u017ee word\n")
+    assert settings.without_secrets("b'pass\\xc5\\xbee word\\n', 'pass\u017ee word' and sk_winter24") == "b'***\\n', '***' and ***"
+    assert settings.without_known_secrets("pass\u017ee word and sk_winter24") == "*** and sk_winter24"
     told = "no answer from https://ana:p4@ss@mlflow.test/api and http://host/a@b"
     assert settings.without_secrets(told) == "no answer from https://***@mlflow.test/api and http://host/a@b"
     assert settings.shown_uri("https://ana:p4@ss@mlflow.test/api") == "https://***@mlflow.test/api"

@@ -19,6 +19,7 @@ import pytest
 from tasks import api
 from tasks.config import load_config, resolve
 from tasks.core.manifests import Manifest
+from tasks.core.settings import TEACHER_KEY
 from tasks.domain.errors import UserError
 from tasks.synthesize import read_rows, synthesize
 from tasks.teach import TeacherConfig, check_teacher, teach, teach_config
@@ -198,6 +199,14 @@ def test_a_key_never_reaches_a_file(server: Faults, ask: Callable[..., Manifest]
     assert server.keys[0] == f"Bearer {KEY}"
     assert log_of(home) and not holding(home, KEY)
     assert holding(home, "my key is ***")
+
+
+def test_a_key_whose_line_break_came_with_it_is_sent_without(
+    server: Faults, ask: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TEACHER_KEY, "planted-in-a-block\n")
+    ask(requests=1)
+    assert server.keys == ["Bearer planted-in-a-block"]
 
 
 @pytest.mark.fast

@@ -157,7 +157,7 @@ def test_a_run_with_a_teacher_whose_key_is_in_a_secret_block(
     missing = cartwright(*run_arguments("data.teacher=openai/m", "teacher.secret_block=nowhere"))
     assert missing.returncode == 2 and "teacher.secret_block = 'nowhere': is no Secret block" in missing.stderr, missing.stderr
     secret = "planted-in-a-block-0123456789"
-    subprocess.run([sys.executable, "-c", SAVE_SECRET, secret], check=True, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-c", SAVE_SECRET, secret + "\n"], check=True, cwd=REPOSITORY)
     server.answer = lesson
     arguments = run_arguments("data.teacher=openai/m", "teacher.secret_block=teacher", "teacher.requests=20", "teacher.max_requests=12")
     with watched() as lines:  # of a whole run: training, models, registry, report

@@ -138,13 +138,20 @@ def given_credentials() -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """A text in which no value of an environment variable that holds a key, token, secret or password is left, and no user of an address."""
-    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
-    for value in sorted((os.environ[name] for name in names), key=len, reverse=True):
-        if len(value) >= 8:
-            text = text.replace(value, "***")
-    text = shown_uri(text)
+    """A text of ours or an error's without what `without_known_secrets` finds, users of addresses, and whatever else looks like a key."""
+    text = shown_uri(without_known_secrets(text))
     return re.sub(r"\b(?:sk|pk|rk)[-_][\w*-]{6,}|(?<=Bearer )[\w.*-]+", "***", text)  # providers quote keys in part
+
+
+def without_known_secrets(text: str) -> str:
+    """A text in which no value of an environment variable that holds a key, token, secret or password is left, neither as it is nor as
+    Python writes it: a client quotes a header that it cannot send. For answers, where what only looks like a key may be an order's number."""
+    names = [name for name in os.environ if re.search(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL|AUTH_STRING|WEBHOOK", name.upper())]
+    values = [value for name in names if len(value := os.environ[name].strip()) >= 8]  # of a file often with its line break
+    written = {form for value in values for form in (value, repr(value)[1:-1], repr(os.fsencode(value))[2:-1])}
+    for form in sorted(written, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
 
 
 # User and password of an address. Of one of the web they end before its path; keys of S3 and passwords of databases may have slashes.
@@ -181,7 +188,7 @@ TEACHER_KEY = "CARTWRIGHT_TEACHER_KEY"
 
 def teacher_key() -> str | None:
     """The key a parent handed to this process for the teacher; None where the provider's own variable holds it."""
-    return os.environ.get(TEACHER_KEY) or None
+    return os.environ.get(TEACHER_KEY, "").strip() or None
 
 
 def serve_key() -> str | None:
