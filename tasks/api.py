@@ -34,6 +34,10 @@ class RefusedRequest(UserError):
         self.status = status
 
 
+class TooLong(RefusedRequest):
+    """The model has no room for this request and its answer."""
+
+
 class ApiError(RuntimeError):
     """No answer came, for a reason that may pass; it was tried again until the attempts were used up."""
 
@@ -103,7 +107,7 @@ def complete(
         more: further arguments of `litellm.completion`, such as `response_format`.
 
     Raises:
-        UserError: the key is refused, or the request (`RefusedRequest`); to ask again would not help.
+        UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`); to ask again would not help.
         ApiError: no answer after `ATTEMPTS` tries, the server wants to be asked again in more than `LONGEST_RETRY_AFTER_S`, or the
             provider's content policy forbids an answer (`ContentRefused`).
     """
@@ -135,6 +139,9 @@ def complete(
             if "response_format" in more and "response_format" in reason:  # llama-cpp-python's server says 500 to a format it does not know
                 passes = False
             if not passes:
+                if isinstance(error, litellm.ContextWindowExceededError):
+                    problem, mend = f"has no room for the request and its answer ({reason})", "Shorten the text, or allow fewer tokens"
+                    raise TooLong(field, model, problem, mend=mend, status=int(status or 400)) from None
                 problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
                 raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
             pause = _pause(error, attempt)

@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,33 +187,37 @@ def ask(found: Found, texts: list[str]) -> Asked:
 def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
     """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be: a command that
     asks the same after a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
-    from tasks.runtimes.litellm import LiteLlmRuntime
+    from tasks.runtimes.litellm import ApiCompletion, LiteLlmRuntime
 
     where = {"model": str(found.path), "api_base": found.api_base}
     requests = [request_hash({**where, "messages": asked, "max_tokens": MAX_TOKENS}) for asked in conversations]
-    model = LiteLlmRuntime(str(found.path), found.api_base)
-    lacking = False
     with AnswerLog(found.answers / f"{request_hash(where)[:16]}.jsonl", requests) as log:
-        todo = [number for number, request in enumerate(requests) if not log.get(request)]
-        if earlier := len(requests) - len(todo):
+        known = {request: answer for request in requests if (answer := log.get(request))}
+        todo = {request: asked for request, asked in zip(requests, conversations, strict=True) if request not in known}
+        if earlier := sum(request in known for request in requests):
             print(f"{earlier} answers are those of an earlier attempt, which did not end", file=sys.stderr)
-        left = [conversations[number] for number in todo]
-        for done in progress.track(model.generate(left, MAX_TOKENS, max(1, min(PARALLEL, len(left)))), len(left), model.model):
-            lacking |= bool(done.problem) and not done.refused
-            if not done.problem:
-                log.add(
-                    requests[todo[done.index]], Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, done.total_s), {}
-                )
+        names = list(todo)
+
+        def keep(done: ApiCompletion) -> None:
+            seconds = 0.0 if done.refused else done.total_s
+            answer = Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, seconds, done.problem)
+            log.add(names[done.index], answer, {})
+
+        model = LiteLlmRuntime(str(found.path), found.api_base, answered=sum(not answer.problem for answer in known.values()), keep=keep)
+        lacking = False
+        with closing(model.generate(list(todo.values()), MAX_TOKENS, max(1, min(PARALLEL, len(todo))))) as answering:
+            for done in progress.track(answering, len(todo), model.model):
+                lacking |= bool(done.problem) and not done.refused
         answers = [log.get(request) for request in requests]
         if not lacking:
             log.forget()
-    known = [answer for answer in answers if answer]
-    prices = [answer.usd for answer in known if answer.usd is not None]
+    bought = [answer for request in dict.fromkeys(requests) if (answer := log.get(request)) and answer.tokens]
+    prices = [answer.usd for answer in bought if answer.usd is not None]
     return Asked(
         [answer.text if answer else "" for answer in answers],
-        statistics.median(answer.seconds for answer in known) if known else 0.0,
-        sum(prices) * 1000 / len(known) if known and len(prices) == len(known) else None,
-        tuple(model.failed),
+        statistics.median(answer.seconds for answer in bought) if bought else 0.0,
+        sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
+        (*(answer.problem for answer in known.values() if answer.problem), *model.failed),
     )
 
 

@@ -11,8 +11,9 @@ import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,7 +27,10 @@ from tasks.evaluate import EvaluateConfig, conversations, score_and_keep
 from tasks.synthesize import read_rows
 from tasks.variants import Variant
 
-ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price: the raw samples
+if TYPE_CHECKING:
+    from tasks.runtimes.litellm import ApiCompletion
+
+ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price, the raw samples; and what was refused
 Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
 
 
@@ -108,42 +112,58 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     todo = [(split, row) for split in rows for row in rows[split] if (split, row["id"]) not in answers]
     how = EvaluateConfig(zero_shot=True, few_shot=config.few_shot)
     asked = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in todo])
-    prices = [answer["usd"] or 0.0 for answer in answers.values()]
+    before = _bought(answers)
+    refused = [answer["problem"] for answer in answers.values() if answer.get("problem")]
+    prices = [answer["usd"] or 0.0 for answer in before]
     left = None if config.max_usd is None else config.max_usd - sum(prices)
-    earlier = len(answers)
-    model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0))
-    started = time.perf_counter()
     with (out_dir / ANSWERS).open("a", encoding="utf-8") as file:
-        for done in progress.track(model.generate(asked, config.max_tokens, config.parallel), len(asked), config.model):
-            if done.problem:
-                continue
+
+        def keep(done: ApiCompletion) -> None:
             split, row = todo[done.index]
-            answer = {
-                "split": split,
-                "id": row["id"],
-                "output": done.text,
-                "seconds": done.total_s,
-                "prompt_tokens": done.prompt_tokens,
-                "completion_tokens": done.completion_tokens,
-                "usd": done.usd,
-                "parallel": config.parallel,
-            }
+            answer = {"split": split, "id": row["id"], "output": done.text} | _figures(done, config.parallel)
             file.write(json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False) + "\n")
             file.flush()
             answers[split, row["id"]] = answer
-    wall_s = time.perf_counter() - started
+
+        model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0), answered=len(before), keep=keep)
+        started = time.perf_counter()
+        with closing(model.generate(asked, config.max_tokens, config.parallel)) as answering:
+            for _ in progress.track(answering, len(asked), config.model):
+                pass
+        wall_s = time.perf_counter() - started
+    bought, failed = _bought(answers), [*refused, *model.failed]
+    if not bought:
+        raise UserError("model", config.model, f"answered none of {len(failed)} requests. The first: {failed[0]}")
     results: dict[str, Any] = {}
     for split, found in rows.items():
         texts = [answers[split, row["id"]]["output"] if (split, row["id"]) in answers else "" for row in found]
         results[split] = score_and_keep(found, texts, spec, out_dir / f"{split}.jsonl")
-    performance = _performance(list(answers.values())) | {
-        "requests_s_batched": len(answers) / wall_s if not earlier else None,
-        "requests_s_batched_reason": "asking was interrupted and taken up again" if earlier else None,
-        **_parallel(answers.values()),
-        "requests_failed": len(model.failed),
-        "first_failure": model.failed[0] if model.failed else None,
+    performance = _performance(bought) | {
+        "requests_s_batched": len(bought) / wall_s if not before else None,
+        "requests_s_batched_reason": "asking was interrupted and taken up again" if before else None,
+        **_parallel(bought),
+        "requests_failed": len(failed),
+        "first_failure": failed[0] if failed else None,
     }
     return {**results, "performance": performance}
+
+
+def _figures(done: ApiCompletion, parallel: int) -> dict[str, Any]:
+    """What else is kept of an answer; of a refusal, its reason alone."""
+    if done.refused:
+        return {"problem": done.problem}
+    return {
+        "seconds": done.total_s,
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": done.completion_tokens,
+        "usd": done.usd,
+        "parallel": parallel,
+    }
+
+
+def _bought(answers: Answers) -> list[dict[str, Any]]:
+    """Those that took time and tokens: a refusal did not."""
+    return [answer for answer in answers.values() if "seconds" in answer]
 
 
 def _read_answers(path: Path) -> Answers:

@@ -18,7 +18,7 @@ class Faults(ThreadingHTTPServer):
     Attributes:
         faults: what the next requests meet: a status such as `429` (with `retry_after`), `drop` (the connection), `half` (an
             answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
-            and then), `refuse` (content policy), `no_format_422` (`response_format` is unknown, others are answered), or "".
+            and then), `refuse` (content policy), `too_long`, `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
         usage: whether answers say how many tokens they took.
         answer: what is said, a text or made from the request's body.
@@ -82,6 +82,9 @@ class Handler(BaseHTTPRequestHandler):
             self._drip()
         elif fault == "refuse":
             error = {"message": "content_policy_violation", "type": "invalid_request_error", "code": "content_policy_violation"}
+            self._send(400, json.dumps({"error": error}).encode())
+        elif fault == "too_long":
+            error = {"message": "This model's maximum context length is 8192 tokens.", "code": "context_length_exceeded"}
             self._send(400, json.dumps({"error": error}).encode())
         elif fault.startswith("no_format") and "response_format" in body:
             self._send(int(fault[-3:]), json.dumps({"error": {"message": "response_format: Input should be 'text'"}}).encode())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.api import ATTEMPTS, LONGEST_ANSWER, ApiError, complete
+from tasks.asking import Asked, Found, ask
 from tasks.core import settings
 from tasks.domain.errors import UserError
+from tasks.domain.spec import load_spec
 from tasks.runtimes.litellm import LiteLlmRuntime
 from tests.fault_server import KEY, Faults
 
@@ -138,6 +144,47 @@ def test_an_evaluation_that_was_stopped_buys_no_answer_twice_and_one_that_ended_
     assert figures["exact_match"]["n"] == 3 and figures["usd_per_1k_requests"] == pytest.approx(0.06)
     assert not list((home / "api").iterdir())
     assert cartwright(*command).returncode == 0 and len(server.requests) == 7
+
+
+def asked_of(server: Faults, home: Path, *texts: str) -> Asked:
+    """Answers of a model behind an API to texts, as `evaluate` and `predict` get them."""
+    spec = load_spec("ecommerce")
+    return ask(Found("openai/gpt-4.1", "litellm", spec, spec.path, zero_shot=True, answers=home / "api"), list(texts))
+
+
+def test_a_text_that_comes_again_is_bought_once(server: Faults, home: Path) -> None:
+    server.always = {"rude": "refuse"}
+    asked = asked_of(server, home, *["2 milk", "3 milk"] * 3, "rude", "rude")
+    assert asked.answers == [server.answer] * 6 + ["", ""] and len(server.requests) == 3
+    assert asked.usd_per_1k_requests == pytest.approx(0.06) and len(asked.failed) == 1
+
+
+def test_refusals_are_remembered_with_the_answers(server: Faults, home: Path) -> None:
+    server.always = {"rude": "refuse", "long": "too_long", "3 milk": "401"}
+    with pytest.raises(UserError, match="refuses the key"):
+        asked_of(server, home, "2 milk", "rude", "long", "3 milk")
+    assert len(server.requests) == 4
+    server.always = {}
+    asked = asked_of(server, home, "2 milk", "rude", "long", "3 milk")
+    assert asked.answers == [server.answer, "", "", server.answer] and len(server.requests) == 5 and len(asked.failed) == 2
+    assert asked.usd_per_1k_requests == pytest.approx(0.06) and not list((home / "api").iterdir())
+
+
+def test_an_interrupted_command_keeps_the_answers_that_were_on_their_way(server: Faults, home: Path) -> None:
+    usual, interrupted = str(server.answer), threading.Event()
+
+    def answer(body: dict[str, Any]) -> str:
+        if len(server.requests) >= 5 and not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        return usual
+
+    server.answer = answer
+    texts = [f"{number} milk" for number in range(40)]
+    with pytest.raises(KeyboardInterrupt):
+        asked_of(server, home, *texts)
+    assert len(server.requests) < 40
+    assert asked_of(server, home, *texts).answers == [usual] * 40 and len(server.requests) == 40
 
 
 def test_a_refused_key_is_one_message(server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]) -> None:

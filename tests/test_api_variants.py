@@ -47,12 +47,39 @@ def test_a_request_that_content_policy_forbids_fails_alone(server: Faults) -> No
     assert model.usd == pytest.approx(found[0].usd + found[2].usd)
 
 
+@pytest.mark.parametrize("fault", ["too_long", "400", "422"])
+def test_a_request_that_is_too_long_fails_alone(server: Faults, fault: str) -> None:
+    server.always = {"long": fault}
+    model = LiteLlmRuntime("openai/gpt-4.1")
+    long = [{"role": "user", "content": "long"}]
+    found = {c.index: c for c in model.generate([ASK, *[long] * 3, ASK], 32, 2)}
+    assert [found[i].text for i in range(5)] == [server.answer, "", "", "", server.answer]
+    assert len(model.failed) == 3 and all(found[i].refused and found[i].problem for i in (1, 2, 3))
+
+
+def test_an_api_that_refuses_whatever_is_asked_is_no_fault_of_the_texts(server: Faults) -> None:
+    server.faults = ["400"] * 50
+    with pytest.raises(UserError, match=r"refuses the request.*Correct the model's name"):
+        list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 4))
+    assert len(server.requests) == 1
+    server.faults = ["", *["400"] * 50]  # as where the money is used up
+    with pytest.raises(UserError, match=r"no answer to \d+ requests in a row .*refuses the request"):
+        list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))
+
+
+def test_texts_that_are_forbidden_or_too_long_are_no_sign_that_nothing_answers(server: Faults) -> None:
+    server.faults = ["refuse", "too_long"] * GIVE_UP
+    model = LiteLlmRuntime("openai/m")
+    found = list(model.generate([ASK] * (2 * GIVE_UP + 1), 32, 1))
+    assert len(found) == 2 * GIVE_UP + 1 and len(model.failed) == 2 * GIVE_UP and found[-1].text == server.answer
+
+
 def test_a_refused_key_does_not_wait_for_requests_that_were_told_to_come_again_later(server: Faults) -> None:
-    server.faults, server.retry_after = ["429", "401"], "600"
+    server.faults, server.retry_after = ["", "429", "401"], "600"
     model = LiteLlmRuntime("openai/gpt-4.1")
     with pytest.raises(UserError, match="refuses the key"):
-        list(model.generate([ASK, ASK], 32, 2))
-    assert len(server.requests) == 2  # the other was not asked again
+        list(model.generate([ASK] * 3, 32, 2))
+    assert len(server.requests) == 3  # the other was not asked again
 
 
 def test_the_budget_ends_the_asking_and_what_was_paid_for_is_kept(server: Faults) -> None:
@@ -108,6 +135,29 @@ def test_no_answer_is_bought_twice(server: Faults, dataset: Path, tmp_path: Path
     assert performance["requests"] == total == len(log.read_text().splitlines())
     assert performance["usd"] == pytest.approx(total * price) and performance["usd_per_1k_requests"] == pytest.approx(1000 * price)
     assert performance["requests_s_batched"] is None and "interrupted" in performance["requests_s_batched_reason"]
+
+
+def test_what_was_refused_is_not_asked_again(server: Faults, dataset: Path, tmp_path: Path) -> None:
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    forbidden, long = (row["text"].strip() for row in rows["test"][1:3])
+    server.always = {forbidden: "refuse", long: "too_long", rows["hard"][-1]["text"].strip(): "401"}
+    config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1)
+    with pytest.raises(UserError, match="refuses the key"):
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    assert len(server.requests) == total
+    server.always = {forbidden: "refuse", long: "too_long"}
+    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    performance = metrics["performance"]
+    assert len(server.requests) == total + 1 and performance["requests_failed"] == 2 and performance["requests"] == total - 2
+    assert "content_policy_violation" in performance["first_failure"]
+    assert metrics["test"]["exact_match"]["value"] == pytest.approx(1 - 2 / len(rows["test"]))
+
+
+def test_a_model_that_refuses_everything_is_one_message(server: Faults, dataset: Path, tmp_path: Path) -> None:
+    server.always = {"m": "too_long"}
+    with pytest.raises(UserError, match=r"answered none of \d+ requests.*maximum context length"):
+        evaluate_api.function(EvaluateApiConfig(model="openai/m"), {"dataset": dataset}, tmp_path)
 
 
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:

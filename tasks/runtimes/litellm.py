@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.api import ApiError, ContentRefused, Reply, Stopped, complete
+from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, TooLong, complete
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
 
 GIVE_UP = 8  # requests in a row without an answer, each tried several times, after which the rest is not asked
+ONE_ROW = frozenset({400, 422})  # to a request that is wrong: its own fault where others are answered
 
 
 @dataclass(frozen=True)
@@ -32,50 +33,67 @@ class LiteLlmRuntime:
         api_base: the address of an API that is not the provider's usual one.
         max_usd: ask no more once the next request might cost more than what is left of this.
         dearest: what the dearest of earlier requests like these cost, in dollars; 0 if there were none.
+        answered: how many requests like these were answered before.
+        keep: is given what need not be asked again, an answer or a refusal, as soon as it comes: by the thread that asked, one at a time,
+            so that who is interrupted loses nothing that was paid for.
     """
 
     device = "api"
     threads = 0
 
-    def __init__(self, model: str, api_base: str | None = None, max_usd: float | None = None, dearest: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        api_base: str | None = None,
+        max_usd: float | None = None,
+        *,
+        dearest: float = 0.0,
+        answered: int = 0,
+        keep: Callable[[ApiCompletion], None] = lambda done: None,
+    ) -> None:
         self.model, self.api_base, self.max_usd = model, api_base, max_usd
         self.usd: float | None = 0.0
-        self.answered = 0
+        self.answered = answered
         self.failed: list[str] = []
         self._in_a_row = 0
         self._dearest = dearest
         self._stop = threading.Event()
+        self._keep, self._keeping = keep, threading.Lock()
 
-    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[ApiCompletion]:
+    def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Generator[ApiCompletion, None, None]:
         """See `Runtime.generate`. The time to the first token is not known: answers come whole.
+
+        The first request goes alone: what is wrong with address, model or key shows once, and what an answer costs is known.
 
         Raises:
             UserError: the key, the model or a request is refused, nothing answers, or `max_usd` is used up. What was on its way
                 then is waited for and yielded first, since it is paid for.
         """
         left = iter(enumerate(conversations))
-        waiting: dict[Future[Reply], int] = {}
+        waiting: dict[Future[ApiCompletion], int] = {}
         stop: UserError | None = None
         self._stop = threading.Event()
         pool = ThreadPoolExecutor(parallel)
         try:
             while True:
-                # With a limit, the first answer alone tells what one costs.
-                room = parallel if self.max_usd is None or self._dearest or self.answered else 1
-                while not stop and len(waiting) < room and (item := next(left, None)):
+                alone = not self.answered and (self.max_usd is not None or not self._in_a_row)
+                while not stop and len(waiting) < (1 if alone else parallel) and (item := next(left, None)):
                     stop = self._overspent(len(waiting))
                     if not stop:
-                        waiting[pool.submit(self._ask, item[1], max_tokens)] = item[0]
+                        waiting[pool.submit(self._ask, *item, max_tokens)] = item[0]
                 if not waiting:
                     break
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     index = waiting.pop(future)
                     try:
-                        yield self._answered(index, future.result())
+                        yield self._counted(future.result())
                     except ApiError as error:
                         yield self._unanswered(index, error)
-                    except UserError as error:  # refused for one, refused for all
-                        stop = stop or error
+                    except UserError as error:
+                        if isinstance(error, RefusedRequest) and error.status in ONE_ROW and self.answered:
+                            yield self._unanswered(index, error)
+                        else:  # refused for one, refused for all
+                            stop = stop or error
                     except Stopped:
                         pass
                 stop = stop or self._given_up()
@@ -87,26 +105,39 @@ class LiteLlmRuntime:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, conversation: list[Message], max_tokens: int) -> Reply:
+    def _ask(self, index: int, conversation: list[Message], max_tokens: int) -> ApiCompletion:
         where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}
-        return complete(self.model, conversation, max_tokens, sleep=self._pause, temperature=0, **where)
+        try:
+            reply = complete(self.model, conversation, max_tokens, sleep=self._pause, temperature=0, **where)
+        except (ContentRefused, TooLong) as error:
+            done = _without_an_answer(index, error, refused=True)
+        else:
+            spent = reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds
+            done = ApiCompletion(index, reply.text, *spent, reply.usd)
+        with self._keeping:
+            self._keep(done)
+        return done
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise Stopped
 
-    def _answered(self, index: int, reply: Reply) -> ApiCompletion:
-        self.answered += 1
-        self._in_a_row = 0
-        self.usd = None if self.usd is None or reply.usd is None else self.usd + reply.usd
-        self._dearest = max(self._dearest, reply.usd or 0.0)
-        return ApiCompletion(index, reply.text, reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds, reply.usd)
+    def _counted(self, done: ApiCompletion) -> ApiCompletion:
+        """Count an answer, or a refusal: that the API does not answer is no sign of it."""
+        if done.problem:
+            self.failed.append(done.problem)
+        else:
+            self.answered += 1
+            self._in_a_row = 0
+            self.usd = None if self.usd is None or done.usd is None else self.usd + done.usd
+            self._dearest = max(self._dearest, done.usd or 0.0)
+        return done
 
-    def _unanswered(self, index: int, error: ApiError) -> ApiCompletion:
-        problem, refused = str(error), isinstance(error, ContentRefused)
-        self.failed.append(problem)
+    def _unanswered(self, index: int, error: ApiError | RefusedRequest) -> ApiCompletion:
+        done = _without_an_answer(index, error, refused=isinstance(error, RefusedRequest))
+        self.failed.append(done.problem)
         self._in_a_row += 1
-        return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, problem, refused)
+        return done
 
     def _overspent(self, on_the_way: int) -> UserError | None:
         if self.max_usd is None or (self.usd or 0.0) + (on_the_way + 1) * self._dearest <= self.max_usd:
@@ -132,3 +163,7 @@ class LiteLlmRuntime:
     def decode_tokens_per_s(self, tokens: int) -> float:
         """Not to be known of an API."""
         return float("nan")
+
+
+def _without_an_answer(index: int, error: Exception, *, refused: bool) -> ApiCompletion:
+    return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, str(error), refused)

@@ -24,13 +24,17 @@ def request_hash(request: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said to one request, and what it cost. `usd` is None where the model's price is unknown."""
+    """What a teacher said to one request, and what it cost. `usd` is None where the model's price is unknown.
+
+    `problem` says why there is no text and will be none: a refusal took no tokens.
+    """
 
     text: str
     prompt_tokens: Annotated[int, Field(ge=0)]
     completion_tokens: Annotated[int, Field(ge=0)]
     usd: Annotated[float, Field(ge=0)] | None
     seconds: float
+    problem: str = ""
 
     @property
     def tokens(self) -> int:
@@ -38,6 +42,7 @@ class Answer:
 
 
 _ANSWER = TypeAdapter(Answer)
+_FIELDS = {field.name for field in fields(Answer)}
 
 
 class AnswerLog:
@@ -73,7 +78,7 @@ class AnswerLog:
         try:
             entry = json.loads(line)
             if entry["hash"] in self._wanted and entry.pop("sha256", None) in (None, checksum(entry)):  # earlier versions wrote none
-                self._answers[entry["hash"]] = _ANSWER.validate_python({field.name: entry[field.name] for field in fields(Answer)})
+                self._answers[entry["hash"]] = _ANSWER.validate_python({name: entry[name] for name in _FIELDS & entry.keys()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # torn or changed: that answer is bought again
             return
 
