@@ -52,13 +52,17 @@ class ContentRefused(ApiError):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, without keys and cut at `LONGEST_ANSWER`, and what it took. `usd` is None where LiteLLM does not know the model's price."""
+    """An answer, without keys and cut at `LONGEST_ANSWER`, and what it took. `usd` is None where LiteLLM does not know the model's price.
+
+    It has `ended` if it was not cut off at the most tokens allowed.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
     usd: float | None
     seconds: float
+    ended: bool
 
 
 def is_model_id(name: str) -> bool:
@@ -187,7 +191,8 @@ def _litellm() -> Any:
 
 
 def _reply(litellm: Any, model: str, messages: list[Message], response: Any, seconds: float) -> Reply:
-    text = (response.choices[0].message.content or "").encode("utf-8", "replace").decode()  # half a character cannot be written down
+    choice = response.choices[0]
+    text = (choice.message.content or "").encode("utf-8", "replace").decode()  # half a character cannot be written down
     usage = getattr(response, "usage", None)
     asked, answered = getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0
     if not asked:  # the server says nothing of it: counted here, or an answer would cost nothing
@@ -195,7 +200,8 @@ def _reply(litellm: Any, model: str, messages: list[Message], response: Any, sec
         usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
     else:
         usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
-    return Reply(settings.without_known_secrets(text)[:LONGEST_ANSWER], asked, answered, usd, seconds)
+    kept = settings.without_known_secrets(text)[:LONGEST_ANSWER]
+    return Reply(kept, asked, answered, usd, seconds, ended=getattr(choice, "finish_reason", None) != "length")
 
 
 def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tuple[int, int]:

@@ -45,6 +45,7 @@ class Found:
     zero_shot: bool = False
     few_shot: int = 0  # so many rows of `train` are shown as examples
     api_base: str | None = None
+    max_tokens: int = MAX_TOKENS
     answers: Path = Path()  # where an API's are kept while others are awaited
 
 
@@ -99,9 +100,9 @@ def find_model(settings: Settings, name: str) -> Found:
     variant = variants[wanted]
     few_shot = variant.get("few_shot", 0)
     if variant["format"] == "api":
-        where = next((api["api_base"] for api in report["config"]["api"] if api["model"] == variant["model"]), None)
-        behind = _behind_an_api(variant["model"], spec, dataset, settings)
-        return replace(behind, few_shot=few_shot, api_base=where)
+        measured: dict[str, Any] = next((api for api in report["config"]["api"] if api["model"] == variant["model"]), {})
+        how = {name: measured[name] for name in ("api_base", "max_tokens") if name in measured}
+        return replace(_behind_an_api(variant["model"], spec, dataset, settings), few_shot=few_shot, **how)
     if variant["name"] == MIXED:
         kind = "search_gguf"
     else:
@@ -149,7 +150,9 @@ def _present(dataset: Path, settings: Settings) -> Path:
 
 def _behind_an_api(name: str, spec: Spec, dataset: Path | None, settings: Settings) -> Found:
     """A model of LiteLLM's, which was not fine-tuned and gets the long instructions."""
-    return Found(name, "litellm", spec, dataset or spec.path, zero_shot=True, answers=settings.home / "api")
+    from tasks.evaluate_api import MOST_TOKENS
+
+    return Found(name, "litellm", spec, dataset or spec.path, zero_shot=True, max_tokens=MOST_TOKENS, answers=settings.home / "api")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def ask(found: Found, texts: list[str]) -> Asked:
     model = runtimes.load(found.runtime, Path(found.path), hardware.cores())
     answers = [""] * len(texts)
     latencies, failed = [], []
-    answering = model.generate(conversations, MAX_TOKENS, max(1, min(PARALLEL, len(texts))))
+    answering = model.generate(conversations, found.max_tokens, max(1, min(PARALLEL, len(texts))))
     for completion in progress.track(answering, len(conversations), "answers"):
         answers[completion.index] = completion.text
         if not math.isnan(completion.total_s):  # a request without an answer has no latency
@@ -190,7 +193,7 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
     from tasks.runtimes.litellm import ApiCompletion, LiteLlmRuntime
 
     where = {"model": str(found.path), "api_base": found.api_base}
-    requests = [request_hash({**where, "messages": asked, "max_tokens": MAX_TOKENS}) for asked in conversations]
+    requests = [request_hash({**where, "messages": asked, "max_tokens": found.max_tokens}) for asked in conversations]
     with AnswerLog(found.answers / f"{request_hash(where)[:16]}.jsonl", requests) as log:
         known = {request: answer for request in requests if (answer := log.get(request))}
         todo = {request: asked for request, asked in zip(requests, conversations, strict=True) if request not in known}
@@ -203,11 +206,11 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
             answer = Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, seconds, done.problem)
             log.add(names[done.index], answer, {})
 
-        model = LiteLlmRuntime(str(found.path), found.api_base, answered=sum(not answer.problem for answer in known.values()), keep=keep)
+        model = LiteLlmRuntime(str(found.path), found.api_base, answered=sum(answer.tokens > 0 for answer in known.values()), keep=keep)
         lacking = False
-        with closing(model.generate(list(todo.values()), MAX_TOKENS, max(1, min(PARALLEL, len(todo))))) as answering:
+        with closing(model.generate(list(todo.values()), found.max_tokens, max(1, min(PARALLEL, len(todo))))) as answering:
             for done in progress.track(answering, len(todo), model.model):
-                lacking |= bool(done.problem) and not done.refused
+                lacking |= math.isnan(done.total_s) and not done.refused
         answers = [log.get(request) for request in requests]
         if not lacking:
             log.forget()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tasks.runtimes.litellm import ApiCompletion
 
 ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price, the raw samples; and what was refused
+MOST_TOKENS = 256  # of an answer, unless a run says otherwise
 Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
 
 
@@ -45,7 +46,7 @@ class EvaluateApiConfig(StageConfig):
     api_base: str | None = Field(None, pattern=r"^https?://", description="The API's address, where it is not the provider's usual one")
     max_usd: float | None = Field(None, gt=0, description="Most dollars that asking once may cost; null does not limit")
     splits: tuple[Literal["test", "hard", "validation"], ...] = Field(("test", "hard"), min_length=1)
-    max_tokens: int = Field(256, ge=8, le=16_384, description="Longer answers are cut")
+    max_tokens: int = Field(MOST_TOKENS, ge=8, le=16_384, description="Longer answers are cut")
     parallel: int = Field(8, ge=1, le=256, description="Requests under way at a time")
 
 
@@ -150,9 +151,10 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
 
 def _figures(done: ApiCompletion, parallel: int) -> dict[str, Any]:
     """What else is kept of an answer; of a refusal, its reason alone."""
+    problem = {"problem": done.problem} if done.problem else {}
     if done.refused:
-        return {"problem": done.problem}
-    return {
+        return problem
+    return problem | {
         "seconds": done.total_s,
         "prompt_tokens": done.prompt_tokens,
         "completion_tokens": done.completion_tokens,
@@ -206,7 +208,7 @@ def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:
         "requests_s": len(seconds) / sum(seconds),
         "completion_tokens": statistics.mean(answer["completion_tokens"] for answer in answers),
         "prompt_tokens": statistics.mean(answer["prompt_tokens"] for answer in answers),
-        "requests": len(answers),
+        "requests": sum(not answer.get("problem") for answer in answers),
         "usd": usd,
         "usd_per_1k_requests": None if usd is None else usd * 1000 / len(answers),
     }

@@ -18,7 +18,7 @@ class Faults(ThreadingHTTPServer):
     Attributes:
         faults: what the next requests meet: a status such as `429` (with `retry_after`), `drop` (the connection), `half` (an
             answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
-            and then), `refuse` (content policy), `too_long`, `no_format_422` (`response_format` is unknown, others are answered), or "".
+            and then), `refuse` (content policy), `too_long`, `cut` (nothing said before the tokens were used up), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
         usage: whether answers say how many tokens they took.
         answer: what is said, a text or made from the request's body.
@@ -93,9 +93,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(int(fault), json.dumps({"error": {"message": text}}).encode(), {"Retry-After": self.server.retry_after})
         else:
             answer = self.server.answer if isinstance(self.server.answer, str) else self.server.answer(body)
-            message = {"role": "assistant", "content": answer}
+            message = {"role": "assistant", "content": "" if fault == "cut" else answer}
             usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            choice = {"index": 0, "message": message, "finish_reason": "length" if fault == "cut" else "stop"}
             reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
             reply |= {"usage": usage} if self.server.usage else {}
             self._send(200, json.dumps(reply).encode())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tasks.api import ATTEMPTS, LONGEST_ANSWER, ApiError, complete
-from tasks.asking import Asked, Found, ask
+from tasks.asking import Asked, Found, ask, find_model
 from tasks.core import settings
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
@@ -157,6 +157,30 @@ def test_a_text_that_comes_again_is_bought_once(server: Faults, home: Path) -> N
     asked = asked_of(server, home, *["2 milk", "3 milk"] * 3, "rude", "rude")
     assert asked.answers == [server.answer] * 6 + ["", ""] and len(server.requests) == 3
     assert asked.usd_per_1k_requests == pytest.approx(0.06) and len(asked.failed) == 1
+
+
+def test_an_answer_that_is_cut_off_before_it_begins_is_paid_for_and_none(server: Faults, home: Path) -> None:
+    server.always = {"2 milk": "cut", "4 milk": "401"}
+    with pytest.raises(UserError, match="refuses the key"):
+        asked_of(server, home, "2 milk", "3 milk", "4 milk")
+    server.always = {}
+    asked = asked_of(server, home, "2 milk", "3 milk", "4 milk")
+    assert len(server.requests) == 4 and asked.answers == ["", server.answer, server.answer]
+    assert asked.usd_per_1k_requests == pytest.approx(0.06)
+    (problem,) = asked.failed
+    assert "cut off at max_tokens = 96" in problem
+
+
+def test_an_api_variant_is_asked_as_it_was_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = {"model": "openai/m", "api_base": "http://127.0.0.1:9/v1", "max_tokens": 700}
+    variant = {"name": "api-m", "format": "api", "role": "api", "model": "openai/m", "few_shot": 2}
+    report = {"stages": [{"name": "synthesize", "key": "k"}], "config": {"api": [api]}, "variants": [variant]}
+    (home / "report").mkdir(parents=True)
+    (home / "report" / "report.json").write_text(json.dumps(report | {"recommendation": {"cpu": ""}}), encoding="utf-8")
+    monkeypatch.setattr("tasks.asking.latest_report", lambda _: home / "report")
+    found = find_model(settings.load_settings(), "api-m")
+    assert (found.path, found.few_shot, found.api_base, found.max_tokens) == ("openai/m", 2, api["api_base"], 700)
+    assert find_model(settings.load_settings(), "openai/n").max_tokens == 256
 
 
 def test_refusals_are_remembered_with_the_answers(server: Faults, home: Path) -> None:

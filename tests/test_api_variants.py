@@ -140,18 +140,20 @@ def test_no_answer_is_bought_twice(server: Faults, dataset: Path, tmp_path: Path
 def test_what_was_refused_is_not_asked_again(server: Faults, dataset: Path, tmp_path: Path) -> None:
     rows = answer_rightly(server, dataset)
     total = sum(map(len, rows.values()))
-    forbidden, long = (row["text"].strip() for row in rows["test"][1:3])
-    server.always = {forbidden: "refuse", long: "too_long", rows["hard"][-1]["text"].strip(): "401"}
+    forbidden, long, pondered = (row["text"].strip() for row in rows["test"][1:4])
+    failing = {forbidden: "refuse", long: "too_long", pondered: "cut"}
+    server.always = {**failing, rows["hard"][-1]["text"].strip(): "401"}
     config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1)
     with pytest.raises(UserError, match="refuses the key"):
         evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     assert len(server.requests) == total
-    server.always = {forbidden: "refuse", long: "too_long"}
+    server.always = failing
     metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     performance = metrics["performance"]
-    assert len(server.requests) == total + 1 and performance["requests_failed"] == 2 and performance["requests"] == total - 2
+    assert len(server.requests) == total + 1 and performance["requests_failed"] == 3 and performance["requests"] == total - 3
     assert "content_policy_violation" in performance["first_failure"]
-    assert metrics["test"]["exact_match"]["value"] == pytest.approx(1 - 2 / len(rows["test"]))
+    assert metrics["test"]["exact_match"]["value"] == pytest.approx(1 - 3 / len(rows["test"]))
+    assert performance["usd"] == pytest.approx((total - 2) * 60e-6) and performance["usd_per_1k_requests"] == pytest.approx(0.06)
 
 
 def test_a_model_that_refuses_everything_is_one_message(server: Faults, dataset: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ ONE_ROW = frozenset({400, 422})  # to a request that is wrong: its own fault whe
 
 @dataclass(frozen=True)
 class ApiCompletion(Completion):
-    """`usd` is None where no price is known. `problem` says why there is no answer; its time is NaN then. `refused`: there never will be."""
+    """`usd` is None where no price is known. `problem` says why there is no answer; its time is NaN then, but for an empty one that was cut
+    off and paid for. `refused`: the API would not answer it another time either."""
 
     usd: float | None = None
     problem: str = ""
@@ -112,8 +113,12 @@ class LiteLlmRuntime:
         except (ContentRefused, TooLong) as error:
             done = _without_an_answer(index, error, refused=True)
         else:
+            # As of a model that thinks for longer than it may say anything.
+            lack = (
+                "" if reply.ended or reply.text.strip() else f"the answer was cut off at max_tokens = {max_tokens} before it said anything"
+            )
             spent = reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds
-            done = ApiCompletion(index, reply.text, *spent, reply.usd)
+            done = ApiCompletion(index, reply.text, *spent, reply.usd, lack, ended=reply.ended)
         with self._keeping:
             self._keep(done)
         return done
@@ -126,7 +131,7 @@ class LiteLlmRuntime:
         """Count an answer, or a refusal: that the API does not answer is no sign of it."""
         if done.problem:
             self.failed.append(done.problem)
-        else:
+        if not done.refused:
             self.answered += 1
             self._in_a_row = 0
             self.usd = None if self.usd is None or done.usd is None else self.usd + done.usd
