@@ -108,6 +108,22 @@ def test_an_answer_that_was_changed_in_the_log_is_not_used(tmp_path: Path) -> No
         assert log.get("a") is None and log.get("b") == ANSWER
 
 
+def test_a_log_that_forgets_leaves_the_whole_lines_of_others(tmp_path: Path) -> None:
+    """Lines end where JSON's do: U+2028 and U+0085 may stand in a text, and one answer may name another's request."""
+    path = tmp_path / "answers.jsonl"
+    with AnswerLog(path, {"a", "b"}) as log:
+        log.add("a", Answer("red\u2028shoes\x85", 1, 1, None, 0.1), {})
+        log.add("b", Answer("says a", 1, 1, None, 0.1), {})
+    _, others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(path.read_bytes() + b'{"hash": "a", "te\xff')
+    with AnswerLog(path, {"a"}) as log:
+        log.forget()
+    assert path.read_bytes() == others
+    with AnswerLog(path, {"b"}) as log:
+        log.forget()
+    assert not list(tmp_path.iterdir())
+
+
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     names = [str(i) for i in range(40)]

@@ -84,11 +84,11 @@ class AnswerLog:
 
     def forget(self) -> None:
         """Take the answers to this run's requests from the disk, and the file with the last of them. The last thing to do with a log."""
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        left = [line for line in lines if not any(request in line for request in self._wanted)]
+        lines = self.path.read_bytes().split(b"\n")
+        left = [line + b"\n" for line in lines if (request := _request_of(line)) and request not in self._wanted]
         if left:
             new = self.path.with_suffix(".new")  # others' answers cost money: a kill meanwhile must not lose them
-            new.write_text("".join(left), encoding="utf-8")
+            new.write_bytes(b"".join(left))
             new.replace(self.path)
         else:
             self.path.unlink()
@@ -115,3 +115,11 @@ class AnswerLog:
                 data = data[os.write(self._descriptor, data) :]
             os.fsync(self._descriptor)
             self._answers[request] = answer
+
+
+def _request_of(line: bytes) -> str | None:
+    """The request that a line answers; None of a torn one, whose answer nobody can use."""
+    try:
+        return str(json.loads(line)["hash"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
