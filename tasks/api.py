@@ -23,6 +23,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
 LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items of a teacher have some tens of thousands
 REQUEST_S = 120.0  # how long one answer may take
+# Providers that LiteLLM asks with one key and no other way. Of others it knows not all that works: logins of a cloud, several names of a
+# variable (TOGETHER_API_KEY, HF_TOKEN), servers that need no key.
+KEY_ALONE = frozenset({"openai", "anthropic", "gemini", "groq", "deepseek"})
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
@@ -88,9 +91,18 @@ def has_price(model: str) -> bool:
     return True
 
 
-def has_key(model: str) -> bool:
-    """Whether the environment holds what the model's provider asks for."""
-    return bool(_litellm().validate_environment(model)["keys_in_environment"])
+def missing_keys(model: str) -> list[str]:
+    """Variables of which the model's provider wants one, if none is set; none if another way might do, which the first request will tell."""
+    litellm = _litellm()
+    if litellm.get_llm_provider(model)[1] not in KEY_ALONE:
+        return []
+    return list(litellm.validate_environment(model)["missing_keys"])
+
+
+def key_mend(model: str) -> str:
+    """What to do about a key that is missing or refused."""
+    names = _litellm().validate_environment(model)["missing_keys"] or ["OPENAI_API_KEY"]
+    return f"Set the provider's key in the environment, such as {', '.join(names)}"
 
 
 def complete(
@@ -135,7 +147,7 @@ def complete(
                     field,
                     model,
                     f"the API refuses the key ({reason})",
-                    mend="Set the provider's key in the environment, such as OPENAI_API_KEY",
+                    mend=key_mend(model),
                 ) from None
             if isinstance(error, litellm.ContentPolicyViolationError):
                 raise ContentRefused(f"{model} refuses to answer ({reason})") from None

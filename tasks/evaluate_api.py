@@ -75,7 +75,7 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
     Raises:
         UserError: a model no provider is known for, one that is listed twice, a limit that cannot be kept, a key in an address.
     """
-    from tasks.api import has_key, has_price, is_model_id
+    from tasks.api import has_price, is_model_id, key_mend, missing_keys
 
     for number, config in enumerate(configs):
         field = f"api.{number}"
@@ -92,10 +92,8 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
         if config.max_usd is not None and not has_price(config.model):
             problem = f"cannot be kept: LiteLLM has no price of {config.model}"
             raise UserError(f"{field}.max_usd", config.max_usd, problem, mend="Set it to null")
-        if not config.api_base and not has_key(config.model):
-            raise UserError(
-                f"{field}.model", config.model, "needs a key", mend="Set the provider's key in the environment, such as OPENAI_API_KEY"
-            )
+        if not config.api_base and missing_keys(config.model):
+            raise UserError(f"{field}.model", config.model, "needs a key", mend=key_mend(config.model))
 
 
 @stage("evaluate_api", version=1, resumable=True, varies="a provider answers it, and how long that takes is part of it")

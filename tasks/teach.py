@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from tasks.api import has_key, has_price, is_model_id
+from tasks.api import has_price, is_model_id, key_mend, missing_keys
 from tasks.core import settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.bank import load_bank
@@ -97,8 +97,8 @@ def check_teacher(data: SynthesizeConfig, teacher: TeacherConfig) -> None:
     if teacher.max_usd is not None and not has_price(model):
         problem = f"is a budget in dollars, and the price of {model} is unknown"
         raise UserError("teacher.max_usd", teacher.max_usd, problem, mend="Set teacher.max_tokens or teacher.max_requests instead")
-    if not (teacher.secret_block or teacher.api_base or has_key(model)):
-        mend = "Set the provider's key in the environment, such as OPENAI_API_KEY, or name a Prefect Secret block in teacher.secret_block"
+    if not (teacher.secret_block or teacher.api_base) and missing_keys(model):
+        mend = f"{key_mend(model)}, or name a Prefect Secret block in teacher.secret_block"
         raise UserError(FIELD, model, "there is no key for it", mend=mend)
 
 
@@ -133,7 +133,7 @@ def teach(config: TeachConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
 def _access(config: TeachConfig) -> dict[str, Any]:
     """Where the teacher is and who asks: what must be in no artefact, log or hash."""
     key = settings.teacher_key()
-    if not key and config.api_base and not has_key(config.model):
+    if not key and config.api_base and missing_keys(config.model):
         key = "none"  # a server of one's own needs none, but the client of the provider asks for one
     return {**({"api_base": config.api_base} if config.api_base else {}), **({"api_key": key} if key else {})}
 

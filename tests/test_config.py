@@ -158,7 +158,7 @@ def test_so_does_a_converter_that_is_not_there(home: Path, monkeypatch: pytest.M
         ("[{model: nobody/knows}]", "api.0.model = 'nobody/knows': is no model id LiteLLM knows"),
         ("[{model: openai/m}, {model: openai/m, few_shot: 2}]", "api.0.model = 'openai/m': is listed twice"),
         ("[{model: openai/of-our-own, max_usd: 2}]", "api.0.max_usd = 2.0: cannot be kept: LiteLLM has no price"),
-        ("[{model: anthropic/m}]", "api.0.model = 'anthropic/m': needs a key"),
+        ("[{model: anthropic/m}]", "'anthropic/m': needs a key. Set the provider's key in the environment, such as ANTHROPIC_API_KEY"),
         ("[{model: openai/m, api_base: somewhere}]", "api.0.api_base = 'somewhere'"),
         ("[{model: openai/m, api_base: 'http://me:secret@here'}]", "api.0.api_base: has a user name or a query"),
         ("[{model: openai/m, splits: [hard]}]", "splits = ['hard']: some of test, hard, validation, with `test`"),

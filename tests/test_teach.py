@@ -21,6 +21,8 @@ from tasks.config import load_config, resolve
 from tasks.core.manifests import Manifest
 from tasks.core.settings import TEACHER_KEY
 from tasks.domain.errors import UserError
+from tasks.evaluate_api import EvaluateApiConfig
+from tasks.evaluate_api import check as check_apis
 from tasks.synthesize import read_rows, synthesize
 from tasks.teach import TeacherConfig, check_teacher, teach, teach_config
 from tests.conftest import REPOSITORY
@@ -207,6 +209,24 @@ def test_a_key_whose_line_break_came_with_it_is_sent_without(
     monkeypatch.setenv(TEACHER_KEY, "planted-in-a-block\n")
     ask(requests=1)
     assert server.keys == ["Bearer planted-in-a-block"]
+
+
+def test_a_key_that_litellm_finds_by_another_name_is_the_one_that_is_sent(
+    server: Faults, ask: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOGETHER_API_KEY", KEY)
+    data = DATA.model_copy(update={"teacher": "together_ai/m"})
+    ask(data, requests=1, api_base=f"http://127.0.0.1:{server.server_port}/v1")
+    assert server.keys == [f"Bearer {KEY}"]
+
+
+@pytest.mark.fast
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["ollama/m", "azure/m", "vertex_ai/m", "bedrock/m", "together_ai/m", "huggingface/m", "perplexity/m"])
+def test_where_a_key_may_come_from_elsewhere_the_first_request_decides(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    check_teacher(DATA.model_copy(update={"teacher": model}), TeacherConfig())
+    check_apis([EvaluateApiConfig(model=model)])
 
 
 @pytest.mark.fast
