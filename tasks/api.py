@@ -19,6 +19,7 @@ from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 
 ATTEMPTS = 6
+ATTEMPTS_IN_TIME = 2  # whose time may run out: the server may go on with each of them, and is paid for it
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
 LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items of a teacher have some tens of thousands
@@ -112,6 +113,7 @@ def complete(
     *,
     sleep: Callable[[float], None] = time.sleep,
     timeout_s: float = REQUEST_S,
+    timed_out: Callable[[], None] = lambda: None,
     field: str = "model",
     **more: Any,
 ) -> Reply:
@@ -119,16 +121,17 @@ def complete(
 
     Args:
         timeout_s: how long one attempt may take.
+        timed_out: called for each attempt whose time ran out, which may have cost what an answer costs.
         field: what an error calls the model.
         more: further arguments of `litellm.completion`, such as `response_format`.
 
     Raises:
         UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`); to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries, the server wants to be asked again in more than `LONGEST_RETRY_AFTER_S`, or the
+        ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_IN_TIME` whose time ran out, the server wants to be asked again in more than `LONGEST_RETRY_AFTER_S`, or the
             provider's content policy forbids an answer (`ContentRefused`).
     """
     litellm = _litellm()
-    reason = ""
+    reason, late = "", 0
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
         try:
@@ -160,6 +163,11 @@ def complete(
                     raise TooLong(field, model, problem, mend=mend, status=int(status or 400)) from None
                 problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
                 raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
+            if isinstance(error, (TimeoutError, litellm.Timeout)):
+                timed_out()
+                late += 1
+                if late == ATTEMPTS_IN_TIME:
+                    raise ApiError(f"{model} gave no answer in time in {late} attempts ({reason})") from None
             pause = _pause(error, attempt)
             if pause > LONGEST_RETRY_AFTER_S:
                 raise ApiError(f"{model} wants to be left alone for {pause:.0f} s ({reason})") from None

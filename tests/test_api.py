@@ -80,6 +80,14 @@ def test_attempts_end(server: Faults) -> None:
     assert len(server.requests) == ATTEMPTS
 
 
+@pytest.mark.parametrize("fault", ["slow", "drip"])
+def test_an_attempt_whose_time_ran_out_is_made_once_more(server: Faults, fault: str) -> None:
+    server.faults, late = [fault] * 3, list[str]()
+    with pytest.raises(ApiError, match="no answer in time in 2 attempts"):
+        complete("openai/m", ASK, 32, sleep=lambda _: None, timeout_s=0.5, timed_out=lambda: late.append("late"))
+    assert len(server.requests) == 2 and late == ["late"] * 2
+
+
 @pytest.mark.parametrize("status", ["401", "400", "404"])
 def test_what_will_not_pass_is_asked_once_and_no_key_is_shown(server: Faults, status: str) -> None:
     server.faults = [status]

@@ -54,7 +54,8 @@ class Request:
 
 @dataclass
 class Budget:
-    """What may be spent, and what was. Answers of an earlier run that are used again count: they were paid for.
+    """What may be spent, and what was. Answers of an earlier run that are used again count: they were paid for; its attempts whose time ran
+    out are forgotten.
 
     Nobody knows what an answer will cost, so the dearest so far, for each token it was allowed, stands for those that are still awaited:
     a request that is allowed twice as many tokens is expected to cost twice as much. The first answer is bought unseen.
@@ -75,6 +76,12 @@ class Budget:
         self.usd += answer.usd or 0.0
         self.dearest_usd = max(self.dearest_usd, (answer.usd or 0.0) / request.allowed)
         self.dearest_tokens = max(self.dearest_tokens, answer.tokens / request.allowed)
+
+    def charge(self, request: Request) -> None:
+        """Count an attempt whose time ran out as the answer that was expected: the provider may have written it all the same."""
+        self.requests += 1
+        self.tokens += round(request.allowed * self.dearest_tokens)
+        self.usd += request.allowed * self.dearest_usd
 
     def limit(self, awaited: Collection[Request], another: Request) -> str | None:
         """The limit that another request would pass, besides those that are awaited, in words; None if it is within all."""
@@ -111,6 +118,7 @@ class Teacher:
         self.model, self._log, self._timeout_s, self._access = model, log, timeout_s, access
         self._structured = True
         self._stop = threading.Event()
+        self._late = deque[Request]()  # each once for an attempt whose time ran out, until the budget is charged with it
 
     def ask_all(self, plan: Sequence[Request], budget: Budget, concurrency: int) -> Asked:
         """Ask what the log does not hold, in the plan's order, until it ends or the budget does.
@@ -148,6 +156,8 @@ class Teacher:
                         else:
                             budget.spend(answer, request)
                             bought, failures = bought + 1, 0
+                    while self._late:
+                        budget.charge(self._late.popleft())
                     progress.advance(len(asked.answers) + len(asked.unanswered), len(plan), "requests")
             finally:
                 self._stop.set()  # whoever waits for another attempt does not delay the end
@@ -178,7 +188,14 @@ class Teacher:
     def _request(self, request: Request, structured: bool) -> Answer:
         wanted = {name: value for name, value in request.parameters.items() if structured or name != "response_format"}
         reply = complete(
-            self.model, list(request.messages), sleep=self._pause, timeout_s=self._timeout_s, field=FIELD, **wanted, **self._access
+            self.model,
+            list(request.messages),
+            sleep=self._pause,
+            timeout_s=self._timeout_s,
+            timed_out=lambda: self._late.append(request),
+            field=FIELD,
+            **wanted,
+            **self._access,
         )
         return Answer(reply.text, reply.prompt_tokens, reply.completion_tokens, reply.usd, round(reply.seconds, 3))
 
