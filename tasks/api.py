@@ -127,8 +127,8 @@ def complete(
 
     Raises:
         UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`); to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_IN_TIME` whose time ran out, the server wants to be asked again in more than `LONGEST_RETRY_AFTER_S`, or the
-            provider's content policy forbids an answer (`ContentRefused`).
+        ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_IN_TIME` whose time ran out, the server wants to be asked again in more
+            than `LONGEST_RETRY_AFTER_S`, or the provider's content policy forbids an answer (`ContentRefused`).
     """
     litellm = _litellm()
     reason, late = "", 0
@@ -146,12 +146,7 @@ def complete(
             reason = " ".join(settings.without_secrets(f"{type(error).__name__}: {error}").split())[:500]
             status = getattr(error, "status_code", None)
             if isinstance(error, litellm.AuthenticationError) or status in (401, 403):
-                raise UserError(
-                    field,
-                    model,
-                    f"the API refuses the key ({reason})",
-                    mend=key_mend(model),
-                ) from None
+                raise UserError(field, model, f"the API refuses the key ({reason})", mend=key_mend(model)) from None
             if isinstance(error, litellm.ContentPolicyViolationError):
                 raise ContentRefused(f"{model} refuses to answer ({reason})") from None
             passes = status is None or status in RETRIED or isinstance(error, litellm.APIConnectionError)

@@ -184,6 +184,8 @@ def test_an_api_variant_is_asked_as_it_was_measured(home: Path, monkeypatch: pyt
     variant = {"name": "api-m", "format": "api", "role": "api", "model": "openai/m", "few_shot": 2}
     report = {"stages": [{"name": "synthesize", "key": "k"}], "config": {"api": [api]}, "variants": [variant]}
     (home / "report").mkdir(parents=True)
+    (home / "store" / "synthesize").mkdir(parents=True)
+    (home / "store" / "synthesize" / "k").symlink_to(load_spec("ecommerce").path)
     (home / "report" / "report.json").write_text(json.dumps(report | {"recommendation": {"cpu": ""}}), encoding="utf-8")
     monkeypatch.setattr("tasks.asking.latest_report", lambda _: home / "report")
     found = find_model(settings.load_settings(), "api-m")
@@ -206,17 +208,17 @@ def test_an_interrupted_command_keeps_the_answers_that_were_on_their_way(server:
     usual, interrupted = str(server.answer), threading.Event()
 
     def answer(body: dict[str, Any]) -> str:
-        if len(server.requests) >= 5 and not interrupted.is_set():
+        if len(server.requests) >= 20 and not interrupted.is_set():  # all threads are there, and each has a request
             interrupted.set()
             os.kill(os.getpid(), signal.SIGINT)
         return usual
 
     server.answer = answer
-    texts = [f"{number} milk" for number in range(40)]
+    texts = [f"{number} milk" for number in range(60)]
     with pytest.raises(KeyboardInterrupt):
         asked_of(server, home, *texts)
-    assert len(server.requests) < 40
-    assert asked_of(server, home, *texts).answers == [usual] * 40 and len(server.requests) == 40
+    assert len(server.requests) < 60
+    assert asked_of(server, home, *texts).answers == [usual] * 60 and len(server.requests) == 60
 
 
 def test_a_refused_key_is_one_message(server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]]) -> None:

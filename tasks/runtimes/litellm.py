@@ -113,10 +113,8 @@ class LiteLlmRuntime:
         except (ContentRefused, TooLong) as error:
             done = _without_an_answer(index, error, refused=True)
         else:
-            # As of a model that thinks for longer than it may say anything.
-            lack = (
-                "" if reply.ended or reply.text.strip() else f"the answer was cut off at max_tokens = {max_tokens} before it said anything"
-            )
+            said = reply.ended or reply.text.strip()  # a model that thinks may use all its tokens for that
+            lack = "" if said else f"the answer was cut off at max_tokens = {max_tokens} before it said anything"
             spent = reply.prompt_tokens, reply.completion_tokens, float("nan"), reply.seconds
             done = ApiCompletion(index, reply.text, *spent, reply.usd, lack, ended=reply.ended)
         with self._keeping:
