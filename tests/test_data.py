@@ -51,10 +51,18 @@ def test_in_turns_the_first_rows_are_of_all_intents_and_languages_and_none_is_lo
 def test_banks_are_large_enough(language: str) -> None:
     bank = load_bank(SPEC, language)
     with_product_or_order = {name for name, intent in SPEC.intents.items() if {"product", "order_id"} & set(intent.slots)} | {"view_cart"}
-    assert all(len(patterns) >= (40 if name in with_product_or_order else 25) for name, patterns in bank.patterns.items())
+    assert all(len(patterns) >= (80 if name in with_product_or_order else 65) for name, patterns in bank.patterns.items())
     assert len(bank.products) >= 400 and len(SPEC.departments) >= 12
     assert len(bank.corrections) >= 12 and len(bank.attributes) == len(SPEC.departments) + 1
     assert {product.department for product in bank.products} == set(SPEC.departments)
+
+
+@pytest.mark.parametrize("language", SPEC.languages)
+def test_what_may_be_part_of_a_products_name_never_stands_behind_it_without_being_one(language: str) -> None:
+    bank = load_bank(SPEC, language)
+    attributes = "|".join(re.escape(text) for texts in bank.attributes.values() for text in texts)
+    said = re.compile(rf"\{{(product|counted)[^}}]*\}} ({attributes})(?!\w)", re.IGNORECASE)
+    assert not [pattern.text for patterns in bank.patterns.values() for pattern in patterns if said.search(pattern.text)]
 
 
 @pytest.mark.parametrize("language", SPEC.languages)
