@@ -35,7 +35,7 @@ class RefusedRequest(UserError):
 
     def __init__(self, field: str, value: object, problem: str, *, mend: str, status: int) -> None:
         super().__init__(field, value, problem, mend=mend)
-        self.status = status
+        self.status, self.problem = status, problem
 
 
 class TooLong(RefusedRequest):
@@ -106,6 +106,12 @@ def key_mend(model: str) -> str:
     return f"Set the provider's key in the environment, such as {', '.join(names)}"
 
 
+def _own_key(litellm: Any, model: str, api_base: str | None) -> dict[str, Any]:
+    """A key that is none for a provider asked the way of OpenAI, where it has none of its own: LiteLLM would send it that of OpenAI."""
+    _, provider, key, _ = litellm.get_llm_provider(model, api_base=api_base)
+    return {"api_key": "none"} if not key and provider != "openai" and provider in litellm.openai_compatible_providers else {}
+
+
 def complete(
     model: str,
     messages: list[Message],
@@ -131,6 +137,7 @@ def complete(
             than `LONGEST_RETRY_AFTER_S`, or the provider's content policy forbids an answer (`ContentRefused`).
     """
     litellm = _litellm()
+    more = _own_key(litellm, model, more.get("api_base")) | more
     reason, late = "", 0
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
@@ -158,7 +165,7 @@ def complete(
                     raise TooLong(field, model, problem, mend=mend, status=int(status or 400)) from None
                 problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
                 raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
-            if isinstance(error, (TimeoutError, litellm.Timeout)):
+            if isinstance(error, TimeoutError) or time.perf_counter() - started > 0.9 * timeout_s:  # a gateway's 504 may come at once
                 timed_out()
                 late += 1
                 if late == ATTEMPTS_IN_TIME:

@@ -61,7 +61,7 @@ def find_model(settings: Settings, name: str) -> Found:
             check_gguf("model", path)
         else:
             check_no_adapter("model", path)
-        asked_by = _latest_dataset(settings) or load_spec("ecommerce").path
+        asked_by = _latest_dataset(settings)
         return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", load_spec(str(asked_by)), asked_by)
     try:
         folder = latest_report(settings)
@@ -78,11 +78,11 @@ def find_model(settings: Settings, name: str) -> Found:
         # It may be older than the latest run, and have been trained with another prompt: its own specification came with it.
         folder, runtime, asked_by = champion_files(settings, report["config"]["registry"]["name"])
         return Found(folder, runtime, load_spec(str(asked_by)), dataset)
-    spec = load_spec(str(_present(dataset, settings)))
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
     if wanted not in variants and is_model_id(name):
-        return _behind_an_api(name, spec, dataset, settings)
+        asked_by = _or_ecommerce(dataset)
+        return replace(_behind_an_api(name, load_spec(str(asked_by)), asked_by, settings), **_measured(report, name))
     if wanted not in variants:
         raise UserError(
             "model",
@@ -97,12 +97,11 @@ def find_model(settings: Settings, name: str) -> Found:
                 "a LiteLLM model id such as openai/gpt-4.1",
             ],
         )
-    variant = variants[wanted]
+    variant, spec = variants[wanted], load_spec(str(_present(dataset, settings)))
     few_shot = variant.get("few_shot", 0)
     if variant["format"] == "api":
-        measured: dict[str, Any] = next((api for api in report["config"]["api"] if api["model"] == variant["model"]), {})
-        how = {name: measured[name] for name in ("api_base", "max_tokens") if name in measured}
-        return replace(_behind_an_api(variant["model"], spec, dataset, settings), few_shot=few_shot, **how)
+        behind = _behind_an_api(variant["model"], spec, dataset, settings)
+        return replace(behind, few_shot=few_shot, **_measured(report, variant["model"]))
     if variant["name"] == MIXED:
         kind = "search_gguf"
     else:
@@ -131,13 +130,27 @@ def _dataset_of(report: Mapping[str, Any], store: Store) -> Path:
     return folder
 
 
-def _latest_dataset(settings: Settings) -> Path | None:
-    """The data set of the latest run, with the specification by which its models are asked."""
+def _measured(report: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """How a run asked a model behind an API, if it did."""
+    asked: dict[str, Any] = next((api for api in report["config"]["api"] if api["model"] == model), {})
+    return {name: asked[name] for name in ("api_base", "max_tokens") if name in asked}
+
+
+def _latest_dataset(settings: Settings) -> Path:
+    """The data set of the latest run, by whose specification a file of one's own is asked; without a run, our domain."""
     try:
         report = json.loads((latest_report(settings) / "report.json").read_text(encoding="utf-8"))
     except UserError:  # no run yet
-        return None
-    return _present(_dataset_of(report, Store(settings.store_uri, settings.home)), settings)
+        return load_spec("ecommerce").path
+    return _or_ecommerce(_dataset_of(report, Store(settings.store_uri, settings.home)))
+
+
+def _or_ecommerce(dataset: Path) -> Path:
+    """A run's data set, or our domain where it is gone: for models that are not that run's."""
+    if dataset.is_dir():
+        return dataset
+    print("the data of the latest run is gone: the model is asked, and scored, by the domain ecommerce", file=sys.stderr)
+    return load_spec("ecommerce").path
 
 
 def _present(dataset: Path, settings: Settings) -> Path:
@@ -206,21 +219,26 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
             answer = Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, seconds, done.problem)
             log.add(names[done.index], answer, {})
 
+        problems = {request: answer.problem for request, answer in known.items()}
         model = LiteLlmRuntime(str(found.path), found.api_base, answered=sum(answer.tokens > 0 for answer in known.values()), keep=keep)
         lacking = False
         with closing(model.generate(list(todo.values()), found.max_tokens, max(1, min(PARALLEL, len(todo))))) as answering:
             for done in progress.track(answering, len(todo), model.model):
+                problems[names[done.index]] = done.problem
                 lacking |= math.isnan(done.total_s) and not done.refused
         answers = [log.get(request) for request in requests]
-        if not lacking:
+        bought = [answer for request in dict.fromkeys(requests) if (answer := log.get(request)) and answer.tokens]
+        if not bought or not (lacking or model.refused_last):
             log.forget()
-    bought = [answer for request in dict.fromkeys(requests) if (answer := log.get(request)) and answer.tokens]
+    failed = tuple(problem for request in requests if (problem := problems[request]))
+    if failed and not bought:
+        raise UserError("model", model.model, f"answered none of {len(requests)} requests. The first: {failed[0]}")
     prices = [answer.usd for answer in bought if answer.usd is not None]
     return Asked(
         [answer.text if answer else "" for answer in answers],
         statistics.median(answer.seconds for answer in bought) if bought else 0.0,
         sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
-        (*(answer.problem for answer in known.values() if answer.problem), *model.failed),
+        failed,
     )
 
 

@@ -132,7 +132,11 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
         wall_s = time.perf_counter() - started
     bought, failed = _bought(answers), [*refused, *model.failed]
     if not bought:
+        (out_dir / ANSWERS).unlink()  # refusals cost nothing, and another server at that address may not refuse
         raise UserError("model", config.model, f"answered none of {len(failed)} requests. The first: {failed[0]}")
+    if model.refused_last and len(bought) > len(before):
+        problem = f"refused requests after its last answer ({model.refused_last}), as where money is used up"
+        raise UserError("model", config.model, problem, mend="Run again to ask them: what is refused then counts as wrong")
     results: dict[str, Any] = {}
     for split, found in rows.items():
         texts = [answers[split, row["id"]]["output"] if (split, row["id"]) in answers else "" for row in found]

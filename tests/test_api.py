@@ -88,6 +88,12 @@ def test_an_attempt_whose_time_ran_out_is_made_once_more(server: Faults, fault: 
     assert len(server.requests) == 2 and late == ["late"] * 2
 
 
+@pytest.mark.parametrize("model", ["perplexity/m", "deepinfra/m", "hosted_vllm/m"])
+def test_the_key_of_one_provider_is_not_sent_to_another(server: Faults, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(model, ASK, 32, api_base=f"http://127.0.0.1:{server.server_port}/v1")
+    assert len(server.keys) == 1 and KEY not in str(server.keys)
+
+
 @pytest.mark.parametrize("status", ["401", "400", "404"])
 def test_what_will_not_pass_is_asked_once_and_no_key_is_shown(server: Faults, status: str) -> None:
     server.faults = [status]
@@ -164,7 +170,7 @@ def test_a_text_that_comes_again_is_bought_once(server: Faults, home: Path) -> N
     server.always = {"rude": "refuse"}
     asked = asked_of(server, home, *["2 milk", "3 milk"] * 3, "rude", "rude")
     assert asked.answers == [server.answer] * 6 + ["", ""] and len(server.requests) == 3
-    assert asked.usd_per_1k_requests == pytest.approx(0.06) and len(asked.failed) == 1
+    assert asked.usd_per_1k_requests == pytest.approx(0.06) and len(asked.failed) == 2  # one for each row that counts as wrong
 
 
 def test_an_answer_that_is_cut_off_before_it_begins_is_paid_for_and_none(server: Faults, home: Path) -> None:
@@ -190,7 +196,27 @@ def test_an_api_variant_is_asked_as_it_was_measured(home: Path, monkeypatch: pyt
     monkeypatch.setattr("tasks.asking.latest_report", lambda _: home / "report")
     found = find_model(settings.load_settings(), "api-m")
     assert (found.path, found.few_shot, found.api_base, found.max_tokens) == ("openai/m", 2, api["api_base"], 700)
+    assert find_model(settings.load_settings(), "openai/m").max_tokens == 700
     assert find_model(settings.load_settings(), "openai/n").max_tokens == 256
+    (home / "store" / "synthesize" / "k").unlink()
+    assert find_model(settings.load_settings(), "openai/n").dataset == load_spec("ecommerce").path  # it is not that run's
+    with pytest.raises(UserError, match="the data of the latest run, which says how models are asked, is no longer in"):
+        find_model(settings.load_settings(), "api-m")
+
+
+def test_answers_before_the_money_was_used_up_are_kept(server: Faults, home: Path) -> None:
+    server.always = {"4 milk": "400"}
+    assert asked_of(server, home, "2 milk", "3 milk", "4 milk").answers == [server.answer, server.answer, ""]
+    server.always = {}
+    assert asked_of(server, home, "2 milk", "3 milk", "4 milk").answers == [server.answer] * 3
+    assert len(server.requests) == 4 and not list((home / "api").iterdir())
+
+
+def test_a_model_that_refuses_all_texts_is_one_message(server: Faults, home: Path) -> None:
+    server.always = {"gpt-4.1": "too_long"}
+    with pytest.raises(UserError, match=r"answered none of 2 requests.*maximum context length"):
+        asked_of(server, home, "2 milk", "3 milk")
+    assert not list((home / "api").iterdir())
 
 
 def test_refusals_are_remembered_with_the_answers(server: Faults, home: Path) -> None:

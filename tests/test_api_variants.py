@@ -55,13 +55,16 @@ def test_a_request_that_is_too_long_fails_alone(server: Faults, fault: str) -> N
     found = {c.index: c for c in model.generate([ASK, *[long] * 3, ASK], 32, 2)}
     assert [found[i].text for i in range(5)] == [server.answer, "", "", "", server.answer]
     assert len(model.failed) == 3 and all(found[i].refused and found[i].problem for i in (1, 2, 3))
+    assert not model.refused_last and not any("Correct the model's name" in problem for problem in model.failed)
 
 
 def test_an_api_that_refuses_whatever_is_asked_is_no_fault_of_the_texts(server: Faults) -> None:
     server.faults = ["400"] * 50
     with pytest.raises(UserError, match=r"refuses the request.*Correct the model's name"):
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 4))
-    assert len(server.requests) == 1
+    assert len(server.requests) == 2  # the first may have been its text
+    server.faults = ["400", *[""] * 3]
+    assert [done.text for done in LiteLlmRuntime("openai/m").generate([ASK] * 4, 32, 4)] == ["", *[server.answer] * 3]
     server.faults = ["", *["400"] * 50]  # as where the money is used up
     with pytest.raises(UserError, match=r"no answer to \d+ requests in a row .*refuses the request"):
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))
@@ -160,6 +163,19 @@ def test_a_model_that_refuses_everything_is_one_message(server: Faults, dataset:
     server.always = {"m": "too_long"}
     with pytest.raises(UserError, match=r"answered none of \d+ requests.*maximum context length"):
         evaluate_api.function(EvaluateApiConfig(model="openai/m"), {"dataset": dataset}, tmp_path)
+    server.always = {}  # with more room
+    assert evaluate_api.function(EvaluateApiConfig(model="openai/m"), {"dataset": dataset}, tmp_path)["performance"]["requests_failed"] == 0
+
+
+def test_an_evaluation_whose_last_requests_were_refused_goes_on_with_them(server: Faults, dataset: Path, tmp_path: Path) -> None:
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1)
+    server.faults = [""] * (total - 2) + ["400"] * 3  # the money is used up, and for one of them it was the text
+    with pytest.raises(UserError, match=r"refused requests after its last answer.*Run again"):
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    assert len(server.requests) == total + 2 and metrics["performance"]["requests_failed"] == 1
 
 
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:

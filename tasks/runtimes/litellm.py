@@ -28,7 +28,8 @@ class ApiCompletion(Completion):
 
 
 class LiteLlmRuntime:
-    """A model that somebody else runs. `usd`, `answered` and `failed` add up over all requests.
+    """A model that somebody else runs. `usd`, `answered` and `failed` add up over all requests; `refused_last` says why a request was refused
+    behind which none was answered: it may have been the text, or that the money is used up.
 
     Args:
         api_base: the address of an API that is not the provider's usual one.
@@ -57,6 +58,7 @@ class LiteLlmRuntime:
         self.answered = answered
         self.failed: list[str] = []
         self._in_a_row = 0
+        self._last_answered, self._refused = -1, dict[int, str]()
         self._dearest = dearest
         self._stop = threading.Event()
         self._keep, self._keeping = keep, threading.Lock()
@@ -77,7 +79,7 @@ class LiteLlmRuntime:
         pool = ThreadPoolExecutor(parallel)
         try:
             while True:
-                alone = not self.answered and (self.max_usd is not None or not self._in_a_row)
+                alone = not self.answered and (self.max_usd is not None or self._in_a_row < 2)
                 while not stop and len(waiting) < (1 if alone else parallel) and (item := next(left, None)):
                     stop = self._overspent(len(waiting))
                     if not stop:
@@ -91,7 +93,7 @@ class LiteLlmRuntime:
                     except ApiError as error:
                         yield self._unanswered(index, error)
                     except UserError as error:
-                        if isinstance(error, RefusedRequest) and error.status in ONE_ROW and self.answered:
+                        if isinstance(error, RefusedRequest) and error.status in ONE_ROW and (self.answered or not self._in_a_row):
                             yield self._unanswered(index, error)
                         else:  # refused for one, refused for all
                             stop = stop or error
@@ -132,6 +134,7 @@ class LiteLlmRuntime:
         if not done.refused:
             self.answered += 1
             self._in_a_row = 0
+            self._last_answered = max(self._last_answered, done.index)
             self.usd = None if self.usd is None or done.usd is None else self.usd + done.usd
             self._dearest = max(self._dearest, done.usd or 0.0)
         return done
@@ -139,8 +142,14 @@ class LiteLlmRuntime:
     def _unanswered(self, index: int, error: ApiError | RefusedRequest) -> ApiCompletion:
         done = _without_an_answer(index, error, refused=isinstance(error, RefusedRequest))
         self.failed.append(done.problem)
+        if done.refused:
+            self._refused[index] = done.problem
         self._in_a_row += 1
         return done
+
+    @property
+    def refused_last(self) -> str:
+        return next((problem for index, problem in self._refused.items() if index > self._last_answered), "")
 
     def _overspent(self, on_the_way: int) -> UserError | None:
         if self.max_usd is None or (self.usd or 0.0) + (on_the_way + 1) * self._dearest <= self.max_usd:
@@ -169,4 +178,5 @@ class LiteLlmRuntime:
 
 
 def _without_an_answer(index: int, error: Exception, *, refused: bool) -> ApiCompletion:
-    return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, str(error), refused)
+    problem = error.problem if isinstance(error, RefusedRequest) else str(error)  # what to mend is said where it ends the command
+    return ApiCompletion(index, "", 0, 0, float("nan"), float("nan"), 0.0, problem, refused)
