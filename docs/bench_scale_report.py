@@ -266,7 +266,7 @@ def plot(name: str, records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from tasks.plots import FORMATS, GRID, INK
+    from tasks.plot_style import FORMATS, GRID, INK
 
     dimension = DIMENSIONS[name]
     panels: dict[tuple[str, str], list[Series]] = {}

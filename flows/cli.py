@@ -81,7 +81,8 @@ def run(
 
     Stages that ran before with the same inputs are not run again. Stop it at any time: the same command goes on.
     """
-    from tasks.config import check_room, dump, load_config, parse_overrides, resolve
+    from tasks.config import check_room, dump, load_config, resolve
+    from tasks.overrides import parse_overrides
 
     overrides = parse_overrides(change)
     config = load_config(profile, overrides)  # before anything starts

@@ -165,9 +165,9 @@ def drift(
     """
     from flows.prefect_server import prefect_api
     from tasks.champion import champion_with_dataset
-    from tasks.config import parse_overrides, with_overrides
     from tasks.drift import FOUND, INCONCLUSIVE, DriftOptions, read_result
     from tasks.drift_report import HEADLINES
+    from tasks.overrides import parse_overrides, with_overrides
     from tasks.recent_texts import read_texts
 
     options = with_overrides(DriftOptions, {}, parse_overrides(change))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from tasks.base_model import BaseModelConfig, base_model, size_16bit
@@ -17,7 +16,6 @@ from tasks.benchmark import BenchmarkConfig
 from tasks.core.artifacts import Store
 from tasks.core.file_hash import sha256_file
 from tasks.core.manifests import canonical_json, describe_files, digest_of
-from tasks.core.settings import shown_uri
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled, read_training
@@ -30,6 +28,7 @@ from tasks.gate import RegisterConfig
 from tasks.importance import ImportanceConfig
 from tasks.llama_bench import program as llama_bench_program
 from tasks.merge import MergeConfig
+from tasks.overrides import explained, with_overrides
 from tasks.qlora import FinetuneConfig
 from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat, converter
@@ -38,7 +37,6 @@ from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
-Config = TypeVar("Config", bound=BaseModel)
 Measured = TypeVar("Measured", EvaluateConfig, BenchmarkConfig)
 Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
 RUN_KEY = 4  # characters of a configuration's key in the name of a run
@@ -158,92 +156,8 @@ def _fields_of(path: Path) -> dict[str, Any]:
         RunConfig.model_validate({"profile": path.stem, **fields})
     except ValidationError as error:
         where = f"{path}:{line_of(path, error.errors()[0]['loc'])}"
-        raise UserError(where, None, str(_explained(error, RunConfig))) from None
+        raise UserError(where, None, str(explained(error, RunConfig))) from None
     return fields
-
-
-def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mapping[str, Any]) -> Config:
-    """A configuration of `values` with some fields changed, by dotted name.
-
-    Raises:
-        UserError: unknown field, or a value that is not allowed.
-    """
-    for name, value in overrides.items():
-        *parents, last = name.split(".")
-        target: Any = values
-        for depth, part in enumerate(parents, 1):
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                above = ".".join(parents[:depth])
-                raise UserError(name, value, f"{above} has no fields to set one by one", mend=f"Give all of it, as in --set '{above}=...'")
-        target[last] = value
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise _explained(error, model) from None
-
-
-def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """`["train.epochs=2", "gguf=[F16,Q4_0]"]` as values by dotted name; values are read as YAML.
-
-    Raises:
-        UserError: an item without `=`, or a value that is not YAML.
-    """
-    parsed = {}
-    for item in items:
-        name, equals, text = item.partition("=")
-        if not equals or not name:
-            raise UserError("--set", item, "is not of the form field=value", mend="For example --set train.epochs=2")
-        try:
-            parsed[name.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, AttributeError):  # also a date that is none
-            raise UserError(name, text, "is not a YAML value", mend="Quote it, as in --set 'base_model.source=\"a: b\"'") from None
-    return parsed
-
-
-def _explained(error: ValidationError, root: type[BaseModel]) -> UserError:
-    """The first problem of a config, with the values it may have."""
-    first = error.errors()[0]
-    location = list(map(str, first["loc"]))
-    context = first.get("ctx", {})
-    if first["type"] == "extra_forbidden":
-        model = _model_at(root, location[:-1])
-        names = list(model.model_fields) if model else None
-        return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
-    if first["type"] == "missing":
-        return UserError(".".join(location), None, "is not given", mend=f"Give it, as in `{location[-1]}: ...`")
-    allowed = context.get("expected")
-    message = first["msg"].removeprefix("Value error, ")
-    mend = ""
-    given = first["input"]
-    if isinstance(given, str) and "://" in given:  # what may be wrong with it is that it holds a key
-        given = shown_uri(given.partition("?")[0])
-    if first["type"] in ("tuple_type", "list_type"):
-        message, mend = "is not a list", "Write it in brackets" if given is None else f"Write {_as_list(given)}"
-    if first["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        model = _model_at(root, location)
-        message, allowed = "is not a mapping of fields", list(model.model_fields) if model else "a mapping"
-        mend = "Write them in braces, as in `{field: value}`"
-    return UserError(".".join(location), given, message, allowed=allowed, mend=mend)
-
-
-def _as_list(given: object) -> str:
-    """The list that was meant by one item, or by several with commas between them, as it is written with `--set`."""
-    return f"[{', '.join(item.strip() for item in str(given).split(','))}]".replace("'", "")
-
-
-def _model_at(root: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
-    model = root
-    for part in location:
-        if part.isdigit():
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if not found:
-            return None
-        model = found
-    return model
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from tasks.data_card import BIN
 from tasks.plot_files import Plot
-from tasks.plots import FORMATS, GRID, INK, LEGEND, PAPER, new_figure, save, short
+from tasks.plot_style import FORMATS, GRID, INK, LEGEND, PAPER, new_figure, save, short
 
 COLOURS = [colour for colour, _ in FORMATS.values()]  # told apart with every common colour vision deficiency
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")

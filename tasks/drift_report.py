@@ -52,7 +52,7 @@ def rows_of(found: Mapping[str, Any]) -> list[Json]:
 
 def draw(columns: Sequence[Column]) -> list[Plot]:
     """One plot for each column that has values on both sides."""
-    from tasks.plots import new_figure, save
+    from tasks.plot_style import new_figure, save
 
     plots = []
     for column in columns:
@@ -66,7 +66,7 @@ def draw(columns: Sequence[Column]) -> list[Plot]:
 
 
 def _colours() -> dict[str, str]:
-    from tasks.plots import FORMATS
+    from tasks.plot_style import FORMATS
 
     return {"training": FORMATS["hf"][0], "recent": FORMATS["gptq"][0]}
 
@@ -75,7 +75,7 @@ def _curves(axes: Axes, column: Column) -> str:
     """Cumulative shares; the largest vertical distance of the curves is the Kolmogorov-Smirnov distance."""
     import numpy as np
 
-    from tasks.plots import GRID, LEGEND
+    from tasks.plot_style import GRID, LEGEND
 
     for side, values, dashes in zip(SIDES, (column.reference, column.recent), ("-", "--"), strict=True):
         ordered = np.sort(np.asarray(values, dtype=float))
@@ -90,7 +90,7 @@ def _curves(axes: Axes, column: Column) -> str:
 def _bars(axes: Axes, column: Column) -> str:
     import numpy as np
 
-    from tasks.plots import GRID, LEGEND, short
+    from tasks.plot_style import GRID, LEGEND, short
 
     names = {True: "cannot be parsed", False: "can be parsed"} if column.kind == "share" else {}
     counts = [Counter(str(names.get(value, value)) for value in values) for values in (column.reference, column.recent)]

@@ -19,11 +19,12 @@ from flows.cli import dashboards, main
 from flows.doctor import checks_of
 from tasks.asking import find_model
 from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, resolve
-from tasks.config import PROFILES, check_room, disk_needed, load_config, parse_overrides, profiles
+from tasks.config import PROFILES, check_room, disk_needed, load_config, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core.artifacts import Store
 from tasks.core.settings import given_credentials, load_settings
 from tasks.domain.errors import UserError
+from tasks.overrides import parse_overrides
 from tasks.quantize_gptq import choose_group_size
 
 pytestmark = pytest.mark.fast

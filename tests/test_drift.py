@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from tasks.champion import champion_with_dataset
-from tasks.config import with_overrides
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.settings import load_settings
@@ -25,6 +24,7 @@ from tasks.core.stage import run as run_stage
 from tasks.domain.errors import UserError
 from tasks.drift import Answer, DriftConfig, DriftOptions, answer_columns, confidence, drift, held_out, read_result, samples
 from tasks.drift_columns import Column, compare, visible_from
+from tasks.overrides import with_overrides
 from tasks.recent_texts import read_texts
 from tasks.synthesize import SynthesizeConfig, make_generator, synthesize
 
