@@ -107,7 +107,7 @@ def find_model(settings: Settings, name: str) -> Found:
     else:
         others = "base_model" if variant["role"] == "base" else "merge"
         kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq", "awq": "quantize_awq"}.get(variant["format"], others)
-    manifest, damage = store.find(kind, variant["key"])
+    manifest, damage = store.look_up(kind, variant["key"])
     if not manifest:
         raise UserError(
             "model",
@@ -125,8 +125,7 @@ def _dataset_of(report: Mapping[str, Any], store: Store) -> Path:
     key = next(stage for stage in report["stages"] if stage["name"] == "synthesize")["key"]
     folder = store.path("synthesize", key)
     if not store.is_local and not folder.is_dir():
-        with store.lock("synthesize", key):
-            store.find("synthesize", key)
+        store.look_up("synthesize", key)
     return folder
 
 

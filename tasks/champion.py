@@ -35,7 +35,7 @@ def champion_with_dataset(settings: Settings, name: str) -> Champion:
         problem = f"the champion, version {tags['version']}, does not say what it was trained on"
         raise UserError("model", name, problem, mend=f"{AGAIN}, which notes it")
     key, store = tags["cartwright.dataset_key"], Store(settings.store_uri, settings.home)
-    dataset, damage = store.find("synthesize", key)
+    dataset, damage = store.look_up("synthesize", key)
     if not dataset:
         problem = f"the data set {key} of the champion, version {tags['version']}, is no longer in {shown_uri(settings.store_uri)}"
         raise UserError("model", name, problem + (f" ({damage})" if damage else ""), mend=f"{AGAIN}: it makes the same data set again")

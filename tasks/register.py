@@ -34,8 +34,7 @@ def champion_artefact(registry: Registry, store: Store, config: RegisterConfig, 
     if not champion or "cartwright.key" not in champion or champion.get("cartwright.prompt", prompt) != prompt:
         return None
     kind, key = champion["cartwright.kind"], champion["cartwright.key"]
-    with store.lock(kind, key):
-        return store.find(kind, key)[0]
+    return store.look_up(kind, key)[0]
 
 
 def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:

@@ -75,6 +75,32 @@ def test_wherever_one_is_interrupted_by_the_other_all_find_one_whole_artefact(
     assert two.fetch(made) and not one.partial(KIND, "k").exists()
 
 
+@pytest.mark.fast
+def test_who_looks_an_artefact_up_does_not_disturb_a_run_of_the_same_home_that_copies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"memory://{tmp_path.name}"
+    commit(Store(uri, tmp_path / "maker"), "k", "made there")
+    run, predict = (Store(uri, tmp_path / "home") for _ in range(2))
+    get, started, seen = run.fs.get_file, threading.Event(), list[Any]()
+    other = threading.Thread(target=lambda: seen.append(predict.look_up(KIND, "k")))
+
+    def slowly(*given: Any) -> Any:
+        if not started.is_set():
+            started.set()
+            get(*given)
+            other.start()
+            other.join(0.3)  # long enough to remove what was copied, if nothing kept it from that
+            return None
+        return get(*given)
+
+    monkeypatch.setattr(run.fs, "get_file", slowly)
+    with run.lock(KIND, "k"):
+        found = run.find(KIND, "k")
+    other.join()
+    assert found[0] and found == seen[0] and read(run, "k") == "made there"
+
+
 def at_once(one: Store, two: Store, rounds: int) -> None:
     for number in range(rounds):
         key, start, errors = f"k{number}", threading.Barrier(2), []

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -81,8 +82,7 @@ class Store:
         folder = self.path(manifest.kind, manifest.key)
         found, damage = own_manifest(folder, manifest.kind, manifest.key)
         if not self.is_local and (not found or found.digest != manifest.digest):
-            with self.lock(manifest.kind, manifest.key):
-                self.find(manifest.kind, manifest.key)
+            self.look_up(manifest.kind, manifest.key)
             found, damage = own_manifest(folder, manifest.kind, manifest.key)
         problem = damage if damage and folder.exists() else f"{manifest.kind} {manifest.key} is not in {self.uri}"
         if found and found.digest != manifest.digest:
@@ -104,7 +104,8 @@ class Store:
     # Artefacts ---------------------------------------------------------------------------------------------------
 
     def find(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
-        """Look an artefact up and verify every file of it. What is in a remote store replaces another one of the same key here.
+        """Look an artefact up and verify every file of it. What is in a remote store replaces another one of the same key here, so the
+        artefact's lock is held; see `look_up`.
 
         Returns:
             (manifest, None) if it is whole, (None, None) if there is none, (None, why) if it is damaged.
@@ -114,6 +115,11 @@ class Store:
             return here, damage
         there, damage_there = self._download(kind, key)
         return (there, None) if there else (here, None) if here else (None, damage_there or damage)
+
+    def look_up(self, kind: str, key: str) -> tuple[Manifest | None, str | None]:
+        """`find`, for whoever does not hold the artefact's lock: one at a time copies it from a remote store, each in the same place."""
+        with nullcontext() if self.is_local else self.lock(kind, key):
+            return self.find(kind, key)
 
     def read_ahead(self, artefacts: Iterable[tuple[str, str]]) -> None:
         """Let a thread read artefacts, by kind and key, that are probably going to be looked up, until something has to be made."""
