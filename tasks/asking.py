@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -10,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 from tasks import runtimes
 from tasks.api import is_model_id
@@ -22,16 +22,18 @@ from tasks.domain.errors import UserError
 from tasks.domain.labelled import has_half_character, parse_json
 from tasks.domain.scoring import parse_answer, wrong_fields
 from tasks.domain.spec import Spec, load_spec
+from tasks.model_folder import check_folder
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.report import latest_report
-from tasks.runtimes import RuntimeName
+from tasks.report import latest_report, read_report
+from tasks.runtimes import LocalRuntime, RuntimeName
 from tasks.synthesize import read_rows
 from tasks.teaching.log import Answer, AnswerLog, request_hash
 from tasks.variants import MIXED
-from tasks.weights import check_gguf, check_no_adapter
+from tasks.weights import check_gguf
 
 MAX_TOKENS = 96
 PARALLEL = 16
+NAMES = ("champion", "recommended")  # of models, whatever folders are called
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Found:
     api_base: str | None = None
     max_tokens: int = MAX_TOKENS
     answers: Path = Path()  # where an API's are kept while others are awaited
+    copied: TemporaryDirectory[str] | None = None  # holds the files, and goes when this does
 
 
 def find_model(settings: Settings, name: str) -> Found:
@@ -56,28 +59,30 @@ def find_model(settings: Settings, name: str) -> Found:
         UserError: there is no such model, or no run yet.
     """
     path = Path(name)
-    if path.suffix == ".gguf" or path.is_dir():
+    if path.suffix == ".gguf" or (path.is_dir() and name not in NAMES):
         if path.suffix == ".gguf":
             check_gguf("model", path)
         else:
-            check_no_adapter("model", path)
+            check_folder("model", path, name)
         asked_by = _latest_dataset(settings)
         return Found(path, "llama_cpp" if path.suffix == ".gguf" else "transformers", load_spec(str(asked_by)), asked_by)
     try:
         folder = latest_report(settings)
     except UserError:
-        if name in ("champion", "recommended") or not is_model_id(name):
+        if name in NAMES or not is_model_id(name):
             raise
         return _behind_an_api(name, load_spec("ecommerce"), None, settings)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_report(folder)
     store = Store(settings.store_uri, settings.home)
     dataset = _dataset_of(report, store)
     if name == "champion":
-        from tasks.core.registry import champion_files
+        from tasks.core.registry import by_server, champion_files
 
         # It may be older than the latest run, and have been trained with another prompt: its own specification came with it.
-        folder, runtime, asked_by = champion_files(settings, report["config"]["registry"]["name"])
-        return Found(folder, runtime, load_spec(str(asked_by)), dataset)
+        into = TemporaryDirectory(prefix="cartwright-") if by_server(settings) else None  # MLflow would leave one behind for each call
+        name = report["config"]["registry"]["name"]
+        folder, runtime, asked_by = champion_files(settings, name, Path(into.name) if into else None)
+        return Found(folder, runtime, load_spec(str(asked_by)), dataset, copied=into)
     wanted = report["recommendation"]["cpu"] if name == "recommended" else name
     variants = {v["name"]: v for v in report["variants"] if not v.get("error")}
     if wanted not in variants and is_model_id(name):
@@ -89,8 +94,7 @@ def find_model(settings: Settings, name: str) -> Found:
             name,
             "is no variant of the latest run",
             allowed=[
-                "champion",
-                "recommended",
+                *NAMES,
                 *variants,
                 "a .gguf file",
                 "a Hugging Face folder",
@@ -138,10 +142,10 @@ def _measured(report: Mapping[str, Any], model: str) -> dict[str, Any]:
 def _latest_dataset(settings: Settings) -> Path:
     """The data set of the latest run, by whose specification a file of one's own is asked; without a run, our domain."""
     try:
-        report = json.loads((latest_report(settings) / "report.json").read_text(encoding="utf-8"))
+        folder = latest_report(settings)
     except UserError:  # no run yet
         return load_spec("ecommerce").path
-    return _or_ecommerce(_dataset_of(report, Store(settings.store_uri, settings.home)))
+    return _or_ecommerce(_dataset_of(read_report(folder), Store(settings.store_uri, settings.home)))
 
 
 def _or_ecommerce(dataset: Path) -> Path:
@@ -184,7 +188,7 @@ def ask(found: Found, texts: list[str]) -> Asked:
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     if found.runtime == "litellm":
         return _ask_api(found, conversations)
-    model = runtimes.load(found.runtime, Path(found.path), hardware.cores())
+    model = _loaded(found.runtime, Path(found.path), conversations[:1])
     answers = [""] * len(texts)
     latencies, failed = [], []
     answering = model.generate(conversations, found.max_tokens, max(1, min(PARALLEL, len(texts))))
@@ -197,6 +201,23 @@ def ask(found: Found, texts: list[str]) -> Asked:
                 f"text {completion.index + 1} has {completion.prompt_tokens:,} tokens; at most {runtimes.LONGEST_PROMPT:,} are read"
             )
     return Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
+
+
+def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversations: list[list[prompt.Message]]) -> LocalRuntime:
+    """The model, once it has been seen to take a conversation.
+
+    Raises:
+        UserError: its runtime refuses the files, or its chat template the conversation. What that raises is of many kinds.
+    """
+    try:
+        model = runtimes.load(runtime, path, hardware.cores())
+        for conversation in conversations:
+            model.encode(conversation)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        problem = f"cannot be asked with {runtime} ({reason[:300]})"
+        raise UserError("model", str(path), problem, mend="Download or convert the model again") from None
+    return model
 
 
 def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:

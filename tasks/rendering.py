@@ -57,12 +57,19 @@ def render(report: Json, out_dir: Path, card: Path | None = None, drawn: Path | 
     data = read_card(card) if card else {}
     for file in data.get("files", ()):
         shutil.copyfile(card / file, out_dir / file)
-    (out_dir / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False), "utf-8")
     for plot in plots.values():
         (out_dir / f"{plot.name}.png").write_bytes(plot.png)
     for name in ("report.html", "report.md"):
         page = fill(f"{name}.j2", {**_Page(report).sections(), "plots": plots, "card": data})
-        (out_dir / name).write_text(page, encoding="utf-8")
+        _write(out_dir / name, page)
+    _write(out_dir / "report.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that others may be reading: a run that is taken up again writes where its first report is."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def _drawn_now(report: Json) -> list[Plot]:

@@ -182,3 +182,19 @@ def latest_report(settings: Settings, run_id: str = "latest") -> Path:
         known = sorted(path.name for path in settings.reports.glob("*/") if path.name != "latest") or "none yet"
         raise UserError("run", run_id, f"has no report in {settings.reports}", allowed=known, mend="Run `cartwright run` first")
     return folder.resolve()
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """A finished report's figures.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / "report.json"
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(
+            "run", folder.name, f"has a damaged report ({file})", mend="Run `cartwright run` again: it is written anew"
+        ) from None
+    return report

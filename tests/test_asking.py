@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from flows.cli import predict
-from tasks.asking import Found, read_texts, wrong_answers
+from tasks.asking import Found, ask, find_model, read_texts, wrong_answers
 from tasks.core import progress
+from tasks.core.settings import load_settings
+from tasks.domain.errors import UserError
 from tasks.domain.labelled import DEEPEST, read_labelled
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
@@ -108,7 +110,7 @@ def test_columns_of_ones_own_are_kept_and_those_of_an_earlier_answer_are_not(
         )
 
     monkeypatch.setattr("tasks.asking.find_model", lambda *_: Found(Path(), "llama_cpp", SPEC, Path()))
-    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate, encode=lambda _: []))
     lines = [{"text": "one", "problem": "late delivery"}, {"text": "two", "answer": None, "problem": "no_json", "output": "?"}]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     predict(data=tmp_path / "texts.jsonl")
@@ -125,7 +127,7 @@ def test_how_far_answers_are_is_shown_beside_them(
             yield SimpleNamespace(index=index, text='{"intent":"view_cart"}', total_s=0.1, prompt_tokens=3)
 
     monkeypatch.setattr("tasks.asking.find_model", lambda *_: Found(Path(), "llama_cpp", SPEC, Path()))
-    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr("tasks.runtimes.load", lambda *_: SimpleNamespace(generate=generate, encode=lambda _: []))
     monkeypatch.setattr("tasks.core.display.PLAIN_INTERVAL_S", 0)
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
@@ -149,3 +151,33 @@ def test_answers_are_counted_by_slot_source_and_confusion(tmp_path: Path) -> Non
     assert result["confusion"] == {"add_to_cart": {"add_to_cart": 1, "unparseable": 1}, "view_cart": {"search_product": 1}}
     worst = wrong_answers(rows, answers, SPEC)
     assert [item["line"] for item in worst] == [2, 3, 1] and worst[0]["problem"] == "no_json" and worst[0]["source"] == "mail"
+
+
+@pytest.mark.parametrize("content", ["no weights", "a template that is none", "an architecture nobody knows"])
+def test_what_a_runtime_refuses_is_one_error(tiny_gguf: Path, tmp_path: Path, content: str) -> None:
+    file, good = tmp_path / "mine.gguf", tiny_gguf.read_bytes()
+    changes = {"a template that is none": (b"{% for", b"{% fro"), "an architecture nobody knows": (b"llama", b"lllll")}
+    file.write_bytes(good.replace(*changes[content]) if content in changes else good[: len(good) // 2])
+    with pytest.raises(UserError, match=r"model = '.*mine\.gguf': cannot be asked with llama_cpp \(.+\)\. Download or convert"):
+        ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"])
+
+
+def test_a_folder_that_holds_no_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        find_model(load_settings(), str(tmp_path))
+
+
+def test_a_folder_does_not_stand_for_the_champion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "champion").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no report"):
+        find_model(load_settings(), "champion")
+
+
+def test_a_damaged_report_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(tmp_path))
+    file = tmp_path / "reports" / "latest" / "report.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"variants": [')
+    with pytest.raises(UserError, match=r"has a damaged report .*Run `cartwright run` again"):
+        find_model(load_settings(), "champion")

@@ -340,8 +340,37 @@ def test_a_shard_that_is_missing_is_noticed(tmp_path: Path) -> None:
         resolve(BaseModelConfig(source=str(folder)))
     (folder / "model-00002-of-00002.safetensors").write_bytes(SAFETENSORS)
     resolve(BaseModelConfig(source=str(folder)))
-    index.write_text("[]")
-    with pytest.raises(UserError, match="is not an index of weights"):
+    for content, problem in (("[]", "is not valid JSON"), ("{}", "is not an index of weights")):
+        index.write_text(content)
+        with pytest.raises(UserError, match=problem):
+            resolve(BaseModelConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["deep/w.bin", "w.bin", "deep/w.safetensors", "../w.safetensors", ".."])
+def test_weights_are_read_from_where_they_were_checked_only(tmp_path: Path, name: str) -> None:
+    """transformers opens whatever the index names; a file beside it that is called like the last part of that proves nothing."""
+    folder = model_folder(tmp_path / "model")
+    (folder / "w.bin").write_bytes(SAFETENSORS)
+    (folder / "w.safetensors").write_bytes(SAFETENSORS)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for refused in (lambda: resolve(BaseModelConfig(source=str(folder))), lambda: find_model(load_settings(), str(folder))):
+        with pytest.raises(UserError, match=rf"'{name}' is no \.safetensors file beside it"):
+            refused()
+
+
+def test_a_config_does_not_name_its_weights_itself(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    named = {"architectures": ["LlamaForCausalLM"], "transformers_weights": "deep/w.safetensors.index.json"}
+    (folder / "config.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match=r"config\.json': names the file of its weights itself.*Call the weights model\.safetensors"):
+        resolve(BaseModelConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize(("architectures", "said"), [("LlamaModel", "LlamaModel"), (5, "of no known architecture"), (None, "of no known")])
+def test_an_architecture_that_is_no_list_is_told_as_it_is(tmp_path: Path, architectures: object, said: str) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"architectures": architectures}))
+    with pytest.raises(UserError, match=f"is {said}.*, not a causal language model"):
         resolve(BaseModelConfig(source=str(folder)))
 
 

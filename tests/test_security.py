@@ -86,6 +86,30 @@ def test_a_base_model_that_brings_code_or_pickles_is_refused(tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["one is gone", "all have another name"])
+def test_a_base_model_is_not_filled_up_with_random_weights(tmp_path: Path, change: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from tasks.base_model import BaseModelConfig, base_model, random_llama
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    model, tokenizer = random_llama()
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    base_model.function(BaseModelConfig(source=str(source)), {}, out)  # as it is, all are there, tied ones too
+    weights = load_file(source / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    if change == "one is gone":
+        del weights[name]
+    else:
+        weights = {f"language_model.{name}": tensor for name, tensor in weights.items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks \d+ weights of its architecture, the first is (model|lm_head)\."):
+        base_model.function(BaseModelConfig(source=str(source)), {}, out)
+
+
 def test_llama_cpps_converter_which_trusts_a_models_code_runs_none(tmp_path: Path) -> None:
     from transformers import Glm4Config, Glm4ForCausalLM
 
