@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tasks.core import progress
 from tasks.core.file_hash import sha256_file
-from tasks.core.manifests import canonical_json
+from tasks.core.manifests import checksum
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
@@ -157,7 +157,6 @@ def _check_folder(folder: Path, source: str) -> str:
             "has no chat template",
             mend="Use the instruction-tuned version, or add chat_template.jinja to the folder",
         )
-    read = sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file())
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             "base_model.source",
@@ -171,9 +170,12 @@ def _check_folder(folder: Path, source: str) -> str:
         )
     for path in sorted({*folder.glob("*.safetensors"), *_shards(folder)}):
         check_safetensors("base_model.source", path)
-    import hashlib
+    return _folder_digest(folder)
 
-    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
+
+def _folder_digest(folder: Path) -> str:
+    """One digest of all that model and tokenizer are loaded from."""
+    return checksum({path.name: sha256_file(path) for path in folder.iterdir() if path.suffix in READ and path.is_file()})
 
 
 def _shards(folder: Path) -> set[Path]:
@@ -232,11 +234,27 @@ def folder_of(config: BaseModelConfig) -> Path:
     return Path(snapshot_download(config.source, revision=config.revision, local_files_only=True))
 
 
+def check_unchanged(config: BaseModelConfig) -> None:
+    """After it has been read, whether the source is the one of the stage's key: another one would be found under that key for good.
+
+    A commit of the hub needs no look: what it names does not change.
+    """
+    if len(config.revision) != DIGEST:
+        return
+    source = offline_gguf() if config.source in (OFFLINE, TINY) else Path(config.source)
+    if (_folder_digest(source) if source.is_dir() else sha256_file(source)) != config.revision:
+        mend = "Run again when it is complete; on another host it has to be the same"
+        raise UserError("base_model.source", config.source, "has changed since the run began", mend=mend)
+
+
 @stage("base_model", version=1, libraries=("transformers", "torch"), preloaded=True)
 def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write a Hugging Face folder: safetensors in float16, tokenizer, chat template.
 
     Float16 holds the values of a dequantized Q4 file better than bfloat16 does (11 bits of mantissa against 8).
+
+    Raises:
+        UserError: the source is not the one the run began with.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -260,6 +278,7 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
+    check_unchanged(config)
     progress.advance(1, 2, "writing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
