@@ -241,6 +241,38 @@ def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.Mo
         assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")  # said before
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgres://ana:planted-pw@db/x", "postgres"),
+        ("postgres:///ana:planted-pw@db/x", "postgres"),
+        ("postgres://db/x?user=ana&password=planted-pw", "postgres"),
+        ("postgresql+a+b://ana:planted-pw@db/x", "postgresql+a+b"),
+        ("oracle:ana:planted-pw@db", "oracle"),
+    ],
+)
+def test_an_address_that_mlflow_does_not_know_is_refused_without_its_password(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, shown: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setattr(sys, "argv", ["cartwright", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = "".join(capsys.readouterr())
+    assert ended.value.code == 2 and said.startswith(f"Error: MLFLOW_TRACKING_URI = '{shown}:...': is of a kind that MLflow does not know")
+    assert "Allowed: http, https, databricks, postgresql, mysql" in said and "planted" not in said and not home.exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "mlruns", "/a/b:c", "file:///a", "https://h", "databricks", "databricks://p", "sqlite:///a.db", "mssql://h/d",
+     "mysql+pymysql://u:p@h/d", "PostgreSQL+psycopg2://u:p@h/d"],
+)  # fmt: skip
+def test_addresses_that_mlflow_knows_stay(monkeypatch: pytest.MonkeyPatch, home: Path, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert load_settings().mlflow_uri == (address or f"sqlite:///{home / 'mlflow.db'}")
+
+
 @pytest.mark.parametrize(("name", "problem"), [("nowhere/figures.json", "does not exist"), (".", "is a folder")])
 def test_figures_that_could_not_be_saved_are_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, problem: str
