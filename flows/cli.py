@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import team_commands
-from flows.terminal import goes_on, one_message
+from flows.terminal import fail, goes_on, one_message
 from tasks.core import settings as environment
 from tasks.domain.errors import UserError, printable
 
@@ -49,7 +49,10 @@ class Machine(StrEnum):
 
 def main() -> None:
     """Entry point: user errors are one message and exit code 2."""
-    settings = environment.load_settings()
+    try:
+        settings = environment.load_settings()
+    except UserError as error:
+        fail(str(error), 2)
     environment.prepare_environment(settings)
     with one_message(settings):
         app()

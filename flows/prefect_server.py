@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from filelock import FileLock
 from tasks.core import settings as environment
 from tasks.core.lifetime import die_with_parent
 from tasks.core.settings import Settings
+from tasks.domain.errors import UserError
 
 API_START_S = 120
 AGAIN_S = b"0.1"  # Prefect's clients take fractions
 RARELY_S = 10
+DAMAGE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
+class NotStarted(UserError):
+    """A server of ours ended, or did not answer, before a run could begin."""
+
+    def __init__(self, problem: str, log: Path) -> None:
+        super().__init__("Prefect's server", None, problem, mend=f"Its log says why: {log}")
 
 
 @contextmanager
@@ -33,46 +43,29 @@ def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) ->
 
     Args:
         check: raises if there is nothing to do with it. Asked while it starts; before, where it has to make its database.
+
+    Raises:
+        NotStarted: the private one does not start. One that could not read its database begins a new one first.
     """
     if settings.prefect_api_url:
         check()
         yield
         return
-    if first := not (settings.prefect_home / "prefect.db").exists():
+    database = settings.prefect_home / "prefect.db"
+    if first := not database.exists():
         check()
     settings.prefect_home.mkdir(parents=True, exist_ok=True)
-    log = settings.home / "logs" / "prefect-server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(settings.prefect_home / "start.lock"):  # two first starts would race in the migration
-        port = free_port()
-        with log.open("ab") as output:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "flows.prefect_server", str(os.getpid()), str(port)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={
-                    **environment.child_environment(),
-                    "PREFECT_UI_ENABLED": "false",
-                    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # who saves one registers its type; takes half a second
-                    "PREFECT__SERVER_EPHEMERAL": "1",
-                    "PREFECT__SERVER_FINAL": "1",
-                },
-                start_new_session=True,
-            )
-        environment.set_prefect_api(f"http://127.0.0.1:{port}/api")
         try:
-            if not first:
-                check()
-            _import_meanwhile()
-            _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, log)
-        except BaseException:
-            server.kill()
-            environment.set_prefect_api(None)
-            raise
+            server, api = _begin(settings, (lambda: None) if first else check)
+        except NotStarted:
+            if not put_aside_if_damaged(database):
+                raise
+            server, api = _begin(settings)
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     # Heartbeats tell a standing server that a flow has died; this server dies with it, and every flow would wait for its own to end.
-    quiet = temporary_settings(updates={PREFECT_API_URL: f"http://127.0.0.1:{port}/api", PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+    quiet = temporary_settings(updates={PREFECT_API_URL: api, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
     try:
         with quiet:
             yield
@@ -85,6 +78,68 @@ def prefect_api(settings: Settings, check: Callable[[], None] = lambda: None) ->
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _begin(settings: Settings, check: Callable[[], None] = lambda: None) -> tuple[subprocess.Popen[bytes], str]:
+    """A server that answers, and the address of its API, which this process and its children have from now on."""
+    log = settings.home / "logs" / "prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with log.open("ab") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "flows.prefect_server", str(os.getpid()), str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={
+                **environment.child_environment(),
+                "PREFECT_UI_ENABLED": "false",
+                "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # who saves one registers its type; takes half a second
+                "PREFECT__SERVER_EPHEMERAL": "1",
+                "PREFECT__SERVER_FINAL": "1",
+            },
+            start_new_session=True,
+        )
+    api = f"http://127.0.0.1:{port}/api"
+    environment.set_prefect_api(api)
+    try:
+        check()
+        _import_meanwhile()
+        _wait_until_healthy(f"{api}/health", server, log)
+    except BaseException:
+        server.kill()
+        server.wait()
+        environment.set_prefect_api(None)
+        raise
+    return server, api
+
+
+def put_aside_if_damaged(database: Path) -> bool:
+    """Rename a database that SQLite cannot read, and say so; whether there was one.
+
+    It holds Prefect's records of earlier runs and whatever was made in its UI; what is computed and what is not, the store says.
+    """
+    if not database.exists() or not (damage := _damage(database)):
+        return False
+    aside = f"{database.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("-wal", "-shm", ""):  # the first two belong to it, and would be taken for the new one's
+        if (part := database.with_name(database.name + suffix)).exists():
+            part.rename(database.with_name(aside + suffix))
+    print(
+        f"Prefect's database could not be read ({damage}) and is put aside as {database.with_name(aside)}; a new one is begun. Finished stages "
+        "are kept; Prefect's records of earlier runs, deployments and Secret blocks are not in it.",
+        file=sys.stderr,
+    )
+    return True
+
+
+def _damage(database: Path) -> str:
+    """What SQLite finds wrong with a file; nothing where it is whole, or cannot be looked at now."""
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=0)) as connection:
+            found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+            return "" if found == "ok" else found.splitlines()[-1]
+    except sqlite3.Error as error:
+        return str(error) if error.sqlite_errorcode & 0xFF in DAMAGE else ""  # the rest of the code is a detail of it
 
 
 def _send_what_is_queued() -> None:
@@ -120,13 +175,13 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) ->
     deadline = time.monotonic() + API_START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise RuntimeError(f"Prefect's server ended with exit code {server.returncode}. Its log: {log}")
+            raise NotStarted(f"ended with exit code {server.returncode} while it started", log)
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"Prefect's server did not answer within {API_START_S} s. Its log: {log}")
+    raise NotStarted(f"did not answer within {API_START_S} s", log)
 
 
 def _serve(port: int) -> None:

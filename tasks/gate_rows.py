@@ -19,7 +19,7 @@ from tasks.domain.utterances import Split
 from tasks.gate import RegisterConfig
 from tasks.leakage import Admission, NearDuplicates, batched, rows_of
 from tasks.own_files import paths_in
-from tasks.synthesize import BLOCK, SynthesizeConfig, distinct_rows, make_generator
+from tasks.synthesize import BLOCK, SynthesizeConfig, check_domain, distinct_rows, make_generator
 
 SPLITS: tuple[Split, ...] = ("test", "hard")
 
@@ -45,8 +45,12 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
 
     Args:
         inputs: `dataset`; and `own`, of the stage `own_files`, if the config has such files.
+
+    Raises:
+        UserError: the domain is not the one the run began with.
     """
     generator = make_generator(config)
+    check_domain(config.domain, config.domain_sha256)
     admission = Admission()
     rows: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:

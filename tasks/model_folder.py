@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from tasks.core.file_hash import sha256_file
-from tasks.core.manifests import canonical_json
+from tasks.core.manifests import checksum
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
 
@@ -60,8 +59,12 @@ def check_folder(field: str, folder: Path, source: str) -> str:
         raise UserError(field, source, "has no tokenizer", allowed=list(TOKENIZERS), mend="Download the model's other files too")
     for path in sorted({*folder.glob("*.safetensors"), *_shards(field, folder)}):
         check_safetensors(field, path)
-    read = sorted(path for path in folder.iterdir() if path.suffix in READ and path.is_file())
-    return hashlib.sha256(canonical_json({path.name: sha256_file(path) for path in read}).encode()).hexdigest()
+    return folder_digest(folder)
+
+
+def folder_digest(folder: Path) -> str:
+    """One digest of all that model and tokenizer are loaded from."""
+    return checksum({path.name: sha256_file(path) for path in folder.iterdir() if path.suffix in READ and path.is_file()})
 
 
 def _json_of(field: str, file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from tasks.core import progress
+from tasks.core.manifests import describe_files, digest_of
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
@@ -20,7 +21,7 @@ from tasks.domain.errors import UserError
 from tasks.domain.labelled import read_training
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import text_contains_slots
-from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, line_of, load_spec
+from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, domain_path, line_of, load_spec
 from tasks.domain.utterances import SPLITS, Generator, Split, Style
 from tasks.leakage import ORDER, Admission, batched, check_leakage
 from tasks.own_files import paths_in
@@ -100,6 +101,25 @@ def make_generator(config: SynthesizeConfig) -> Generator:
     return Generator(spec, banks, styles, config.seed, list(config.intents) or None, config.patterns_per_intent)
 
 
+def domain_digest(domain: str) -> str:
+    """One digest of all files of a domain."""
+    return digest_of(describe_files(domain_path(domain)))
+
+
+def check_domain(domain: str, sha256: str) -> None:
+    """After a stage has read a domain, whether it is the one of the stage's key: what is made of another would be found under that key for good.
+
+    Args:
+        sha256: what `domain_digest` was when the run began; empty where nobody asked.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if sha256 and domain_digest(domain) != sha256:
+        mend = "Run again when it is complete; on another host it has to be the same"
+        raise UserError("data.domain", domain, "has changed since the run began", mend=mend)
+
+
 @stage("synthesize", version=9, libraries=("rapidfuzz", "scikit-learn"))
 def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `<split>.jsonl`, one row a line, and `data_card.json`; return the counts of the data card.
@@ -112,8 +132,11 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
 
     Raises:
         LeakError: splits share what they must not, as written.
+        UserError: the domain is not the one the run began with.
     """
     generator = make_generator(config)
+    specification = (generator.spec.path / "spec.yaml").read_text(encoding="utf-8")
+    check_domain(config.domain, config.domain_sha256)
     lessons = inputs.get("teacher")
     if lessons:
         joining.join_banks(generator, lessons)
@@ -141,8 +164,7 @@ def synthesize(config: SynthesizeConfig, inputs: Mapping[str, Path], out_dir: Pa
         done += config.rows(split)
     check_leakage(out_dir)
     # Later stages read prompt and schema from the data set, so that what was trained and what is asked cannot differ.
-    written = (generator.spec.path / "spec.yaml").read_text(encoding="utf-8")
-    (out_dir / "spec.yaml").write_text(f"{written}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
+    (out_dir / "spec.yaml").write_text(f"{specification}\nprompt: {config.prompt}\nanswer: {config.answer}\n", encoding="utf-8")
     figures = {**card.counts(), **admission.counts()}
     figures |= joining.summary(lessons, figures["origins"]["train"].get("teacher", 0), admission.rejected)
     card.write(out_dir, joining.lasting(figures))

@@ -17,7 +17,7 @@ from tasks.core.stage import StageConfig, stage
 from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
-from tasks.synthesize import SynthesizeConfig
+from tasks.synthesize import SynthesizeConfig, check_domain
 from tasks.teaching.answers import items_of
 from tasks.teaching.asking import FIELD, Asked, Budget, Request, Teacher
 from tasks.teaching.log import AnswerLog
@@ -112,10 +112,12 @@ def teach(config: TeachConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
         The `dataset.teacher` of the report.
 
     Raises:
-        UserError: the teacher refuses or cannot be reached; answers that came are kept in the log.
+        UserError: the teacher refuses or cannot be reached; answers that came are kept in the log. Or the domain is not the one the run
+            began with, and nothing is asked.
     """
     spec = load_spec(config.domain)
     banks = {language: load_bank(spec, language) for language in config.languages}
+    check_domain(config.domain, config.domain_sha256)
     plan = make_plan(
         spec, banks, config.intents or list(spec.intents), config.model, config.requests, config.items_per_request, config.temperature
     )

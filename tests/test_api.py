@@ -124,6 +124,7 @@ def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.shown_uri("s3://ID:s3/cret@bucket/store") == "s3://***@bucket/store"  # keys of S3 have slashes
     assert settings.shown_uri("http://m:5000/team@acme and postgresql://ana@db/x") == "http://m:5000/team@acme and postgresql://***@db/x"
     assert settings.without_secrets("no answer from postgresql://ana:planted/pw#1@db/x") == "no answer from postgresql://***@db/x"
+    assert settings.shown_uri("'postgresql://db/x?user=ana&sslPassword=planted&a=b'") == "'postgresql://db/x?user=ana&sslPassword=***&a=b'"
 
 
 def test_a_model_behind_an_api_is_evaluated_like_any_other(

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,9 +19,10 @@ import pytest
 from flows.cli import dashboards, main
 from flows.doctor import checks_of
 from tasks.asking import find_model
-from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, resolve
+from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, check_unchanged, offline_gguf, resolve
 from tasks.config import PROFILES, check_room, disk_needed, load_config, profiles
 from tasks.config import resolve as resolve_run
+from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.settings import given_credentials, load_settings
 from tasks.domain.errors import UserError
@@ -239,6 +241,38 @@ def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.Mo
         assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss")  # said before
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgres://ana:planted-pw@db/x", "postgres"),
+        ("postgres:///ana:planted-pw@db/x", "postgres"),
+        ("postgres://db/x?user=ana&password=planted-pw", "postgres"),
+        ("postgresql+a+b://ana:planted-pw@db/x", "postgresql+a+b"),
+        ("oracle:ana:planted-pw@db", "oracle"),
+    ],
+)
+def test_an_address_that_mlflow_does_not_know_is_refused_without_its_password(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str, shown: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setattr(sys, "argv", ["cartwright", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = "".join(capsys.readouterr())
+    assert ended.value.code == 2 and said.startswith(f"Error: MLFLOW_TRACKING_URI = '{shown}:...': is of a kind that MLflow does not know")
+    assert "Allowed: http, https, databricks, postgresql, mysql" in said and "planted" not in said and not home.exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "mlruns", "/a/b:c", "file:///a", "https://h", "databricks", "databricks://p", "sqlite:///a.db", "mssql://h/d",
+     "mysql+pymysql://u:p@h/d", "PostgreSQL+psycopg2://u:p@h/d"],
+)  # fmt: skip
+def test_addresses_that_mlflow_knows_stay(monkeypatch: pytest.MonkeyPatch, home: Path, address: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert load_settings().mlflow_uri == (address or f"sqlite:///{home / 'mlflow.db'}")
+
+
 @pytest.mark.parametrize(("name", "problem"), [("nowhere/figures.json", "does not exist"), (".", "is a folder")])
 def test_figures_that_could_not_be_saved_are_not_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, problem: str
@@ -288,6 +322,27 @@ def test_a_base_model_folder_is_checked_and_digested(tmp_path: Path) -> None:
         (good / name).write_bytes(b"\x03\0\0\0\0\0\0\0{ }" if name.endswith("safetensors") else b"{}")
         seen.add(resolve(BaseModelConfig(source=str(good))).revision)
     assert len(seen) == 5
+
+
+def test_a_base_model_that_changed_after_the_run_began_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "shop")
+    for source in (OFFLINE, TINY, str(offline_gguf()), str(folder)):
+        began = resolve(BaseModelConfig(source=source))
+        check_unchanged(began)
+        with pytest.raises(UserError, match="has changed since the run began"):
+            check_unchanged(began.model_copy(update={"revision": "ab" * 32}))
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"base_model\.source = .*shop.*has changed since the run began"):
+        check_unchanged(began)
+    check_unchanged(BaseModelConfig(source="a/m", revision="ab" * 20))  # a commit
+
+
+@pytest.mark.slow
+def test_nothing_is_stored_of_a_base_model_that_changed_after_the_run_began(tmp_path: Path) -> None:
+    store, began = Store((tmp_path / "store").as_uri(), tmp_path), BaseModelConfig(source=TINY, revision="ab" * 32)
+    with pytest.raises(UserError, match="has changed since the run began"):
+        seam.run(replace(base_model, isolated=False), began, {}, store, tmp_path / "logs")
+    assert store.find("base_model", base_model.key(began, {})) == (None, None)
 
 
 def test_where_a_base_model_is_makes_it_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

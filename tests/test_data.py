@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -16,6 +17,8 @@ from typing import Any, cast
 import pytest
 
 from tasks.config import left_out, load_config, resolve
+from tasks.core import stage as seam
+from tasks.core.artifacts import Store
 from tasks.domain.bank import Bank, load_bank, make_pattern, parse_pattern
 from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
@@ -23,7 +26,8 @@ from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
 from tasks.domain.spec import DOMAINS_DIR, load_spec
 from tasks.domain.utterances import SPLITS, split_catalogs, split_patterns, split_products
-from tasks.synthesize import SynthesizeConfig, in_turns, make_generator, read_rows, synthesize
+from tasks.gate_rows import gate_rows
+from tasks.synthesize import SynthesizeConfig, domain_digest, in_turns, make_generator, read_rows, synthesize
 from tests.own import synthesize_with
 
 pytestmark = pytest.mark.fast
@@ -278,6 +282,19 @@ def test_a_run_uses_the_languages_of_its_domain_unless_it_is_told_which(domain: 
     assert spoken == [("de", "en"), ("en",)]
     with pytest.raises(UserError, match=r"data.languages = 'fr'.*Allowed: de, en"):
         resolve(load_config("smoke", {"data.domain": str(domain), "data.languages": ["fr"]}))
+
+
+@pytest.mark.parametrize("stage", [synthesize, gate_rows], ids=lambda stage: stage.name)
+def test_a_domain_that_changed_after_the_run_began_is_refused_and_nothing_is_stored(
+    domain: Path, tmp_path: Path, stage: seam.Stage
+) -> None:
+    given = {"domain": str(domain), "domain_sha256": domain_digest(str(domain)), "languages": ("en",)}
+    config = stage.config_type.model_validate(SMALL.model_dump() | given)
+    edit(domain / "phrases" / "en.yaml", "please", "pretty please")
+    store = Store((tmp_path / "store").as_uri(), tmp_path)
+    with pytest.raises(UserError, match=r"data\.domain = .*shop.*has changed since the run began"):
+        seam.run(replace(stage, isolated=False), config, {}, store, tmp_path / "logs")
+    assert store.find(stage.name, stage.key(config, {})) == (None, None)
 
 
 def test_broken_yaml_names_file_and_line(domain: Path) -> None:

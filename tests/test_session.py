@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
+import traceback
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,10 @@ from flows.session import _mine, alone, open_run, opened
 from tasks.config import load_config
 from tasks.core.display import Display
 from tasks.core.settings import load_settings
-from tasks.core.tracking import Tracker, open_parent, write_ahead
+from tasks.core.tracking import Tracker, client_of, open_parent, write_ahead
 from tasks.domain.errors import UserError
+from tests.conftest import REPOSITORY
+from tests.lessons import holding
 
 pytestmark = pytest.mark.fast
 HERE = {"mlflow.source.git.commit": "c1", "cartwright.opened_by": "host:/home", "cartwright.flow_run": "f2"}
@@ -170,3 +176,44 @@ def test_records_in_sqlite_have_a_write_ahead_log_even_if_they_were_made_without
     write_ahead("postgresql://mlflow@nowhere/mlflow")
     write_ahead(f"sqlite:///{home}/nowhere/mlflow.db")
     assert not (home / "nowhere").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["postgres://ana:planted-pw@db/x", "postgresql+a+b://db/x?user=ana&password=planted-pw"])
+def test_an_address_that_mlflow_quotes_is_told_without_its_password(home: Path, address: str) -> None:
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI = 'postgres.*\*\*\*.*is refused") as refused:
+        client_of(replace(load_settings(), mlflow_uri=address))
+    assert "planted" not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.slow
+def test_what_mlflow_says_without_a_secret_stays_its_own_error(home: Path) -> None:
+    with pytest.raises(Exception, match="postgresqlx") as refused:
+        client_of(replace(load_settings(), mlflow_uri="postgresqlx://db/x"))
+    assert not isinstance(refused.value, UserError)
+
+
+REFUSED = """
+from dataclasses import replace
+from tasks.core.settings import load_settings, prepare_environment
+settings = load_settings()
+prepare_environment(settings)
+from flows.prefect_server import prefect_api
+from tasks.core.tracking import open_parent
+with prefect_api(settings):
+    from prefect import flow
+
+    @flow
+    def refused():
+        open_parent(replace(settings, mlflow_uri="postgres://ana:planted-pw@db/x"), "domain/base", "key", "run", {})
+
+    print(refused(return_state=True).message)
+"""
+
+
+@pytest.mark.slow
+def test_the_password_of_a_refused_address_is_not_in_prefects_records(home: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and "is refused" in done.stdout, done.stdout + done.stderr
+    assert holding(home / "prefect", "MLFLOW_TRACKING_URI") and not holding(home, "planted-pw")
+    assert "planted-pw" not in done.stdout + done.stderr

@@ -127,6 +127,14 @@ def test_a_teacher_that_is_not_there_is_one_message(
         ask(requests=9)
 
 
+@pytest.mark.fast
+def test_of_a_domain_that_changed_after_the_run_began_nothing_is_asked(server: Faults, ask: Callable[..., Manifest], home: Path) -> None:
+    changed = DATA.model_copy(update={"domain_sha256": "ab" * 32})
+    with pytest.raises(UserError, match=r"data\.domain = 'ecommerce': has changed since the run began"):
+        ask(changed)
+    assert not server.requests and not list((home / "store" / "teach").glob("*/manifest.json"))
+
+
 def test_one_request_without_an_answer_does_not_stop_the_others(server: Faults, ask: Callable[..., Manifest]) -> None:
     server.answer, server.faults, server.retry_after = lesson, ["", *["503"] * 6], "0"
     figures = ask().metrics

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from tasks.domain.errors import UserError
+
 # Third parties are quiet, private, and do not look for a network on their own.
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -35,6 +37,10 @@ _QUIET = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML numbers them; CUDA's own order is by speed, and another GPU's memory would be read
 }
 
+
+# What MLflow's records can be kept at; a path has no scheme. A database's may name its driver: `postgresql+psycopg2`.
+MLFLOW_SERVERS = ("http", "https", "databricks")
+MLFLOW_DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
 
 # glibc gives large blocks back to the kernel at once, and a training step that takes them anew pays for every page: about a
 # seventh of its time. Kept, and in huge pages, they cost nothing. Not for measurements: memory that is kept counts as used.
@@ -64,9 +70,14 @@ class Settings:
 
 
 def load_settings() -> Settings:
-    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `PREFECT_HOME`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`."""
+    """Read `CARTWRIGHT_HOME`, `CARTWRIGHT_STORE`, `MLFLOW_TRACKING_URI`, `PREFECT_API_URL`, `PREFECT_HOME`, `CARTWRIGHT_LLAMA_CPP` and `CARTWRIGHT_TEXTS`.
+
+    Raises:
+        UserError: MLflow knows no such address.
+    """
     _take_passwords_out_of_addresses()
     env = os.environ
+    _check_scheme(env.get("MLFLOW_TRACKING_URI", ""))
     home = Path(env.get("CARTWRIGHT_HOME") or ".cartwright").absolute()
     return Settings(
         home=home,
@@ -95,6 +106,28 @@ def _take_passwords_out_of_addresses() -> None:
         taken = (unquote(user), unquote(password)) if len(variables) == 2 else (f"{unquote(user)}:{unquote(password)}",)
         if not any(os.environ.get(variable) for variable in variables):  # what is said there goes before
             os.environ.update(zip(variables, taken, strict=True))
+
+
+def _check_scheme(address: str) -> None:
+    """MLflow would quote the whole address, password and all, in an error that Prefect keeps."""
+    scheme, colon, _ = address.partition(":")
+    kind, _, driver = scheme.lower().partition("+")
+    known = (kind in MLFLOW_DATABASES and "+" not in driver) or scheme.lower() in (*MLFLOW_SERVERS, "file")
+    if not colon or known or "/" in scheme or scheme.lower() in _schemes_of_plugins():
+        return
+    raise UserError(
+        "MLFLOW_TRACKING_URI",
+        f"{scheme}:...",  # not even without its password: where that is in an address that is no right one, nobody can tell
+        "is of a kind that MLflow does not know",
+        allowed=[*MLFLOW_SERVERS, *MLFLOW_DATABASES, "a database with its driver such as postgresql+psycopg2", "a path"],
+        mend="A PostgreSQL database is postgresql://...",
+    )
+
+
+def _schemes_of_plugins() -> set[str]:
+    import importlib.metadata
+
+    return {plugin.name for plugin in importlib.metadata.entry_points(group="mlflow.tracking_store")}
 
 
 def mlflow_storage(settings: Settings) -> tuple[str, str]:
@@ -159,17 +192,20 @@ _LOGIN = re.compile(
     r"(?P<scheme>https?://)(?P<web>[^/\s]*)@|(?P<other>\b(?!https?:)[a-z][\w+.-]*://)(?P<login>[^/\s:]*:\S*|[^/\s]*)@", re.IGNORECASE
 )
 
+_SECRET_IN_QUERY = r"[?&][^=&\s]*(?:password|passwd|secret|token)[^=&\s]*="  # as PostgreSQL takes it
+
 
 def shown_uri(uri: str) -> str:
     """An address, or a text with some, as it may be shown: without users and passwords."""
-    return _LOGIN.sub(lambda found: f"{found['scheme'] or found['other']}***@", uri)
+    shown = _LOGIN.sub(lambda found: f"{found['scheme'] or found['other']}***@", uri)
+    return re.sub(rf"({_SECRET_IN_QUERY})[^&\s'\"]*", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def has_password(uri: str) -> bool:
-    """Whether an address holds a password, or a token in the place of a user: before its host, or in its query as PostgreSQL takes it."""
+    """Whether an address holds a password, or a token in the place of a user: before its host, or in its query."""
     login = _LOGIN.search(uri)
     secret = login and (login["scheme"] or ":" in login["login"])  # a user of a database is no secret
-    return bool(secret or re.search(r"[?&][^=&]*(password|passwd|secret|token)[^=&]*=", uri.lower()))
+    return bool(secret or re.search(_SECRET_IN_QUERY, uri, re.IGNORECASE))
 
 
 def asked_threads() -> int | None:

@@ -23,7 +23,7 @@ from tasks.core.flat import TAG, as_params, comparable, flatten, metric_name
 from tasks.core.left_runs import end_left_runs
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
-from tasks.core.settings import Settings, shown_uri
+from tasks.core.settings import Settings, shown_uri, without_secrets
 from tasks.domain.errors import UserError
 
 Kind = Literal["pipeline", "stage", "variant", "arm"]
@@ -31,12 +31,23 @@ Runtime = Literal["transformers", "llama_cpp"]
 
 
 def client_of(settings: Settings) -> Any:
-    """A client of the MLflow of these settings, which becomes MLflow's own default too."""
+    """A client of the MLflow of these settings, which becomes MLflow's own default too.
+
+    Raises:
+        UserError: MLflow or its database refuses the address, in a message that quotes a secret of it.
+    """
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its errors are raised as well, and told once
     mlflow.set_tracking_uri(settings.mlflow_uri)
-    return mlflow.MlflowClient(settings.mlflow_uri)
+    try:
+        return mlflow.MlflowClient(settings.mlflow_uri)
+    except Exception as error:  # of MLflow, SQLAlchemy or a driver
+        told = without_secrets(str(error).replace(settings.mlflow_uri, shown_uri(settings.mlflow_uri)))
+        if told == str(error):
+            raise
+        # Prefect keeps what a flow failed of, for everyone to read, and so the error behind this one has to go too.
+        raise UserError("MLFLOW_TRACKING_URI", shown_uri(settings.mlflow_uri), f"is refused ({told.splitlines()[0][:300]})") from None
 
 
 def write_ahead(backend: str) -> None:
