@@ -33,6 +33,12 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         "processor",
         f"{facts['cpu']}, {facts['cores']} cores{' (OMP_NUM_THREADS)' if asked_threads() else ''}, {facts['ram_gb']} GB, {multiplies}",
     )
+    lacks = hardware.lacks_to_compile()
+    yield (
+        True,
+        "torch.compile",
+        f"cannot be used, and training is slower: it needs {' and '.join(lacks)}" if lacks else "can be used in training",
+    )
     yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
     for library, version in hardware.versions().items():
         yield version != "missing", library, version
