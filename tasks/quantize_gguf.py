@@ -9,7 +9,7 @@ import runpy
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
@@ -61,11 +61,19 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
         if path.name in NAME_CLASSES:
             shutil.copy(path, model)
         else:
-            (model / path.name).symlink_to(path)
+            link_or_copy(os.symlink, path, model / path.name)
     name_no_code(model)  # an artefact of an earlier version may
     run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output))
     shutil.rmtree(model)
     return {"format": "F16", **describe(output)}
+
+
+def link_or_copy(link: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """Give a file a second name by `os.link` or `os.symlink`, or copy it: not every file system has links, or lets everyone make them."""
+    try:
+        link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def run_program(script: Path, *arguments: str) -> None:
@@ -108,7 +116,7 @@ def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_di
     """Quantize the F16 file `inputs["gguf"]` into `model.gguf`, weighted by `inputs["importance"]`, if that is given."""
     source, output = inputs["gguf"] / MODEL_FILE, out_dir / MODEL_FILE
     if config.format == "F16":
-        os.link(source, output)
+        link_or_copy(os.link, source, output)
         return {"format": "F16", **describe(output)}
     matrix, _kept = as_parameter(inputs["importance"]) if "importance" in inputs else (None, None)
     quantize(source, output, config.format, matrix)

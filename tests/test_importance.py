@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -131,3 +134,28 @@ def test_a_file_that_cannot_be_quantized_is_an_error_that_says_what_llama_cpp_sa
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(RuntimeError, match=r"cannot quantize to Q4_0: .*failed to load model"):
         quantize(tmp_path / "broken.gguf", tmp_path / "out.gguf", "Q4_0")
+
+
+@pytest.mark.fast
+def test_without_links_f16_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gguf", "linked", "copied"):
+        (tmp_path / name).mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "gguf" / MODEL_FILE, "llama")
+    writer.add_tensor("token_embd.weight", np.ones((2, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+    def made(folder: str) -> Path:
+        quantize_gguf.function(QuantizeGgufConfig(format="F16"), {"gguf": tmp_path / "gguf"}, tmp_path / folder)
+        return tmp_path / folder / MODEL_FILE
+
+    source = tmp_path / "gguf" / MODEL_FILE
+    assert made("linked").samefile(source)
+    monkeypatch.setattr(os, "link", refuse)
+    copy = made("copied")
+    assert not copy.samefile(source) and copy.read_bytes() == source.read_bytes()
