@@ -15,6 +15,7 @@ import pytest
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.calibration import calibration_examples
 from tasks.config import load_config
+from tasks.core import progress
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
@@ -22,7 +23,7 @@ from tasks.domain.errors import UserError
 from tasks.importance import IMPORTANCE, ImportanceConfig, gguf_names, importance
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize, quantize_gguf
 from tasks.synthesize import SynthesizeConfig, synthesize
-from tasks.weights import gguf_weights
+from tasks.weights import gguf_weights, open_gguf
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,15 @@ def test_without_links_f16_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "link", refuse)
     copy = made("copied")
     assert not copy.samefile(source) and copy.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.slow
+def test_quantizing_says_how_many_tensors_are_finished(tiny_gguf: Path, tmp_path: Path) -> None:
+    events: list[progress.Event] = []
+    progress.listen(events.append)
+    try:
+        quantize_gguf.function(QuantizeGgufConfig(format="Q8_0"), {"gguf": tiny_gguf.parent}, tmp_path)
+    finally:
+        progress.listen()
+    total = len(open_gguf(tiny_gguf).tensors)
+    assert [event["done"] for event in events] == list(range(total)) and {event["total"] for event in events} == {total}
