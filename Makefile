@@ -35,6 +35,7 @@ OTHERS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["
 	if not one.startswith(("cartwright", "llama-cpp-python"))), sep="\n")
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else "Cartwright needs Python 3.11 or 3.12; set PYTHON=python3.11")'
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Cartwright needs Python's module ensurepip to make .venv: Debian's package python3-venv"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || ls $(WHEELS)/*.whl >/dev/null 2>&1 || { echo "Cartwright needs a C++ compiler to compile llama.cpp, such as Debian's package g++"; exit 1; }
 	$(BIN)/pip install --quiet $(PIP)

@@ -322,7 +322,7 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Check what a run needs on this machine: libraries, base model, converter, disk."""
+    """Check what a run needs on this machine: processor, compiler, libraries, base model, converter, disk."""
     from flows.doctor import checks_of
 
     checks = list(checks_of(environment.load_settings()))

@@ -25,15 +25,8 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
         except UserError as error:
             return False, name, str(error)
 
-    facts = hardware.environment()
-    slow = "multiplies no bfloat16: training takes about six times as long"
-    multiplies = "multiplies bfloat16" if hardware.native_bf16() else slow
-    yield (
-        True,
-        "processor",
-        f"{facts['cpu']}, {facts['cores']} cores{' (OMP_NUM_THREADS)' if asked_threads() else ''}, {facts['ram_gb']} GB, {multiplies}",
-    )
-    yield True, "GPU", facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures"
+    for name, fact in machine_facts().items():
+        yield True, name, fact
     for library, version in hardware.versions().items():
         yield version != "missing", library, version
     yield attempt("offline base model", offline_gguf)
@@ -43,6 +36,37 @@ def checks_of(settings: Settings) -> Iterator[tuple[bool, str, str]]:
     for profile in profiles():
         if profile != "paper":  # its base model is on a hub
             yield attempt(f"profile {profile}", functools.partial(_valid_profile, profile))
+
+
+def machine_facts() -> dict[str, str]:
+    """What the machine is and has, and what that means for training; nothing of it stops a run."""
+    from tasks.core import hardware
+
+    facts, lacks = hardware.environment(), hardware.lacks_to_compile()
+    has = {"AMX": hardware.has_amx(), "bfloat16": hardware.native_bf16(), "8-bit integers (VNNI)": hardware.native_int8()}
+    return {
+        "processor": f"{facts['cpu']}, {facts['cores']} cores{' (OMP_NUM_THREADS)' if asked_threads() else ''}, {facts['ram_gb']} GB",
+        "instructions": ", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in has.items()),
+        "GPU": facts["gpu"] or "none: GPTQ runs on the CPU, no GPU figures",
+        "training": _training(),
+        "torch.compile": f"not used, training is slower: it needs {' and '.join(lacks)}" if lacks else "used in training",
+    }
+
+
+def _training() -> str:
+    """What training computes in here, and how long that takes: the README's minutes of `quick` on two cores."""
+    from tasks.core import hardware
+    from tasks.qlora import FinetuneConfig, resolve_precision
+
+    if hardware.gpu():
+        return "in bfloat16, on the GPU"
+    if hardware.has_amx():
+        return "in bfloat16 by AMX, the quickest on a processor (`quick` took 20 minutes on 2 cores)"
+    return {
+        "int8": "in 8-bit integers and bfloat16, slower than with AMX (`quick` took 35 minutes on 2 cores)",
+        "bf16": "in bfloat16, slower than with AMX",
+        "fp32": "in float32, about six times as long as where bfloat16 is multiplied (`quick` took 92 minutes on 2 cores)",
+    }[resolve_precision(FinetuneConfig())]
 
 
 def _room(settings: Settings) -> str:

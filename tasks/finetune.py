@@ -19,7 +19,7 @@ from tasks.qlora import (
     LONGEST,
     FinetuneConfig,
     build_model,
-    has_compiler,
+    can_compile,
     make_optimizer,
     resolve_precision,
     tokens_at_a_time,
@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
     threads = 1 if workers > 1 else hardware.cores()
     torch.set_num_threads(threads)
     model = build_model(config, base_model)
-    compiled = config.compile and has_compiler()
+    compiled = config.compile and can_compile()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     settings = training_settings(config, len(train), device)

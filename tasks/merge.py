@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from tasks.core import progress
 from tasks.core.stage import StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
@@ -37,6 +38,7 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    progress.advance(0, 3, "reading")
     tokenizer = AutoTokenizer.from_pretrained(inputs["adapter"], trust_remote_code=False)  # with the template it was trained with
     spec = load_spec(str(inputs["dataset"]))
     rows = read_rows(inputs["dataset"] / "validation.jsonl")[: config.check_rows]
@@ -44,6 +46,7 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
 
     base = AutoModelForCausalLM.from_pretrained(inputs["base_model"], dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
     model = PeftModel.from_pretrained(base, inputs["adapter"]).eval()
+    progress.advance(1, 3, "merging")
     with torch.inference_mode():
         expected = [model(ids).logits[0] for ids in prompts]
     merged = model.merge_and_unload()
@@ -54,6 +57,7 @@ def merge(config: MergeConfig, inputs: Mapping[str, Path], out_dir: Path) -> dic
         raise MergeError(
             f"merged and adapter logits differ by {difference:.3g}, more than {config.tolerance:.0%} of their range {spread:.3g}"
         )
+    progress.advance(2, 3, "writing")
     merged.half().save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     reloaded = AutoModelForCausalLM.from_pretrained(out_dir, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)

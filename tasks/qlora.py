@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +56,8 @@ class FinetuneConfig(StageConfig):
         description="Share of the steps, the last ones, that are trained on the 16-bit weights the adapter is merged into, where they are unpacked",
     )
     compile: bool = Field(
-        True, description="Compile the layers with torch.compile where the machine has a C++ compiler: half as fast again on a CPU"
+        True,
+        description="Compile the layers with torch.compile where the machine has a C++ compiler and Python's headers: half as fast again on a CPU",
     )
     workers: int | None = Field(
         None, ge=1, le=256, description="Processes that share each batch on a CPU, of one thread each; null for one on every core"
@@ -100,16 +100,16 @@ def tokens_at_a_time(config: FinetuneConfig, device: str) -> int:
     return 768 if device == "cpu" else sys.maxsize
 
 
-def has_compiler() -> bool:
-    """Whether there is a C++ compiler for torch.compile."""
-    return bool(shutil.which("c++") or shutil.which("g++"))
+def can_compile() -> bool:
+    """Whether torch.compile has all it needs here: without, it does not fall back but fails."""
+    return not hardware.lacks_to_compile()
 
 
 def why_slow(config: FinetuneConfig) -> list[str]:
     """What this machine lacks that training would be quicker with, a sentence each."""
     lacks = []
-    if config.compile and not has_compiler():
-        lacks.append("There is no C++ compiler here: the layers are trained as they are, which is slower.")
+    if config.compile and (missing := hardware.lacks_to_compile()):
+        lacks.append(f"The layers are not compiled, and training is slower: torch.compile needs {' and '.join(missing)}.")
     if resolve_precision(config) == "fp32" and config.precision == "auto":
         lacks.append("This processor multiplies no bfloat16: training takes about six times as long as on one that does.")
     return lacks
@@ -163,7 +163,7 @@ def build_model(config: FinetuneConfig, base_model: Path) -> Any:
     if config.unpacks:
         unpack_nf4(model, int8=resolve_precision(config) == "int8")
     model = add_adapter(config, model)
-    if config.compile and has_compiler():
+    if config.compile and can_compile():
         for layer in model.get_base_model().get_decoder().layers:
             layer.compile(dynamic=True)  # one compilation serves all layers, since they are alike
     return model

@@ -9,12 +9,12 @@ import runpy
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from tasks.base_model import NAME_CLASSES, name_no_code
-from tasks.core import hardware, settings
+from tasks.core import hardware, progress, settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.importance import as_parameter
@@ -24,6 +24,7 @@ GgufFormat = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", 
 GGUF_FORMATS: tuple[str, ...] = get_args(GgufFormat)
 UNWEIGHTED = ("F16", "Q8_0")  # formats which an importance matrix changes nothing of
 MODEL_FILE = "model.gguf"
+TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] ")  # how llama.cpp (llama-quant.cpp) begins what it says of a tensor, before it quantizes it
 LOG_LINES = 8  # of what llama.cpp said last, for an error
 
 
@@ -61,11 +62,19 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
         if path.name in NAME_CLASSES:
             shutil.copy(path, model)
         else:
-            (model / path.name).symlink_to(path)
+            link_or_copy(os.symlink, path, model / path.name)
     name_no_code(model)  # an artefact of an earlier version may
     run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output))
     shutil.rmtree(model)
     return {"format": "F16", **describe(output)}
+
+
+def link_or_copy(link: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """Give a file a second name by `os.link` or `os.symlink`, or copy it: not every file system has links, or lets everyone make them."""
+    try:
+        link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def run_program(script: Path, *arguments: str) -> None:
@@ -108,19 +117,27 @@ def quantize_gguf(config: QuantizeGgufConfig, inputs: Mapping[str, Path], out_di
     """Quantize the F16 file `inputs["gguf"]` into `model.gguf`, weighted by `inputs["importance"]`, if that is given."""
     source, output = inputs["gguf"] / MODEL_FILE, out_dir / MODEL_FILE
     if config.format == "F16":
-        os.link(source, output)
+        link_or_copy(os.link, source, output)
         return {"format": "F16", **describe(output)}
     matrix, _kept = as_parameter(inputs["importance"]) if "importance" in inputs else (None, None)
-    quantize(source, output, config.format, matrix)
+    quantize(source, output, config.format, matrix, on_tensor=lambda done, total: progress.advance(done, total, "tensors"))
     return {"format": config.format, **describe(output)}
 
 
-def quantize(source: Path, output: Path, kind: str, importance: Any = None, types: Mapping[str, str] | None = None) -> None:
+def quantize(
+    source: Path,
+    output: Path,
+    kind: str,
+    importance: Any = None,
+    types: Mapping[str, str] | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Quantize a GGUF file.
 
     Args:
         importance: an importance matrix as llama.cpp takes it, see `tasks.importance.as_parameter`.
         types: type of single tensors by name, where it is not to be what `kind` gives them.
+        on_tensor: told before each tensor how many are finished, and of how many.
 
     Raises:
         RuntimeError: llama.cpp cannot do it, and why.
@@ -134,6 +151,8 @@ def quantize(source: Path, output: Path, kind: str, importance: Any = None, type
         line = text.decode(errors="replace")
         said.append(line)
         sys.stderr.write(line)  # the stage's log
+        if tensor := TENSOR.match(line):
+            on_tensor(int(tensor[1]) - 1, int(tensor[2]))
 
     parameters = api.llama_model_quantize_default_params()
     parameters.nthread = hardware.cores()

@@ -218,5 +218,6 @@ def describe(name: str, variant: dict[str, Any], run_id: str, mlflow_run: str) -
         f"fidelity {fidelity.get('verdict', 'not measured')}",
         f"{speed['requests_s']:.1f} requests/s, {speed['requests_s_batched']:.1f} batched, {variant['size_mb']:.0f} MB",
     ]
+    where = "In the folder of Cartwright, with `MLFLOW_TRACKING_URI=... .venv/bin/python` and the address of this MLflow:"
     load = f'```\nimport mlflow\nmodel = mlflow.pyfunc.load_model("models:/{name}@champion")\nmodel.predict(["two red shoes please"])\n```'
-    return f"`{variant['name']}` of run `{run_id}` (MLflow run `{mlflow_run}`): {'; '.join(figures)}.\n\n{load}"
+    return f"`{variant['name']}` of run `{run_id}` (MLflow run `{mlflow_run}`): {'; '.join(figures)}.\n\n{where}\n\n{load}"

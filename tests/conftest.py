@@ -19,31 +19,15 @@ from filelock import FileLock
 from tasks.core import hardware
 from tests.fault_server import KEY, Faults
 from tests.lessons import ask  # noqa: F401 - a fixture
+from tests.places import forget_places
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-# What says where things are. Nothing of the user's is taken over, and what a test or MLflow itself sets must not reach the next one.
-PLACES = (
-    "CARTWRIGHT_STORE",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "PREFECT_API_URL",
-    "PREFECT_API_AUTH_STRING",
-    "PREFECT_HOME",
-)
-
-
-def forget_places() -> None:
-    for name in PLACES:
-        os.environ.pop(name, None)
 
 
 def pytest_configure() -> None:
     """Workers of pytest-xdist share the cores out: threads of OpenMP that have to wait for a core cost more than they bring. They are
     not bound to a core each, since much of a test is waiting, when the other may have both."""
-    forget_places()
+    forget_places()  # nothing of the user's is taken over
     gc.disable()  # until all is imported, next to nothing of which is garbage
     if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
         os.environ["OMP_NUM_THREADS"] = str(max(hardware.cores() // int(workers), 1))
@@ -94,11 +78,11 @@ def pytest_collection_finish() -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary Cartwright home."""
     folder = tmp_path / "home"
-    monkeypatch.setenv("CARTWRIGHT_HOME", str(folder))
     forget_places()  # of a fixture that is older than this test
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(folder))
     yield folder
     monkeypatch.undo()  # before the places are forgotten, or it would bring some of them back
-    forget_places()
+    forget_places()  # what a test or MLflow itself set does not reach the next one
 
 
 @pytest.fixture(scope="session")

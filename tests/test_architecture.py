@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.places import KEPT, forget_places
 
 pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +60,16 @@ def test_only_settings_reads_the_environment() -> None:
         p.name for folder in ("flows", "tasks") for p in files(folder) if "os.environ" in p.read_text() or "os.getenv" in p.read_text()
     ]
     assert readers == ["settings.py"]
+
+
+def test_nothing_that_the_environment_says_of_a_team_s_places_reaches_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [ROOT / "tasks" / "core" / "settings.py", *(ROOT / "docker").glob("*.*"), *(ROOT / "deployments").glob("*.yaml")]
+    named = {name for path in sources for name in re.findall(r"\b(?:CARTWRIGHT|MLFLOW|PREFECT)_[A-Z_]+[A-Z]\b", path.read_text())}
+    assert len(named) > 20 and {"CARTWRIGHT_MLFLOW_BACKEND", "PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_TRACKING_TOKEN"} < named
+    for name in named:
+        monkeypatch.setenv(name, "a team's")
+    forget_places()
+    assert named & set(os.environ) <= KEPT
 
 
 @pytest.mark.slow

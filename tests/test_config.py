@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -17,11 +18,12 @@ from unittest.mock import patch
 import pytest
 
 from flows.cli import dashboards, main
-from flows.doctor import checks_of
+from flows.doctor import checks_of, machine_facts
 from tasks.asking import find_model
 from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, check_unchanged, offline_gguf, resolve
 from tasks.config import PROFILES, check_room, disk_needed, load_config, profiles
 from tasks.config import resolve as resolve_run
+from tasks.core import hardware
 from tasks.core import stage as seam
 from tasks.core.artifacts import Store
 from tasks.core.settings import given_credentials, load_settings
@@ -297,6 +299,31 @@ def test_doctor_says_what_is_wrong_and_goes_on(home: Path, monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # the base model's package is not there
     lacking = looked()
     assert set(lacking) == set(good) and not lacking["offline base model"] and not lacking["room for a quick run"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "has", "training"),
+    [
+        ({"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni"}, ["yes", "yes", "yes"], "by AMX"),
+        ({"avx512_bf16", "avx512_vnni"}, ["no", "yes", "yes"], "8-bit integers"),
+        ({"avx512_bf16"}, ["no", "yes", "no"], "slower than with AMX"),
+        ({"avx_vnni"}, ["no", "no", "yes"], "float32"),
+        (set(), ["no", "no", "no"], "float32"),
+    ],
+)
+def test_doctor_says_what_the_processor_multiplies_and_how_it_trains(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], has: list[str], training: str
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(hardware, "gpu", lambda: None)
+    facts = machine_facts()
+    assert re.findall("yes|no", facts["instructions"]) == has and training in facts["training"]
+
+
+@pytest.mark.parametrize(("lacks", "words"), [([], "used in training"), (["g++", "Python.h"], "needs g++ and Python.h")])
+def test_doctor_says_what_training_cannot_be_compiled_with(monkeypatch: pytest.MonkeyPatch, lacks: list[str], words: str) -> None:
+    monkeypatch.setattr(hardware, "lacks_to_compile", lambda: lacks)
+    assert words in machine_facts()["torch.compile"]
 
 
 SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # without a tensor

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from tasks.base_model import TINY, BaseModelConfig, base_model
 from tasks.calibration import calibration_examples
 from tasks.config import load_config
+from tasks.core import progress
 from tasks.core.artifacts import Store
 from tasks.core.manifests import Manifest
 from tasks.core.stage import Stage, StageConfig, run
@@ -19,7 +23,7 @@ from tasks.domain.errors import UserError
 from tasks.importance import IMPORTANCE, ImportanceConfig, gguf_names, importance
 from tasks.quantize_gguf import MODEL_FILE, ConvertGgufConfig, GgufFormat, QuantizeGgufConfig, convert_gguf, quantize, quantize_gguf
 from tasks.synthesize import SynthesizeConfig, synthesize
-from tasks.weights import gguf_weights
+from tasks.weights import gguf_weights, open_gguf
 
 
 @dataclass(frozen=True)
@@ -131,3 +135,40 @@ def test_a_file_that_cannot_be_quantized_is_an_error_that_says_what_llama_cpp_sa
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(RuntimeError, match=r"cannot quantize to Q4_0: .*failed to load model"):
         quantize(tmp_path / "broken.gguf", tmp_path / "out.gguf", "Q4_0")
+
+
+@pytest.mark.fast
+def test_without_links_f16_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gguf", "linked", "copied"):
+        (tmp_path / name).mkdir()
+    writer = gguf.GGUFWriter(tmp_path / "gguf" / MODEL_FILE, "llama")
+    writer.add_tensor("token_embd.weight", np.ones((2, 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+    def made(folder: str) -> Path:
+        quantize_gguf.function(QuantizeGgufConfig(format="F16"), {"gguf": tmp_path / "gguf"}, tmp_path / folder)
+        return tmp_path / folder / MODEL_FILE
+
+    source = tmp_path / "gguf" / MODEL_FILE
+    assert made("linked").samefile(source)
+    monkeypatch.setattr(os, "link", refuse)
+    copy = made("copied")
+    assert not copy.samefile(source) and copy.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.slow
+def test_quantizing_says_how_many_tensors_are_finished(tiny_gguf: Path, tmp_path: Path) -> None:
+    events: list[progress.Event] = []
+    progress.listen(events.append)
+    try:
+        quantize_gguf.function(QuantizeGgufConfig(format="Q8_0"), {"gguf": tiny_gguf.parent}, tmp_path)
+    finally:
+        progress.listen()
+    total = len(open_gguf(tiny_gguf).tensors)
+    assert [event["done"] for event in events] == list(range(total)) and {event["total"] for event in events} == {total}

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.core import hardware, tdp
 from tasks.core.power import Energy, Gpu, first_gpu, per_request
-from tasks.qlora import FinetuneConfig, why_slow
+from tasks.qlora import FinetuneConfig, can_compile, why_slow
 
 pytestmark = [pytest.mark.fast, pytest.mark.slow]
 
@@ -230,6 +230,30 @@ def test_what_training_would_be_quicker_with_is_said(
 ) -> None:
     monkeypatch.setattr(hardware, "gpu", lambda: None)
     monkeypatch.setattr(hardware, "native_bf16", lambda: bf16)
-    monkeypatch.setattr("tasks.qlora.has_compiler", lambda: compiler)
+    monkeypatch.setattr(hardware, "lacks_to_compile", lambda: [] if compiler else ["the C++ compiler g++"])
     said = why_slow(FinetuneConfig(**config))
     assert len(said) == len(words) and all(word in line for word, line in zip(words, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("there", "cxx", "lacks"),
+    [
+        (["g++", "Python.h"], None, []),
+        (["c++", "Python.h"], None, ["g++"]),  # torch does not ask for the compiler by its other name
+        (["g++"], None, ["Python.h"]),
+        ([], None, ["g++", "Python.h"]),
+        (["g++", "Python.h"], "clang++", ["clang++"]),
+        (["clang++", "Python.h"], "clang++", []),
+    ],
+)
+def test_what_torch_compile_needs_is_looked_for_where_torch_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[str], cxx: str | None, lacks: list[str]
+) -> None:
+    for name in there:
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", cxx) if cxx else monkeypatch.delenv("CXX", raising=False)
+    found = hardware.lacks_to_compile()
+    assert len(found) == len(lacks) and all(name in said for name, said in zip(lacks, found, strict=True))
+    assert can_compile() == (not lacks)

@@ -451,3 +451,12 @@ def test_a_full_disk_is_found_behind_the_errors_it_caused(error: OSError, full: 
             raise RuntimeError("cannot save") from cause
     except RuntimeError as raised:
         assert hardware.says_full(raised) is full
+
+
+def test_what_a_version_s_page_says_of_it_can_be_done_as_it_stands() -> None:
+    exact = {"value": 0.9, "low": 0.88, "high": 0.92, "n": 300}
+    quality, speed = {"exact_match": exact, "hard_exact_match": None}, {"requests_s": 10.0, "requests_s_batched": 20.0}
+    variant = {"name": "gguf-Q8_0", "quality": quality, "performance": speed, "fidelity": None, "size_mb": 145.0}
+    about = register.describe("shop-intent", variant, "run", "mlflow_run")
+    assert "90.0% (88.0% to 92.0%, 300 rows)" in about and "not measured" in about
+    assert about.index("`MLFLOW_TRACKING_URI=... .venv/bin/python`") < about.index('load_model("models:/shop-intent@champion")')

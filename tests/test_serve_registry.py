@@ -159,7 +159,7 @@ def test_mlflow_loads_the_champion_and_it_answers(registry: Registry) -> None:
     [
         ("", "no version with the alias champion.*cartwright run"),
         (BROKEN, "version 3 .*does not load.*cartwright rollback"),
-        (TRANSFORMERS, "version 4 .*runs in transformers.*mlflow models serve"),
+        (TRANSFORMERS, r"version 4 .*runs in transformers.*PATH=\S+:\$PATH MLFLOW_TRACKING_URI=sqlite:////\S+ mlflow models serve"),
     ],
 )
 def test_without_a_champion_that_can_be_served_there_is_one_message_with_the_mend(registry: Registry, version: str, said: str) -> None:

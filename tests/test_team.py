@@ -25,6 +25,7 @@ from flows.placement import stage_flows_on
 from flows.team import Service
 from tasks.config import load_config, profiles
 from tasks.domain.errors import UserError
+from tests.places import is_place
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -42,9 +43,8 @@ class Home:
         self.folder, self.prefect, self.mlflow = folder, free_port(), free_port()
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "CARTWRIGHT_HOME": str(self.folder), "PYTHONPATH": str(REPOSITORY)}
-        for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
-            variables.pop(name, None)
+        variables = {name: value for name, value in os.environ.items() if not is_place(name)}
+        variables |= {"CARTWRIGHT_HOME": str(self.folder), "PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(
             [sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, env=variables, cwd=REPOSITORY
         )

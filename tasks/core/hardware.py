@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import shutil
+import sysconfig
 import time
 from importlib import metadata
 from pathlib import Path
@@ -124,6 +125,18 @@ def native_int8() -> bool:
 def has_amx() -> bool:
     """Whether the CPU multiplies whole tiles of bfloat16 or 8-bit integers at once."""
     return {"amx_bf16", "amx_int8"} <= cpu_flags()
+
+
+def lacks_to_compile() -> list[str]:
+    """What torch.compile needs on a CPU and would not find here, each with Debian's package of it.
+
+    Looked for where torch does (torch/_inductor/cpp_builder.py; what codecache.py has compiled includes Python.h): a compiler that is
+    called `c++` only is none to it.
+    """
+    compiler, header = settings.cpp_compiler(), Path(sysconfig.get_path("include"), "Python.h")
+    lacks = [] if shutil.which(compiler) else [f"the C++ compiler {compiler} (Debian's package g++, or set CXX)"]
+    version = ".".join(platform.python_version_tuple()[:2])
+    return lacks if header.is_file() else [*lacks, f"{header} (Debian's package python{version}-dev)"]
 
 
 @functools.cache

@@ -214,6 +214,11 @@ def asked_threads() -> int | None:
     return max(int(asked), 1) if asked.isascii() and asked.isdigit() else None
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler of torch.compile: `CXX`, by default g++ (torch/_inductor/config.py, `cpp.cxx`)."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def visible_gpus() -> str:
     """Which GPUs CUDA is allowed to see, in its order; empty for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")

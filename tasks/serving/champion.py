@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -66,9 +68,15 @@ def load_champion(settings: Settings, config: ServeConfig, version: dict[str, st
                 "champion",
                 f"{config.name} version {number} ({variant})",
                 f"runs in {runtime}, and what is served runs in llama.cpp",
-                mend=f"{ROLL_BACK}; or serve it with `mlflow models serve -m models:/{config.name}@champion --env-manager local`",
+                mend=f"{ROLL_BACK}; or serve it with `{_by_mlflow(settings, config.name)}`",
             )
         return _load(config, path, load_spec(str(asked_by)), number, variant)
+
+
+def _by_mlflow(settings: Settings, name: str) -> str:
+    """The command with which MLflow's own server serves the champion. It starts uvicorn by its name, so PATH has to lead to both."""
+    path, uri = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(shown_uri(settings.mlflow_uri))
+    return f"PATH={path}:$PATH MLFLOW_TRACKING_URI={uri} mlflow models serve -m models:/{name}@champion --env-manager local"
 
 
 def load_file(config: ServeConfig, path: Path) -> Champion:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.chaos.cycle import Outcome, cycle
 from tests.chaos.pipelines import PIPELINES
 from tests.chaos.world import a_world
+from tests.places import forget_places
 
 
 def main() -> int:
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a word in the name of the faults to draw from, such as disk; a seed then draws another")
     parser.add_argument("--output", type=Path, default=None, help="a folder for chaos.json and chaos.md")
     asked = parser.parse_args()
+    forget_places()  # faults are for a store of their own
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that disks and servers are put away
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, a_world(PIPELINES[asked.pipeline], Path(folder)) as world:
