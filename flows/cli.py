@@ -276,10 +276,9 @@ def predict(
 
     What else a line says is kept, but for the fields of an earlier answer: `answer`, `problem` and `output`.
     """
-    from tasks.asking import ask, find_model, read_texts
+    from tasks.asking import Given, ask, find_model, read_texts
     from tasks.core.display import beside_answers
-    from tasks.domain.files import read_bytes
-    from tasks.domain.labelled import LARGEST_FILE, has_half_character
+    from tasks.domain.labelled import has_half_character, read_lines
     from tasks.domain.scoring import parse_answer
 
     if texts and data:
@@ -289,17 +288,18 @@ def predict(
     found = find_model(environment.load_settings(), model)
     if broken := next((text for text in texts or () if has_half_character(text)), ""):
         raise UserError("texts", broken.encode("utf-8", "backslashreplace").decode(), "is not UTF-8", mend="Set the terminal to UTF-8")
-    lines = read_bytes("--data", data, LARGEST_FILE).split(b"\n") if data else sys.stdin.buffer
-    rows, bad = ([{"text": text} for text in texts], []) if texts else read_texts(lines)
+    lines = read_lines("--data", data) if data else sys.stdin.buffer
+    given, bad = ([Given(text) for text in texts], []) if texts else read_texts(lines)
     for line, problem in bad:
         print(f"line {line}: {printable(problem)}", file=sys.stderr)
     with beside_answers(f"ask {model}"):
-        asked = ask(found, [row["text"] for row in rows])
+        asked = ask(found, [one.text for one in given])
     for problem in asked.failed:
         print(f"no answer: {printable(problem)}", file=sys.stderr)
-    for row, raw in zip(rows, asked.answers, strict=True):
+    for one, raw in zip(given, asked.answers, strict=True):
         parsed = parse_answer(raw, found.spec)
         answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
+        row = one.fields()
         earlier = ("answer", "problem", "output") if "answer" in row else ()
         kept = {name: value for name, value in row.items() if name not in earlier}
         print(json.dumps({**kept, **answer}, ensure_ascii=False))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import email.utils
 import functools
+import math
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from tasks.core import settings
 from tasks.domain.errors import UserError
@@ -23,6 +24,7 @@ ATTEMPTS_IN_TIME = 2  # whose time may run out: the server may go on with each o
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
 LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items of a teacher have some tens of thousands
+MOST_TOKENS = 2**53  # that an answer may say it took; a budget's sums are floats
 REQUEST_S = 120.0  # how long one answer may take
 # Providers that LiteLLM asks with one key and no other way. Of others it knows not all that works: logins of a cloud, several names of a
 # variable (TOGETHER_API_KEY, HF_TOKEN), servers that need no key.
@@ -216,14 +218,20 @@ def _reply(litellm: Any, model: str, messages: list[Message], response: Any, sec
     choice = response.choices[0]
     text = (choice.message.content or "").encode("utf-8", "replace").decode()  # half a character cannot be written down
     usage = getattr(response, "usage", None)
-    asked, answered = getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0
-    if not asked:  # the server says nothing of it: counted here, or an answer would cost nothing
+    asked, answered = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    if not (
+        _is_count(asked) and _is_count(answered) and asked
+    ):  # nothing, or what cannot be: counted here, or an answer would cost nothing
         asked, answered = _tokens(litellm, model, messages, text)
         usd = _usd(functools.partial(_price_of_tokens, litellm, model, asked, answered))
     else:
         usd = _usd(functools.partial(litellm.completion_cost, completion_response=response, model=model))
     kept = settings.without_known_secrets(text)[:LONGEST_ANSWER]
     return Reply(kept, asked, answered, usd, seconds, ended=getattr(choice, "finish_reason", None) != "length")
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value <= MOST_TOKENS
 
 
 def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tuple[int, int]:
@@ -235,9 +243,10 @@ def _tokens(litellm: Any, model: str, messages: list[Message], text: str) -> tup
 
 def _usd(price: Callable[[], float]) -> float | None:
     try:
-        return float(price())
+        usd = float(price())
     except Exception:  # the model is in no price list; a class of its own for each reason why
         return None
+    return max(0.0, usd) if math.isfinite(usd) else None  # some of what it is made of the server says
 
 
 def _price_of_tokens(litellm: Any, model: str, prompt_tokens: int, completion_tokens: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ LONGEST_LINE = 1_000_000  # bytes; what has no end of line within them is no lin
 MOST_BYTES = 20_000_000_000  # unpacked; what would take hours to read is a mistake, or a small file that unpacks to a huge one
 MOST_BAD = 10_000  # bad lines that are kept; all are counted
 SHOWN = 3  # bad lines named in an error
-ENDINGS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+MOST_MEMORY = 100_000_000  # bytes to unpack an .xz with; `xz -9` needs 68,000,000. Other ways of packing have bounds of their own
+PART = 65_536  # bytes of an .xz that are read at a time
+ENDINGS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}  # and .xz, see `_Unpacked`
 MEND = 'Give JSONL in UTF-8, such as {"text": "where is my order?"} a line'
 
 
@@ -62,11 +65,12 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
     """The texts of JSONL files, each line with a `text`; other fields are not looked at, empty lines are none.
 
     Args:
-        uri: any fsspec URI or path; `*` stands for any part of a name, files that end in .gz are unpacked.
+        uri: any fsspec URI or path; `*` stands for any part of a name, files that end in .gz, .bz2, .xz or .zst are unpacked.
         most: texts to keep, a random sample of them all (reservoir sampling, Vitter 1985, algorithm R).
 
     Raises:
-        UserError: there is no such file, it cannot be read, one has more than `MOST_BYTES`, or no line of it can be used.
+        UserError: there is no such file, it cannot be read, one has more than `MOST_BYTES`, one needs more than
+            `MOST_MEMORY` to be unpacked, or no line of it can be used.
     """
     found, digest, draw = RecentTexts(), hashlib.sha256(), Random(f"{seed}/texts")
     for name, opened in _files(uri):
@@ -128,7 +132,8 @@ def _lines(uri: str, opener: Any) -> Iterator[bytes]:
     size, is_new = 0, True
     try:
         with opener as opened:
-            file = io.BufferedReader(opened)  # the files of some storages read whole lines only
+            # The files of some storages read whole lines only.
+            file = io.BufferedReader(_Unpacked(opened) if opener.path.endswith(".xz") else opened)
             while part := file.readline(LONGEST_LINE):
                 size += len(part)
                 if size > MOST_BYTES:
@@ -143,11 +148,42 @@ def _lines(uri: str, opener: Any) -> Iterator[bytes]:
         raise _unreadable(uri, error) from None
 
 
+class _Unpacked(io.RawIOBase):
+    """What an .xz file holds. `lzma.LZMAFile` has no limit, and a header of a few bytes can ask for a dictionary of 4 GB."""
+
+    def __init__(self, packed: Any) -> None:
+        self._packed, self._left = packed, b""
+        self._stream = lzma.LZMADecompressor(memlimit=MOST_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = b""
+        while not part:
+            if self._stream.eof:  # what is packed in several threads or appended to is one stream after another, with zeros between them
+                self._left = (self._stream.unused_data or self._packed.read(PART)).lstrip(b"\0")
+                if not self._left:
+                    return 0
+                self._stream = lzma.LZMADecompressor(memlimit=MOST_MEMORY)
+            elif self._stream.needs_input and not self._left:
+                self._left = self._packed.read(PART)
+                if not self._left:
+                    raise EOFError("the file ends before its end")
+            part = self._stream.decompress(self._left, len(buffer))
+            self._left = b""
+        buffer[: len(part)] = part
+        return len(part)
+
+
 def _unreadable(uri: str, error: Exception) -> UserError:
     if isinstance(error, FileNotFoundError):
         return UserError("texts", shown(uri), "does not exist", mend="Correct the address, or let the texts be written there first")
     if isinstance(error, ImportError):
         return UserError("texts", shown(uri), f"needs a library that is not installed ({error})", mend="Install it beside Cartwright")
+    if isinstance(error, lzma.LZMAError) and "usage limit" in str(error):
+        mend = "Pack it as `xz -9` does, or with less"
+        return UserError("texts", shown(uri), f"has a file that needs more than {MOST_MEMORY:,} bytes of memory to be unpacked", mend=mend)
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError("texts", shown(uri), f"cannot be read ({reason[:200]})", mend="Mend the address or the permissions")
 

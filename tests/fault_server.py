@@ -20,7 +20,7 @@ class Faults(ThreadingHTTPServer):
             answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
             and then), `refuse` (content policy), `too_long`, `cut` (nothing said before the tokens were used up), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
-        usage: whether answers say how many tokens they took.
+        usage: what answers say of the tokens they took, if anything.
         answer: what is said, a text or made from the request's body.
         open: while it is not set, requests wait; they are in `requests` already.
     """
@@ -32,7 +32,7 @@ class Faults(ThreadingHTTPServer):
         self.faults: list[str] = []
         self.always: dict[str, str] = {}
         self.retry_after = "7"
-        self.usage = True
+        self.usage: dict[str, Any] | None = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
         self.answer: str | Callable[[dict[str, Any]], str] = '{"intent":"add_to_cart","product":"milk","quantity":2}'
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
@@ -94,10 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             answer = self.server.answer if isinstance(self.server.answer, str) else self.server.answer(body)
             message = {"role": "assistant", "content": "" if fault == "cut" else answer}
-            usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
             choice = {"index": 0, "message": message, "finish_reason": "length" if fault == "cut" else "stop"}
             reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-            reply |= {"usage": usage} if self.server.usage else {}
+            reply |= {"usage": self.server.usage} if self.server.usage else {}
             self._send(200, json.dumps(reply).encode())
 
     def _drip(self) -> None:

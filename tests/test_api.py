@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from tasks.api import ATTEMPTS, LONGEST_ANSWER, ApiError, complete
+from tasks.api import ATTEMPTS, LONGEST_ANSWER, ApiError, _usd, complete
 from tasks.asking import Asked, Found, ask, find_model
 from tasks.core import settings
 from tasks.domain.errors import UserError
 from tasks.domain.spec import load_spec
 from tasks.runtimes.litellm import LiteLlmRuntime
+from tasks.teaching.log import Answer, AnswerLog
 from tests.fault_server import KEY, Faults
 
 ASK = [{"role": "user", "content": "2 milk"}]
@@ -52,12 +53,32 @@ def test_a_server_that_asks_for_minutes_gets_them_and_one_that_asks_for_an_hour_
 
 
 def test_an_answer_whose_tokens_the_server_does_not_count_costs_what_they_do(server: Faults) -> None:
-    server.usage = False
+    server.usage = None
     server.answer = "milk " * 200
     reply = complete("openai/gpt-4.1", ASK, 1024)
     assert 5 < reply.prompt_tokens < 20 and 150 < reply.completion_tokens < 500
     assert reply.usd == pytest.approx(reply.prompt_tokens * 2e-6 + reply.completion_tokens * 8e-6)
     assert complete("openai/of-our-own", ASK, 32).usd is None
+
+
+@pytest.mark.parametrize(("asked", "answered"), [(-5, 3), (10, -900), (10, 10**400)])
+def test_tokens_that_cannot_be_are_counted_here_and_the_answer_is_not_bought_again(
+    server: Faults, asked: int, answered: int, tmp_path: Path
+) -> None:
+    server.usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
+    reply = complete("openai/gpt-4.1", ASK, 32)
+    assert 5 < reply.prompt_tokens < 20 and 5 < reply.completion_tokens < 40
+    assert reply.usd == pytest.approx(reply.prompt_tokens * 2e-6 + reply.completion_tokens * 8e-6)
+    answer = Answer(reply.text, reply.prompt_tokens, reply.completion_tokens, reply.usd, reply.seconds)
+    with AnswerLog(tmp_path / "answers.jsonl", {"a"}) as log:
+        log.add("a", answer, {})
+    with AnswerLog(tmp_path / "answers.jsonl", {"a"}) as log:
+        assert log.get("a") == answer
+
+
+@pytest.mark.parametrize(("price", "usd"), [(-0.5, 0.0), (float("nan"), None), (float("inf"), None), (0.25, 0.25)])
+def test_an_answer_never_lowers_what_was_spent(price: float, usd: float | None) -> None:
+    assert _usd(lambda: price) == usd
 
 
 def test_an_answer_is_kept_without_keys_and_within_bounds(server: Faults) -> None:

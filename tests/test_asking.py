@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from tasks.asking import Found, ask, find_model, read_texts, wrong_answers
 from tasks.core import progress
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import DEEPEST, read_labelled
+from tasks.domain.labelled import DEEPEST, read_labelled, read_lines
 from tasks.domain.scoring import score
 from tasks.domain.spec import load_spec
 
@@ -43,6 +44,7 @@ def read(tmp_path: Path, *lines: Any) -> tuple[list[dict[str, Any]], list[tuple[
         ({"score": "intent"}, "`score` is 'intent'. Allowed: a list of some of intent, product"),
         ({"score": ["colour"]}, "`score` is ['colour']"),
         ({"score": []}, "`score` is []"),
+        ({"score": ["intent"] * 99}, "`score` is ['intent', 'intent'"),
     ],
 )
 def test_a_bad_line_is_named_and_the_rest_goes_on(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
@@ -72,6 +74,33 @@ def test_a_line_that_is_nested_too_deeply_is_named_whatever_is_left_of_the_stack
     assert "`gold.intent`" in bad[0][1]
     texts, bad = read_texts([line.encode() for line in lines])
     assert len(texts) == 1 and bad == [(number, problem) for number in range(2, len(depths) + 1)]
+
+
+def test_what_nobody_reads_of_a_small_file_takes_no_memory(tmp_path: Path) -> None:
+    more = f', "id": [[]], "more": [{"[]," * 20_000}[]]}}\n'
+    path = tmp_path / "mine.jsonl"
+    path.write_text((json.dumps(GOOD)[:-1] + more) * 5)
+    tracemalloc.start()
+    try:
+        rows, _ = read_labelled(path, SPEC)
+        of_rows = tracemalloc.get_traced_memory()[0]
+        texts, _ = read_texts(read_lines("--data", path))
+        of_texts = tracemalloc.get_traced_memory()[0] - of_rows
+    finally:
+        tracemalloc.stop()
+    assert [set(row) for row in rows] == [{"line", *GOOD}] * 5 and len(texts[0].fields()["more"]) == 20_001
+    assert of_rows < path.stat().st_size / 4 and of_texts < 2 * path.stat().st_size  # their lists take twenty times as much
+
+
+@pytest.mark.parametrize("read_all", [lambda path: read_labelled(path, SPEC), lambda path: read_texts(read_lines("data", path))])
+def test_a_file_of_too_many_lines_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_all: Callable[[Path], Any]) -> None:
+    monkeypatch.setattr("tasks.domain.labelled.MOST_LINES", 1000)
+    path = tmp_path / "mine.jsonl"
+    path.write_text("a\n" * 1000)
+    read_all(path)
+    path.write_text("\n" * 1001)
+    with pytest.raises(UserError, match=r"mine.jsonl': has too many lines. Allowed: at most 1,000 lines. Give several files"):
+        read_all(path)
 
 
 def test_a_slot_with_a_default_need_not_be_labelled(tmp_path: Path) -> None:

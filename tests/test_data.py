@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, cast
 
 import pytest
+import yaml
 
 from tasks.config import left_out, load_config, resolve
 from tasks.core import stage as seam
@@ -24,7 +25,7 @@ from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import normalise, text_contains_slots
-from tasks.domain.spec import DOMAINS_DIR, load_spec
+from tasks.domain.spec import DOMAINS_DIR, MOST_NODES, LineLoader, load_spec, load_yaml
 from tasks.domain.utterances import SPLITS, split_catalogs, split_patterns, split_products
 from tasks.gate_rows import gate_rows
 from tasks.synthesize import SynthesizeConfig, domain_digest, in_turns, make_generator, read_rows, synthesize
@@ -303,6 +304,16 @@ def test_broken_yaml_names_file_and_line(domain: Path) -> None:
         load_spec(str(domain))
     assert "spec.yaml:" in str(error.value)
     assert int(str(error.value).split("spec.yaml:")[1].split("'")[0]) >= line
+
+
+def test_a_small_file_of_very_many_values_is_refused_before_they_are_made(domain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    banks = [(domain / "phrases" / f"{language}.yaml").read_text(encoding="utf-8") for language in load_spec(str(domain)).languages]
+    most = max(sum(isinstance(event, yaml.NodeEvent) for event in yaml.parse(bank, Loader=LineLoader)) for bank in banks)
+    assert most * 10 < MOST_NODES  # of our own banks
+    line = edit(domain / "spec.yaml", "slots:", f"more: [{'a,' * MOST_NODES}]\nslots:")
+    monkeypatch.setattr(LineLoader, "get_single_data", None)
+    with pytest.raises(UserError, match=rf"spec.yaml:{line}': has 100,001 keys and values up to this line. Allowed: at most 100,000"):
+        load_yaml(domain / "spec.yaml")
 
 
 def test_wrong_spec_field_names_its_line(domain: Path) -> None:

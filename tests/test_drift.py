@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import lzma
 import random
 import sqlite3
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +169,15 @@ def test_confidence_is_the_geometric_mean_of_the_tokens_probabilities() -> None:
     assert confidence(np.log(probabilities).astype(np.float32) + 100, [0, 2]) == pytest.approx((0.5 * 0.125) ** 0.5, rel=1e-4)
 
 
+def with_dictionary(data: bytes, size: int) -> bytes:
+    """An .xz whose header asks for another dictionary: 37 is one of 1.5 GiB (the .xz file format, 5.3.1)."""
+    packed = bytearray(lzma.compress(data, check=lzma.CHECK_NONE, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 4096}]))
+    end = 12 + 4 * packed[12]  # of the block's header, behind that of the stream
+    packed[16] = size
+    packed[end : end + 4] = zlib.crc32(packed[12:end]).to_bytes(4, "little")
+    return bytes(packed)
+
+
 # Texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +224,9 @@ def test_texts_are_read_from_several_files_packed_ones_and_other_storage(tmp_pat
     assert (found.files, found.usable, sorted(found.texts)) == (2, 3, ["one", "three", "two"])
     (bad,) = found.bad
     assert bad.file.endswith("b.jsonl.gz") and bad.line == 2
+    parts = [lzma.compress(line) for line in (b'{"text": "four"}\n', b'{"text": "five"}\n')]
+    (tmp_path / "c.jsonl.xz").write_bytes(b"\0\0\0\0".join(parts))
+    assert read_texts(str(tmp_path / "c.jsonl.xz"), 10).texts == ["four", "five"]
     with fsspec.open("memory://chat/today.jsonl", "wb") as file:
         file.write(b'{"text": "one"}\n{"text": "two"}\n')
     assert read_texts("memory://chat/*.jsonl", 10).texts == read_texts(str(tmp_path / "a.jsonl"), 10).texts == ["one", "two"]
@@ -231,6 +245,8 @@ def test_texts_are_read_from_several_files_packed_ones_and_other_storage(tmp_pat
         ("{tmp}/empty.jsonl", "has no usable line among 0 (it is empty). Give JSONL in UTF-8"),
         ("{tmp}/table.csv", "has no usable line among 2 (line 1 is not JSON"),
         ("{tmp}/broken.gz", "cannot be read (Not a gzipped file"),
+        ("{tmp}/torn.xz", "cannot be read (the file ends before its end)"),
+        ("{tmp}/huge.xz", "has a file that needs more than 100,000,000 bytes of memory to be unpacked. Pack it as `xz -9` does"),
         ("nonsense://x/y", "Protocol not known"),
         ("ftp://me:hunter2@host/x.jsonl", "'ftp://***@host/x.jsonl': holds a user, a password or a query"),
         ("simplecache::https://me:hunter2@host/x.jsonl", "'simplecache::https://***@host/x.jsonl': holds a user, a password or a query"),
@@ -242,6 +258,8 @@ def test_texts_that_cannot_be_read_are_one_message(tmp_path: Path, uri: str, mes
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "table.csv").write_text("text,time\nmy cart,1\n")
     (tmp_path / "broken.gz").write_bytes(b"no gzip")
+    (tmp_path / "torn.xz").write_bytes(lzma.compress(b'{"text": "one"}')[:-20])
+    (tmp_path / "huge.xz").write_bytes(with_dictionary(b'{"text": "one"}', 37))
     with pytest.raises(UserError) as caught:
         read_texts(uri.replace("{tmp}", str(tmp_path)), 10)
     assert message.replace("{tmp}", str(tmp_path)) in str(caught.value) and "hunter2" not in str(caught.value)

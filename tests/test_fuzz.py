@@ -214,7 +214,7 @@ def test_labelled_rows(folder: Path, data: bytes) -> None:
         json.dumps(row, ensure_ascii=False).encode()
     assert all(len(problem) < 500 for _, problem in bad)
     texts, bad = read_texts(data.split(b"\n"))
-    assert all(json.dumps(row, ensure_ascii=False).encode() for row in texts) and all(len(problem) < 500 for _, problem in bad)
+    assert all(json.dumps(given.fields(), ensure_ascii=False).encode() for given in texts) and all(len(problem) < 500 for _, problem in bad)
 
 
 @given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=5))
@@ -223,7 +223,7 @@ def test_texts_of_standard_input(lines: list[bytes]) -> None:
     from tasks.asking import read_texts
 
     texts, bad = read_texts(lines)
-    assert all(row["text"].encode() for row in texts) and len(texts) + len(bad) <= len(lines)
+    assert all(given.text.encode() and given.fields()["text"] == given.text for given in texts) and len(texts) + len(bad) <= len(lines)
     assert {number for number, line in enumerate(lines, 1) if b"\xff" in line} <= {number for number, _ in bad}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
@@ -21,6 +22,7 @@ from tasks.serving.app import Service, application
 from tasks.serving.champion import Champions
 from tasks.serving.config import ServeConfig, check_key, serve_config
 from tasks.serving.limits import Limits, Rate
+from tasks.serving.messages import LONGEST_LIST, ChatRequest, IntentRequest
 from tasks.serving.metrics import Metrics
 
 KEY = "a-key-for-a-test-only"
@@ -110,6 +112,8 @@ def test_every_limit_is_an_error_that_says_so(ask: Ask) -> None:
         (post({"text": "x" * 301}), {}, (422, "text_too_long")),
         (post({"text": "😀" * 300}), {}, (422, "text_too_long")),  # few characters, many tokens
         (post({"texts": ["x"] * 9}), {}, (422, "too_many_texts")),
+        (post({"texts": ["x"] * (LONGEST_LIST + 1)}), {}, (422, "too_many_texts")),
+        (post({"model": "m", "messages": [{"role": "user"}] * (LONGEST_LIST + 1)}, "/v1/chat/completions"), {}, (422, "invalid_field")),
         (post({"text": "x" * 100}), {"max_body": 64}, (413, "body_too_large")),
         (("POST", "/intent", {"content": _chunks(b"x" * 40, 3)}), {"max_body": 64}, (413, "body_too_large")),
         (post({"texts": ["x"] * 5}), {}, (422, "too_many_texts")),  # two are answered and two may wait: five never could
@@ -169,6 +173,22 @@ def test_malformed_requests_get_an_error_of_the_same_form(ask: Ask) -> None:
         (response,) = ask(request)
         error = response.json()["error"]
         assert response.status_code == status and set(error) == {"message", "type", "param", "code"} and error["message"], (request, error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        (IntentRequest, {"texts": [1] * 1000}, "texts.0"),
+        (IntentRequest, {"texts": ["x", *[""] * 1000]}, "texts.1"),
+        (ChatRequest, {"model": "m", "messages": [{}] * 1000}, "messages.0.role"),
+        (ChatRequest, {"model": "m", "messages": [{"role": "user", "content": [1] * 1000}]}, "messages.0.content.list[Part].0"),
+    ],
+)
+def test_a_list_of_wrong_items_is_one_error_and_not_one_for_each(kind: type[BaseModel], body: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    errors = caught.value.errors()
+    assert len(errors) <= 2 and ".".join(map(str, errors[0]["loc"])) == said  # what a content may be is two things
 
 
 def test_whatever_is_sent_the_answer_is_json_and_no_failure_of_the_server(ask: Ask) -> None:

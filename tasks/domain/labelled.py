@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tasks.domain.errors import UserError
 from tasks.domain.files import read_bytes
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, SlotDefault, Spec
 
-LARGEST_FILE = 256_000_000  # bytes; some millions of rows
+LARGEST_FILE = 256_000_000  # bytes
+MOST_LINES = 500_000  # of a file; a row takes about a kilobyte in memory, however short it is
 LONGEST_LINE = 1_000_000  # characters
 DEEPEST = 50  # levels of nesting; what goes through a row level by level must never be near the end of Python's stack
 SHOWN = 80  # characters of a wrong value
+READ = ("text", "gold", "language", "source", "score")  # the fields that are held in memory, and a plain `id`
+
+
+def read_lines(field: str, path: Path) -> Iterator[bytes]:
+    """Lines of a file, without a byte order mark, one by one: a list of them could take twenty times the size of the file.
+
+    Args:
+        field: what an error calls the file.
+
+    Raises:
+        UserError: it cannot be read, is larger than `LARGEST_FILE`, or has more than `MOST_LINES`.
+    """
+    for number, line in enumerate(io.BytesIO(read_bytes(field, path, LARGEST_FILE)), 1):  # splitlines() would also cut inside texts
+        if number > MOST_LINES:
+            raise UserError(field, str(path), "has too many lines", allowed=f"at most {MOST_LINES:,} lines", mend="Give several files")
+        yield line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").removesuffix(b"\n")
 
 
 def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Labelled rows of a JSONL file, with their `line`, and the lines that cannot be used with their problem.
+    """Labelled rows of a JSONL file, with what they have of `READ` and their `line`, and the lines that cannot be used with their problem.
 
     Raises:
-        UserError: the file cannot be read, or is larger than `LARGEST_FILE`.
+        UserError: see `read_lines`.
     """
     rows, bad = [], []
-    lines = read_bytes("data", path, LARGEST_FILE).removeprefix(codecs.BOM_UTF8).split(b"\n")  # splitlines() would also cut inside texts
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines("data", path), 1):
         if not line.strip():
             continue
         row, problem = parse_json(line)
@@ -34,7 +53,9 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
         if problem:
             bad.append((number, problem))
         else:
-            rows.append({**row, "line": number, "gold": {**_defaults(row["gold"], spec), **row["gold"]}})
+            kept = {name: row[name] for name in READ if name in row}
+            kept |= {"id": row["id"]} if isinstance(row.get("id"), str | int) else {}
+            rows.append({**kept, "line": number, "gold": {**_defaults(row["gold"], spec), **row["gold"]}})
     return rows, bad
 
 
@@ -141,7 +162,7 @@ def _problem_of(row: Any, spec: Spec) -> str | None:
         if not isinstance(row.get(name, ""), str):
             return f"`{name}` is {_shown(row[name])}. Allowed: a text"
     fields = row.get("score", ["intent"])
-    if not isinstance(fields, list) or not fields or set(map(str, fields)) - {"intent", *spec.slots}:
+    if not isinstance(fields, list) or not 0 < len(fields) <= 1 + len(spec.slots) or set(map(str, fields)) - {"intent", *spec.slots}:
         return f"`score` is {_shown(fields)}. Allowed: a list of some of intent, {', '.join(spec.slots)}"
     return None
 

@@ -16,7 +16,8 @@ from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
 
 DOMAINS_DIR = Path(__file__).parent
-LARGEST_FILE = 16_000_000  # bytes of a YAML or CSV file of a domain
+LARGEST_FILE = 8_000_000  # bytes of a YAML or CSV file of a domain
+MOST_NODES = 100_000  # keys, values, lists and mappings of a YAML file: two bytes of it can be one, which takes some 800 in memory
 DEEPEST = 20  # levels of nesting in one
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$")]  # of an intent or a slot
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{1,8}){0,3}$")]  # also the name of its files
@@ -192,7 +193,7 @@ def load_yaml(path: Path) -> Any:
     """Parse a YAML file of a domain.
 
     Raises:
-        UserError: no such file, too large, not UTF-8, or not YAML as it is meant here; names file and line.
+        UserError: no such file, too large, more than `MOST_NODES`, not UTF-8, or not YAML as it is meant here; names file and line.
     """
     text = read_text("file", path, LARGEST_FILE)
     try:
@@ -209,8 +210,9 @@ def load_yaml(path: Path) -> Any:
 
 
 def _check_plain(text: str, path: Path) -> None:
-    """Refuse what a domain's files never need and what could make a small file a large thing: aliases, tags, deep nesting."""
-    depth = 0
+    """Refuse what a domain's files never need and what could make a small file a large thing: aliases, tags, deep nesting, very
+    many values."""
+    depth = nodes = 0
     for event in yaml.parse(text, Loader=LineLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         problem = "is an alias of another value" if isinstance(event, yaml.AliasEvent) else ""
@@ -219,6 +221,11 @@ def _check_plain(text: str, path: Path) -> None:
         if problem:
             line = event.start_mark.line + 1 if event.start_mark else "?"
             raise UserError("file", f"{path}:{line}", f"a value {problem}", mend="Write the value itself, plainly")
+        nodes += isinstance(event, yaml.NodeEvent)
+        if nodes > MOST_NODES:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            problem = f"has {nodes:,} keys and values up to this line"
+            raise UserError("file", f"{path}:{line}", problem, allowed=f"at most {MOST_NODES:,}", mend="Leave out what follows")
 
 
 def line_of(path: Path, location: tuple[Any, ...]) -> int:

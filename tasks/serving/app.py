@@ -218,7 +218,8 @@ def _refused(error: Exception) -> Refused:
         if first["type"] == "json_invalid":
             return Refused(400, "invalid_json", "The body is not JSON")
         field = ".".join(str(part) for part in first["loc"][1:])
-        return Refused(422, "invalid_field", f"{field or 'body'}: {_said(first)}", field or None)
+        code = "too_many_texts" if (field, first["type"]) == ("texts", "too_long") else "invalid_field"
+        return Refused(422, code, f"{field or 'body'}: {_said(first)}", field or None)
     return Refused(500, "internal_error", "Something is wrong in this server; its log says what")
 
 

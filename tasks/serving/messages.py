@@ -6,6 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_validator
 
+# As many as `--max-texts` may allow. Lists are read to their first error (`fail_fast`), the one that is told: with an error for each item,
+# a body of ordinary size took seconds in which nobody else was answered.
+LONGEST_LIST = 10_000
+
 
 def _is_unicode(text: str) -> str:
     if not text.isascii():
@@ -25,7 +29,9 @@ class IntentRequest(BaseModel):
     """One `text`, or several `texts`. Lengths are limits of the server, see `cartwright serve --help`."""
 
     text: Text | None = Field(None, description="What a customer says", examples=["two olive oils please"])
-    texts: list[Text] | None = Field(None, min_length=1, description="What several customers say")
+    texts: Annotated[list[Text], Field(min_length=1, max_length=LONGEST_LIST, fail_fast=True)] | None = Field(
+        None, description="What several customers say"
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> IntentRequest:
@@ -60,7 +66,8 @@ class Part(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    # The list first: what is wrong in it is told, rather than that it is no text.
+    content: Annotated[list[Part], Field(max_length=LONGEST_LIST, fail_fast=True)] | str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -72,7 +79,9 @@ class ChatRequest(BaseModel):
     Decoding is greedy whatever `temperature` says; fields that are not named here are ignored."""
 
     model: str = Field(examples=["shop-intent"])
-    messages: list[ChatMessage] = Field(min_length=1, examples=[[{"role": "user", "content": "two olive oils please"}]])
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=LONGEST_LIST, fail_fast=True, examples=[[{"role": "user", "content": "two olive oils please"}]]
+    )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
