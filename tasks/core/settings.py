@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from tasks.domain.errors import UserError
+
 # Third parties are quiet, private, and do not look for a network on their own.
 _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -77,6 +79,25 @@ def load_settings() -> Settings:
         llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
         texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )
+
+
+def check_home(settings: Settings) -> None:
+    """Raise UserError unless the home is a folder that can be written, or can be made. Nothing is made."""
+    problem = ""
+    try:
+        settings.home.stat()
+    except FileNotFoundError:  # as before the first run, or a link that leads nowhere
+        pass
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+    there = next(path for path in (settings.home, *settings.home.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        problem = f"{'is' if there == settings.home else f'is below {there}, which is'} no folder"
+    elif not problem and not os.access(there, os.W_OK | os.X_OK):
+        problem = "cannot be written" if there == settings.home else f"cannot be made: {there} cannot be written"
+    if problem:
+        mend = "Set it to a folder, or to one that can be made, mend the permissions, or unset it: it is .cartwright by default"
+        raise UserError("CARTWRIGHT_HOME", str(settings.home), problem, mend=mend)
 
 
 def _take_passwords_out_of_addresses() -> None:
