@@ -18,14 +18,14 @@ DEEPEST = 50  # levels of nesting; what goes through a row level by level must n
 SHOWN = 80  # characters of a wrong value
 
 
-def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+def read_labelled(path: Path, spec: Spec, field: str = "data") -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Labelled rows of a JSONL file, with their `line`, and the lines that cannot be used with their problem.
 
     Raises:
         UserError: the file cannot be read, or is larger than `LARGEST_FILE`.
     """
     rows, bad = [], []
-    lines = read_bytes("data", path, LARGEST_FILE).removeprefix(codecs.BOM_UTF8).split(b"\n")  # splitlines() would also cut inside texts
+    lines = read_bytes(field, path, LARGEST_FILE).removeprefix(codecs.BOM_UTF8).split(b"\n")  # splitlines() would also cut inside texts
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -38,13 +38,13 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
     return rows, bad
 
 
-def read_training(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+def read_training(path: Path, spec: Spec, field: str = "data") -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """As `read_labelled`, of the rows that a model may learn from: every field is labelled, and what is labelled is said.
 
     Raises:
         UserError: as `read_labelled`.
     """
-    labelled, bad = read_labelled(path, spec)
+    labelled, bad = read_labelled(path, spec, field)
     rows = []
     for row in labelled:
         problem = _unfit_for_training(row, spec)
