@@ -93,6 +93,7 @@ def run(
         print(dump(resolve(config)))
         return
     settings = environment.load_settings()
+    environment.check_home(settings)
     if execution is Execution.pools and not settings.prefect_api_url:
         raise UserError(
             "PREFECT_API_URL",
@@ -165,6 +166,7 @@ def ablate(
 
     settings = environment.load_settings()
     ablation = load_ablation(file)  # before anything starts
+    environment.check_home(settings)
     from flows.prefect_server import prefect_api
 
     print(f"Cartwright: ablation {ablation.name}, {len(ablation.arms)} arms, {len(ablation.seeds)} seeds each, home {settings.home}")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tasks.core.settings import Settings, asked_threads
+from tasks.core.settings import Settings, asked_threads, check_home
 from tasks.domain.errors import UserError
 
 
@@ -72,6 +72,7 @@ def _training() -> str:
 def _room(settings: Settings) -> str:
     from tasks.config import disk_needed, load_config
 
+    check_home(settings)
     existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
     free, needed = shutil.disk_usage(existing).free / 1e9, disk_needed(load_config("quick")) / 1e9
     if free < needed:

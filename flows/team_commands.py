@@ -39,6 +39,7 @@ def up(
     from flows.team import Team
 
     settings = environment.load_settings()
+    environment.check_home(settings)
     team = Team(settings, prefect_port, mlflow_port)
     print("Starting the Prefect server, the MLflow server and the workers: about a minute")
     automated = team.up(gpu)
@@ -55,7 +56,9 @@ def down() -> None:
     """End what `up` started, and nothing else. What was made stays."""
     from flows.team import Team
 
-    ended = Team(environment.load_settings(), 0, 0).down()
+    settings = environment.load_settings()
+    environment.check_home(settings)
+    ended = Team(settings, 0, 0).down()
     print(f"Ended: {', '.join(ended)}." if ended else "Nothing that `up` started is running.")
 
 
@@ -172,6 +175,7 @@ def drift(
 
     options = with_overrides(DriftOptions, {}, parse_overrides(change))
     settings = environment.load_settings()
+    environment.check_home(settings)
     read_texts(texts or settings.texts_uri, most=0)  # before anything starts
     champion = champion_with_dataset(settings, name)
     print(f"Cartwright: drift against the champion of {name}, version {champion.tags['version']}, home {settings.home}")
@@ -232,6 +236,7 @@ def promote(
     from tasks.register import promote_by_hand
 
     settings = environment.load_settings()
+    environment.check_home(settings)
     registry = Registry(settings)
     chosen = registry.version(name, version)
     print(
@@ -257,6 +262,7 @@ def rollback(
     from tasks.core.registry import Registry
 
     settings = environment.load_settings()
+    environment.check_home(settings)
     with _one_at_a_time(settings):
         now, before = Registry(settings).rollback(name, by=getuser(), why=why)
     was = {version["version"]: version.get("cartwright.variant", "unknown variant") for version in (now, before)}

@@ -13,7 +13,12 @@ from tasks.core import hardware
 from tasks.core.settings import Settings, without_secrets
 from tasks.domain.errors import UserError, printable
 
-STORAGE = (*hardware.NO_ROOM, errno.EACCES, errno.EROFS)  # what a person can do something about
+# What a person can do something about, and what.
+STORAGE = {
+    **dict.fromkeys((*hardware.NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS), "Free space or mend the permissions"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP), "Correct the path, or choose another home by CARTWRIGHT_HOME"),
+    errno.EIO: "See whether the disk is sound",
+}
 SERVERS = {"mlflow": "MLflow", "httpx": "Prefect's API", "httpcore": "Prefect's API"}  # by the package whose error it is
 AGAIN = "run the same command again; finished stages are kept"
 
@@ -42,8 +47,8 @@ def one_message(settings: Settings) -> Iterator[None]:
 def _told(error: Exception, settings: Settings) -> str:
     """What a person is told of an error that is not ours; nothing of one that only a developer can do something about."""
     if isinstance(error, OSError) and error.errno in STORAGE:
-        return f"{error.strerror}: {error.filename or settings.home}. Free space or mend the permissions, and {AGAIN}."
-    if settings.home.exists() and hardware.disk_is_full(settings.home):
+        return f"{error.strerror}: {error.filename or settings.home}. {STORAGE[error.errno]}, and {AGAIN}."
+    if hardware.disk_is_full(settings.home):
         return f"the disk is full: {settings.home}. Free space, and {AGAIN}."
     for cause in _causes(error):
         packages = [kind.__module__.partition(".")[0] for kind in type(cause).__mro__]

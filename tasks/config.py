@@ -235,9 +235,9 @@ def _own_rows(config: RunConfig) -> Iterator[tuple[str, str, list[dict[str, Any]
     """Of each labelled file its field, path, usable rows, and the lines that are none."""
     spec = load_spec(config.data.domain)
     for path in config.data.extra:
-        yield ("data.extra", path, *read_training(Path(path), spec))
+        yield ("data.extra", path, *read_training(Path(path), spec, "data.extra"))
     for path in config.registry.own_rows:
-        yield ("registry.own_rows", path, *read_labelled(Path(path), spec))
+        yield ("registry.own_rows", path, *read_labelled(Path(path), spec, "registry.own_rows"))
 
 
 def _digest(path: str) -> str:

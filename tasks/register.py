@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,9 +44,17 @@ def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:
 
 
 def log_variants(
-    tracker: Tracker, store: Store, decision: dict[str, Any], models: dict[str, Manifest], dataset: Manifest
+    tracker: Tracker,
+    store: Store,
+    decision: dict[str, Any],
+    models: dict[str, Manifest],
+    dataset: Manifest,
+    renewing: Callable[[str], AbstractContextManager[object]],
 ) -> dict[str, str]:
     """A child run for every variant, with the same metric names, and a logged model for every deployable one.
+
+    Args:
+        renewing: see `Tracker.log_model`.
 
     Returns:
         Ids of the logged models by variant.
@@ -85,7 +94,7 @@ def log_variants(
                 "model": folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder,
                 "spec": store.fetch(dataset) / "spec.yaml",
             }
-            logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"])
+            logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"], renewing)
         tracker.client.set_terminated(run_id)
     return logged
 
@@ -149,7 +158,8 @@ def _registered(
 ) -> tuple[dict[str, Any], bool]:
     tracker, registry, name = run.tracker, Registry(run.settings), recommended_cpu(decision)
     found = decided(run.store, decision)
-    logged = log_variants(tracker, run.store, found, models, dataset)
+    logged = log_variants(tracker, run.store, found, models, dataset, partial(registry.renewing, config.name))
+    registry.note_files(config.name, {model_id: _weights(models[variant]) for variant, model_id in logged.items()})
     challenger = models.get(name or "")
     if not challenger or not name:
         return verdict, True
@@ -159,9 +169,8 @@ def _registered(
     }  # fmt: skip
     variant = next(variant for variant in found["variants"] if variant["name"] == name)
     about = describe(config.name, variant, run.run_id, tracker.parent)
-    weights = {entry.sha256 for entry in challenger.files.values()}
     noted = {f"cartwright.{k}": v for k, v in tags.items()}
-    version, known = registry.register(config.name, logged[name], challenger.digest, noted, about, weights)
+    version, known = registry.register(config.name, logged[name], challenger.digest, noted, about, _weights(challenger))
     if verdict["verdict"] == "promote":
         verdict = promote(registry, config.name, version, verdict)
     verdict = {**verdict, "version": version}
@@ -171,6 +180,11 @@ def _registered(
         with registry.promoting(config.name):
             registry.settle(config.name)
     return verdict, known and verdict["verdict"] != "promote"
+
+
+def _weights(model: Manifest) -> set[str]:
+    """SHA-256 of the files of a model's artefact."""
+    return {entry.sha256 for entry in model.files.values()}
 
 
 def promote(registry: Registry, name: str, version: str, verdict: dict[str, Any]) -> dict[str, Any]:

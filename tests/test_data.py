@@ -373,6 +373,8 @@ def test_unknown_field_of_the_spec_is_named(domain: Path) -> None:
         ("show (my cart", "missing '\\)'"),
         ("show my cart]", "unexpected '\\]'"),
         ("show {} cart", "stray"),
+        (" ", "may say nothing at all"),
+        ("[show] [(my|) cart]", "may say nothing at all"),
     ],
 )
 def test_a_wrong_pattern_names_file_and_line(domain: Path, pattern: str, problem: str) -> None:
@@ -420,13 +422,49 @@ def test_a_domain_whose_splits_would_be_empty_is_refused(domain: Path) -> None:
     path = domain / "phrases" / "en.yaml"
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub(r"(?m)(^  view_cart:\n    - .*\n)(    - .*\n)+", r"\1", text), encoding="utf-8")
-    with pytest.raises(UserError, match=r"intents.view_cart = '.*en.yaml': has a single pattern.*at least one more"):
+    with pytest.raises(UserError, match=r"intents.view_cart = '.*en.yaml:[0-9]+': has a single pattern.*at least one more"):
         make_generator(here)
     path.write_text(text, encoding="utf-8")
     catalog = domain / "catalog" / "en.csv"
     catalog.write_text("\n".join(catalog.read_text(encoding="utf-8").splitlines()[:11]) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"catalog = '.*en.csv': has no product for the split"):
+    with pytest.raises(UserError, match=r"catalog = '.*en.csv:1': has no product for the split"):
         make_generator(here)
+
+
+@pytest.mark.parametrize(
+    ("new", "problem"),
+    [
+        ("version: 2026-13-45", "month must be in 1..12"),
+        ("version: 1\x07", "is not valid YAML"),
+        ("version: 1 # \udcff", "is not UTF-8"),
+    ],
+)
+def test_a_value_or_character_that_cannot_be_read_names_its_line(domain: Path, new: str, problem: str) -> None:
+    path = domain / "spec.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("version:"))
+    lines[at] = new
+    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=rf"spec\.yaml:{at + 1}': .*{problem}"):
+        load_spec(str(domain))
+
+
+def test_an_empty_format_of_a_code_and_an_intent_without_patterns_name_their_line(domain: Path) -> None:
+    bank = domain / "phrases" / "en.yaml"
+    text = bank.read_text(encoding="utf-8")
+    bank.write_text(re.sub(r"(?m)^  view_cart:\n(    .*\n)+", "  view_cart: []\n", text), encoding="utf-8")
+    line = bank.read_text(encoding="utf-8").splitlines().index("  view_cart: []") + 1
+    with pytest.raises(UserError, match=rf"intents.view_cart = '.*en\.yaml:{line}': has no pattern"):
+        load_bank(load_spec(str(domain)), "en")
+    load_spec.cache_clear()
+    line = edit(domain / "spec.yaml", "formats: [", 'formats: ["", ')
+    with pytest.raises(UserError, match=rf"formats.0 = '.*spec\.yaml:{line}'"):
+        load_spec(str(domain))
+
+
+def test_a_file_of_ones_own_that_is_not_there_is_said_by_the_field_that_names_it() -> None:
+    with pytest.raises(UserError, match=r"data\.extra = '/nope': does not exist"):
+        list(left_out(load_config("smoke", {"data.extra": ["/nope"]})))
 
 
 def test_a_wrong_catalog_row_names_file_and_line(domain: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 from pathlib import Path
 
 import httpx
@@ -12,9 +13,10 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from flows import terminal
+from flows.cli import app
 from tasks.core import hardware
 from tasks.core.display import Display
-from tasks.core.settings import load_settings
+from tasks.core.settings import check_home, load_settings
 
 pytestmark = pytest.mark.fast
 
@@ -30,6 +32,9 @@ def unreachable() -> RuntimeError:
     ("error", "said"),
     [
         (OSError(errno.EROFS, "Read-only file system", "/store/x"), "Error: Read-only file system: /store/x. Free space or mend"),
+        (OSError(errno.EIO, "Input/output error", "/store/x"), "Error: Input/output error: /store/x. See whether the disk is sound"),
+        (OSError(errno.EPERM, "Not permitted", "/store/x"), "Error: Not permitted: /store/x. Free space or mend the permissions"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "Error: File name too long: /x. Correct the path"),
         (MlflowException("API request failed\nwith a long story"), "Error: MLflow does not do what was asked (API request failed)"),
         (httpx.ConnectError("All connection attempts failed"), "Error: Prefect's API does not do what was asked (All connection"),
         (unreachable(), "Error: Prefect's API does not do what was asked (All connection"),
@@ -51,6 +56,41 @@ def test_a_full_disk_is_named_whatever_the_error_says(
     with pytest.raises(SystemExit), terminal.one_message(load_settings()):
         raise MlflowException("database or disk is full")
     assert capsys.readouterr().err.startswith(f"Error: the disk is full: {home}")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("file", "is no folder"),
+        ("file/home", "is below .*/file, which is no folder"),
+        ("file/in/home", "is below .*/file, which is no folder"),
+        ("link", "is no folder"),
+        ("x" * 300, r"cannot be used \(File name too long\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(["ablate", "deployments/ablations/quick.yaml"], marks=pytest.mark.slow), ["promote"], ["rollback"], ["up"], ["down"]],
+)
+def test_a_home_that_cannot_be_one_is_one_message(
+    command: list[str], name: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("CARTWRIGHT_HOME", str(tmp_path / name))
+    with pytest.raises(SystemExit) as end, terminal.one_message(load_settings()):
+        app(command)
+    told = capsys.readouterr()
+    assert end.value.code == 2 and not told.out and len(told.err.splitlines()) == 1
+    assert re.match(f"Error: CARTWRIGHT_HOME = '{tmp_path}/{name}': {problem}. Set it to a folder", told.err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_home_that_is_there_or_can_be_made_is_accepted_and_not_made(home: Path) -> None:
+    check_home(load_settings())
+    assert not home.exists()
+    home.mkdir()
+    check_home(load_settings())
 
 
 def test_an_error_of_ours_stays_one() -> None:

@@ -90,6 +90,25 @@ def load_settings() -> Settings:
     )
 
 
+def check_home(settings: Settings) -> None:
+    """Raise UserError unless the home is a folder that can be written, or can be made. Nothing is made."""
+    problem = ""
+    try:
+        settings.home.stat()
+    except FileNotFoundError:  # as before the first run, or a link that leads nowhere
+        pass
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+    there = next(path for path in (settings.home, *settings.home.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        problem = f"{'is' if there == settings.home else f'is below {there}, which is'} no folder"
+    elif not problem and not os.access(there, os.W_OK | os.X_OK):
+        problem = "cannot be written" if there == settings.home else f"cannot be made: {there} cannot be written"
+    if problem:
+        mend = "Set it to a folder, or to one that can be made, mend the permissions, or unset it: it is .cartwright by default"
+        raise UserError("CARTWRIGHT_HOME", str(settings.home), problem, mend=mend)
+
+
 def _take_passwords_out_of_addresses() -> None:
     """Prefect keeps what an error says, and the job variables of pools, where everyone reads them: user and password of a server's address
     are moved to the variables of their own that MLflow's and Prefect's clients read. A database's address has no such variables."""

@@ -231,7 +231,8 @@ def _load_catalog(spec: Spec, bank: Bank, path: Path) -> list[Product]:
 
 def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path: Path) -> list[Pattern]:
     if not lines:
-        raise UserError(f"intents.{intent}", str(path), "has no pattern", mend="Write at least one pattern for every intent")
+        where = f"{path}:{line_of(path, ('intents', intent))}"
+        raise UserError(f"intents.{intent}", where, "has no pattern", mend="Write at least one pattern for every intent")
     allowed = allowed_placeholders(spec, bank, intent)
     patterns: dict[str, Pattern] = {}
     for line in lines:
@@ -240,6 +241,8 @@ def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path:
             pattern = make_pattern(line, bank.language, intent)
         except ValueError as error:
             raise UserError(f"intents.{intent}", where, str(error), mend="Mend that pattern") from None
+        if _may_be_empty(pattern.nodes):
+            raise UserError(f"intents.{intent}", where, "may say nothing at all", mend="Let some of the pattern always be said")
         for placeholder in pattern.placeholders:
             if placeholder.name not in allowed:
                 raise UserError(
@@ -267,6 +270,14 @@ def _fills(nodes: tuple[Node, ...], names: set[str]) -> bool:
         all(_fills(option, names) for option in node.options)
         if isinstance(node, Choice)
         else isinstance(node, Placeholder) and node.name in names
+        for node in nodes
+    )
+
+
+def _may_be_empty(nodes: tuple[Node, ...]) -> bool:
+    """Whether there is a way to say it that has no character but spaces."""
+    return all(
+        any(_may_be_empty(option) for option in node.options) if isinstance(node, Choice) else isinstance(node, str) and not node.strip()
         for node in nodes
     )
 

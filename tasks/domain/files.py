@@ -11,12 +11,14 @@ def read_text(field: str, path: Path, most: int) -> str:
     """The text of a UTF-8 file, without a byte order mark; see `read_bytes`.
 
     Raises:
-        UserError: also where it is not UTF-8.
+        UserError: also where it is not UTF-8; names the line.
     """
     try:
-        return read_bytes(field, path, most).decode("utf-8-sig")
+        data = read_bytes(field, path, most)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(field, str(path), f"is not UTF-8 ({error})", mend="Save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(field, f"{path}:{line}", f"is not UTF-8 ({error})", mend="Save it as UTF-8") from None
 
 
 def read_bytes(field: str, path: Path, most: int) -> bytes:

@@ -38,14 +38,14 @@ def read_lines(field: str, path: Path) -> Iterator[bytes]:
         yield line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").removesuffix(b"\n")
 
 
-def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+def read_labelled(path: Path, spec: Spec, field: str = "data") -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """Labelled rows of a JSONL file, with what they have of `READ` and their `line`, and the lines that cannot be used with their problem.
 
     Raises:
         UserError: see `read_lines`.
     """
     rows, bad = [], []
-    for number, line in enumerate(read_lines("data", path), 1):
+    for number, line in enumerate(read_lines(field, path), 1):
         if not line.strip():
             continue
         row, problem = parse_json(line)
@@ -59,13 +59,13 @@ def read_labelled(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tu
     return rows, bad
 
 
-def read_training(path: Path, spec: Spec) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+def read_training(path: Path, spec: Spec, field: str = "data") -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """As `read_labelled`, of the rows that a model may learn from: every field is labelled, and what is labelled is said.
 
     Raises:
         UserError: as `read_labelled`.
     """
-    labelled, bad = read_labelled(path, spec)
+    labelled, bad = read_labelled(path, spec, field)
     rows = []
     for row in labelled:
         problem = _unfit_for_training(row, spec)

@@ -57,7 +57,7 @@ class CodeSlot(_Frozen):
     """An identifier. In a format `9` stands for a digit, `A` for a letter, `{word}` for a coupon word."""
 
     type: Literal["code"]
-    formats: list[str] = Field(min_length=1)
+    formats: list[Annotated[str, Field(pattern=r"\S")]] = Field(min_length=1)
 
 
 Slot = Annotated[CatalogSlot | IntegerSlot | CodeSlot, Field(discriminator="type")]
@@ -169,6 +169,12 @@ class Text(str):
 class LineLoader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):  # type: ignore[misc]
     """A safe YAML loader whose strings are `Text`, so that an error can name the line, and that refuses a key that stands twice."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # days, times and numbers that are none
+            raise yaml.constructor.ConstructorError(None, None, f"{error}; mend or quote that value", node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
         for key, _ in node.value:
@@ -205,8 +211,10 @@ def load_yaml(path: Path) -> Any:
         raise UserError("file", f"{path}:{line}", f"is not valid YAML: {error.problem}", mend="Mend that line") from None
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not allow, and days, times and numbers that are none
-        raise UserError("file", str(path), f"is not valid YAML: {str(error)[:200]}", mend="Mend or quote that value") from None
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML does not allow
+        found = yaml.reader.Reader.NON_PRINTABLE.search(text)
+        where = f"{path}:{text.count(chr(10), 0, found.start()) + 1}" if found else str(path)
+        raise UserError("file", where, f"is not valid YAML: {str(error)[:200]}", mend="Mend or quote that value") from None
 
 
 def _check_plain(text: str, path: Path) -> None:

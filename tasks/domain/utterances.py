@@ -15,7 +15,7 @@ from tasks.domain.errors import UserError
 from tasks.domain.expansion import Segment, expand
 from tasks.domain.noise import add_noise
 from tasks.domain.scoring import normalise
-from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec
+from tasks.domain.spec import CatalogSlot, IntegerSlot, SlotDefault, Spec, line_of
 
 Split = Literal["train", "validation", "test", "hard"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -146,13 +146,14 @@ class Generator:
         """A split without products, or without patterns of an intent, has nothing to say."""
         for split, products in self._products[language].items():
             if not products:
-                where, mend = self.spec.path / "catalog" / f"{language}.csv", "Write more products: some hundred give each split its own"
+                where, mend = self.spec.path / "catalog" / f"{language}.csv:1", "Write more products: some hundred give each split its own"
                 held_out = f", whose departments are {', '.join(self.spec.held_out_departments)}" if split == "hard" else ""
                 raise UserError("catalog", str(where), f"has no product for the split {split!r}{held_out}", mend=mend)
         for intent, parts in self._patterns[language].items():
             if not all(parts.values()):
-                where, problem = self.spec.path / "phrases" / f"{language}.yaml", "has a single pattern, and `hard` has patterns of its own"
-                raise UserError(f"intents.{intent}", str(where), problem, mend="Write at least one more")
+                path, problem = self.spec.path / "phrases" / f"{language}.yaml", "has a single pattern, and `hard` has patterns of its own"
+                where_in_bank = f"{path}:{line_of(path, ('intents', intent))}"
+                raise UserError(f"intents.{intent}", where_in_bank, problem, mend="Write at least one more")
 
     def extend_training(self, language: str, patterns: list[Pattern], products: list[Product]) -> None:
         """Let `train` use more patterns and products; the other splits stay as they are, so that figures stay comparable."""
