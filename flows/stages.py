@@ -30,7 +30,7 @@ from tasks.merge import merge
 from tasks.own_files import OwnFilesConfig, own_files
 from tasks.qlora import why_slow
 from tasks.quantize_awq import quantize_awq
-from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import QuantizeGgufConfig, convert_config, convert_gguf, quantize_gguf
 from tasks.quantize_gptq import quantize_gptq
 from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
@@ -126,7 +126,7 @@ def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
     made: dict[bool, dict[str, Manifest]] = {}  # what a format is made from, without and with an importance matrix
     problem = ""
     try:
-        made[False] = {"gguf": call(convert_gguf, ConvertGgufConfig(), "convert to GGUF", model=tuned)}
+        made[False] = {"gguf": call(convert_gguf, convert_config(), "convert to GGUF", model=tuned)}
         if config.gguf_importance != "without" or config.gguf_search:
             matrix = call(importance, config.importance, "importance matrix", model=tuned, dataset=dataset, **made[False])
             made[True] = {**made[False], "importance": matrix}
@@ -257,7 +257,7 @@ def check(
         return {}, {variant.name: reference for variant in quantized}
     if converted and any(variant.format == "gguf" for variant in quantized):
         try:
-            before["gguf"] = {"tuned": converted, "base": call(convert_gguf, ConvertGgufConfig(), "convert base to GGUF", model=base)}
+            before["gguf"] = {"tuned": converted, "base": call(convert_gguf, convert_config(), "convert base to GGUF", model=base)}
         except (StageError, UserError) as error:
             problems["gguf"] = str(error)
     for variant in quantized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import runpy
@@ -15,6 +16,8 @@ from typing import Any, Literal, NoReturn, get_args
 
 from tasks.base_model import NAME_CLASSES, name_no_code
 from tasks.core import hardware, progress, settings
+from tasks.core.file_hash import sha256_file
+from tasks.core.manifests import canonical_json
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.importance import as_parameter
@@ -29,7 +32,26 @@ LOG_LINES = 8  # of what llama.cpp said last, for an error
 
 
 class ConvertGgufConfig(StageConfig):
-    """Nothing to choose: every format is made from F16."""
+    """Nothing to choose: every format is made from F16.
+
+    `converter` is the digest of another converter than was installed, see `convert_config`. Without one it is not in the key, which is that of
+    the time before there was this field.
+    """
+
+    converter: str = ""
+
+    def in_key(self) -> dict[str, Any]:
+        return super().in_key() if self.converter else {}
+
+
+def convert_config() -> ConvertGgufConfig:
+    """The configuration for the converter of this machine: one that `CARTWRIGHT_LLAMA_CPP` names may make other files."""
+    tree = settings.load_settings().llama_cpp
+    if tree.resolve() == settings.installed_llama_cpp().resolve():
+        return ConvertGgufConfig()
+    files = [tree / "convert_hf_to_gguf.py", *tree.glob("conversion/**/*.py"), *tree.glob("gguf-py/**/*.py")]
+    said = {path.relative_to(tree).as_posix(): sha256_file(path) for path in files if path.is_file()}
+    return ConvertGgufConfig(converter=hashlib.sha256(canonical_json(said).encode()).hexdigest())
 
 
 class QuantizeGgufConfig(StageConfig):

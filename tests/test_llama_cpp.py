@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tasks.asking import Found, ask
+from tasks.core.settings import installed_llama_cpp
 from tasks.domain.spec import load_spec
+from tasks.quantize_gguf import ConvertGgufConfig, convert_config, convert_gguf
 from tasks.runtimes.guesses import Guesses
 from tasks.runtimes.llama_cpp import FEW, LlamaCppRuntime
 
@@ -135,3 +137,18 @@ def test_a_text_that_is_too_long_gets_no_answer_and_the_others_theirs(tiny_gguf:
     assert all(alone) and [asked.answers[0], asked.answers[2]] == alone
     assert asked.latency_p50_s > 0
     assert ask(found, ["please " * 30_000]).answers == [""]
+
+
+@pytest.mark.fast
+def test_another_converter_is_in_the_key_and_the_installed_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CARTWRIGHT_LLAMA_CPP", raising=False)
+    assert convert_config().in_key() == {}  # as before there was such a field: what was made then is found
+    monkeypatch.setenv("CARTWRIGHT_LLAMA_CPP", str(installed_llama_cpp()))
+    assert convert_config().in_key() == {}
+    monkeypatch.setenv("CARTWRIGHT_LLAMA_CPP", str(tmp_path))
+    keys = {convert_gguf.key(ConvertGgufConfig(), {})}
+    for file in ("convert_hf_to_gguf.py", "conversion/base.py", "gguf-py/gguf/constants.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+        keys.add(convert_gguf.key(convert_config(), {}))
+    assert len(keys) == 4

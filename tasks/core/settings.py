@@ -85,9 +85,14 @@ def load_settings() -> Settings:
         mlflow_uri=env.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}",
         prefect_api_url=env.get("PREFECT_API_URL") or None,
         prefect_home=Path(env.get("PREFECT_HOME") or home / "prefect").expanduser().absolute(),
-        llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or Path(sys.prefix) / "share" / "llama.cpp"),
+        llama_cpp=Path(env.get("CARTWRIGHT_LLAMA_CPP") or installed_llama_cpp()),
         texts_uri=env.get("CARTWRIGHT_TEXTS") or str(home / "texts" / "*.jsonl"),
     )
+
+
+def installed_llama_cpp() -> Path:
+    """Where `make install` puts llama.cpp's converter."""
+    return Path(sys.prefix) / "share" / "llama.cpp"
 
 
 def check_home(settings: Settings) -> None:

@@ -24,7 +24,7 @@ from tasks.domain.errors import UserError
 from tasks.evaluate import evaluate
 from tasks.finetune import finetune
 from tasks.merge import merge
-from tasks.quantize_gguf import ConvertGgufConfig, QuantizeGgufConfig, convert_gguf, quantize_gguf
+from tasks.quantize_gguf import QuantizeGgufConfig, convert_config, convert_gguf, quantize_gguf
 from tasks.synthesize import synthesize
 from tests.tiny_stages import AddConfig, BuyConfig, CountConfig, add, buy, count, stepwise
 
@@ -120,7 +120,7 @@ def run_135m(settings: Settings, teacher: str, offset: int) -> None:
             base = call(base_model, config.base_model)
             adapter = call(finetune, config.train, base_model=base, dataset=dataset)
             tuned = call(merge, config.merge, base_model=base, adapter=adapter, dataset=dataset)
-            converted = call(convert_gguf, ConvertGgufConfig(), model=tuned)
+            converted = call(convert_gguf, convert_config(), model=tuned)
             model = call(quantize_gguf, QuantizeGgufConfig(format="Q4_0"), gguf=converted)
             asked = config.evaluate.model_copy(update={"runtime": "llama_cpp", "max_tokens": config.evaluate.max_tokens + offset})
             call(evaluate, asked, model=model, dataset=dataset)
