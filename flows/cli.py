@@ -52,7 +52,7 @@ def main() -> None:
     try:
         settings = environment.load_settings()
     except UserError as error:
-        fail(str(error), 2)
+        fail(environment.without_secrets(str(error)), 2)
     environment.prepare_environment(settings)
     with one_message(settings):
         app()

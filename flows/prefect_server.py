@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import socket
@@ -136,10 +137,14 @@ def _damage(database: Path) -> str:
     """What SQLite finds wrong with a file; nothing where it is whole, or cannot be looked at now."""
     try:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=0)) as connection:
+            connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
             found = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
-            return "" if found == "ok" else found.splitlines()[-1]
+            broken_rule = found.startswith(("NULL value in", "CHECK constraint"))  # of a table that can be read
+            return "" if found == "ok" or broken_rule else found.splitlines()[-1]
+    except UnicodeDecodeError:
+        return "its schema is not UTF-8"
     except sqlite3.Error as error:
-        return str(error) if error.sqlite_errorcode & 0xFF in DAMAGE else ""  # the rest of the code is a detail of it
+        return str(error) if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE else ""  # the rest of the code is a detail of it
 
 
 def _send_what_is_queued() -> None:

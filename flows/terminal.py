@@ -19,6 +19,7 @@ STORAGE = {
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP), "Correct the path, or choose another home by CARTWRIGHT_HOME"),
     errno.EIO: "See whether the disk is sound",
 }
+OF_A_DISK = (*hardware.NO_ROOM, errno.EACCES, errno.EROFS)  # even where no file is named; others may be a process's, or a terminal's
 SERVERS = {"mlflow": "MLflow", "httpx": "Prefect's API", "httpcore": "Prefect's API"}  # by the package whose error it is
 AGAIN = "run the same command again; finished stages are kept"
 
@@ -46,7 +47,7 @@ def one_message(settings: Settings) -> Iterator[None]:
 
 def _told(error: Exception, settings: Settings) -> str:
     """What a person is told of an error that is not ours; nothing of one that only a developer can do something about."""
-    if isinstance(error, OSError) and error.errno in STORAGE:
+    if isinstance(error, OSError) and error.errno in STORAGE and (error.filename or error.errno in OF_A_DISK):
         return f"{error.strerror}: {error.filename or settings.home}. {STORAGE[error.errno]}, and {AGAIN}."
     if hardware.disk_is_full(settings.home):
         return f"the disk is full: {settings.home}. Free space, and {AGAIN}."

@@ -209,15 +209,20 @@ def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversat
 
     Raises:
         UserError: its runtime refuses the files, or its chat template the conversation. What that raises is of many kinds.
+        MemoryError, ImportError, OSError: it is not the files' fault.
     """
     try:
         model = runtimes.load(runtime, path, hardware.cores())
         for conversation in conversations:
             model.encode(conversation)
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk; transformers' own have none
+            raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         problem = f"cannot be asked with {runtime} ({reason[:300]})"
-        raise UserError("model", str(path), problem, mend="Download or convert the model again") from None
+        raise UserError("model", str(path), problem, mend="See that it is whole, and that there is memory for it") from None
     return model
 
 

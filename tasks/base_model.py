@@ -65,7 +65,8 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
     elif source.endswith(".gguf"):
         revision = _check_gguf(Path(source))
     elif Path(source).is_dir():
-        revision = check_folder("base_model.source", Path(source), source)
+        check_folder("base_model.source", Path(source), source)
+        revision = folder_digest(Path(source))
     elif "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
         revision = _check_hub(source, config.revision or None)
     else:

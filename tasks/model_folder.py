@@ -19,14 +19,11 @@ TOKENIZERS = (
 )  # fmt: skip
 
 
-def check_folder(field: str, folder: Path, source: str) -> str:
+def check_folder(field: str, folder: Path, source: str) -> None:
     """Check a model's folder without loading it.
 
     Args:
         source: what the user calls it.
-
-    Returns:
-        SHA-256 of everything that is read from it.
 
     Raises:
         UserError: not a causal language model, or something is missing or of a kind that is not loaded.
@@ -59,7 +56,6 @@ def check_folder(field: str, folder: Path, source: str) -> str:
         raise UserError(field, source, "has no tokenizer", allowed=list(TOKENIZERS), mend="Download the model's other files too")
     for path in sorted({*folder.glob("*.safetensors"), *_shards(field, folder)}):
         check_safetensors(field, path)
-    return folder_digest(folder)
 
 
 def folder_digest(folder: Path) -> str:

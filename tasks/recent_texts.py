@@ -162,7 +162,10 @@ class _Unpacked(io.RawIOBase):
         part = b""
         while not part:
             if self._stream.eof:  # what is packed in several threads or appended to is one stream after another, with zeros between them
-                self._left = (self._stream.unused_data or self._packed.read(PART)).lstrip(b"\0")
+                left = self._stream.unused_data or self._packed.read(PART)
+                while left and not left.strip(b"\0"):
+                    left = self._packed.read(PART)
+                self._left = left.lstrip(b"\0")
                 if not self._left:
                     return 0
                 self._stream = lzma.LZMADecompressor(memlimit=MOST_MEMORY)

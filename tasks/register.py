@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,8 @@ def champion_artefact(registry: Registry, store: Store, config: RegisterConfig, 
     if not champion or "cartwright.key" not in champion or champion.get("cartwright.prompt", prompt) != prompt:
         return None
     kind, key = champion["cartwright.kind"], champion["cartwright.key"]
-    return store.look_up(kind, key)[0]
+    with store.lock(kind, key):  # one that is being made anew is waited for
+        return store.find(kind, key)[0]
 
 
 def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:
@@ -44,17 +44,9 @@ def runtime_of(model: Manifest) -> Literal["llama_cpp", "transformers"]:
 
 
 def log_variants(
-    tracker: Tracker,
-    store: Store,
-    decision: dict[str, Any],
-    models: dict[str, Manifest],
-    dataset: Manifest,
-    renewing: Callable[[str], AbstractContextManager[object]],
+    tracker: Tracker, store: Store, decision: dict[str, Any], models: dict[str, Manifest], dataset: Manifest
 ) -> dict[str, str]:
     """A child run for every variant, with the same metric names, and a logged model for every deployable one.
-
-    Args:
-        renewing: see `Tracker.log_model`.
 
     Returns:
         Ids of the logged models by variant.
@@ -94,7 +86,7 @@ def log_variants(
                 "model": folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder,
                 "spec": store.fetch(dataset) / "spec.yaml",
             }
-            logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"], renewing)
+            logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"])
         tracker.client.set_terminated(run_id)
     return logged
 
@@ -158,8 +150,7 @@ def _registered(
 ) -> tuple[dict[str, Any], bool]:
     tracker, registry, name = run.tracker, Registry(run.settings), recommended_cpu(decision)
     found = decided(run.store, decision)
-    logged = log_variants(tracker, run.store, found, models, dataset, partial(registry.renewing, config.name))
-    registry.note_files(config.name, {model_id: _weights(models[variant]) for variant, model_id in logged.items()})
+    logged = log_variants(tracker, run.store, found, models, dataset)
     challenger = models.get(name or "")
     if not challenger or not name:
         return verdict, True
@@ -169,8 +160,9 @@ def _registered(
     }  # fmt: skip
     variant = next(variant for variant in found["variants"] if variant["name"] == name)
     about = describe(config.name, variant, run.run_id, tracker.parent)
+    weights = {entry.sha256 for entry in challenger.files.values()}
     noted = {f"cartwright.{k}": v for k, v in tags.items()}
-    version, known = registry.register(config.name, logged[name], challenger.digest, noted, about, _weights(challenger))
+    version, known = registry.register(config.name, logged[name], challenger.digest, noted, about, weights)
     if verdict["verdict"] == "promote":
         verdict = promote(registry, config.name, version, verdict)
     verdict = {**verdict, "version": version}
@@ -180,11 +172,6 @@ def _registered(
         with registry.promoting(config.name):
             registry.settle(config.name)
     return verdict, known and verdict["verdict"] != "promote"
-
-
-def _weights(model: Manifest) -> set[str]:
-    """SHA-256 of the files of a model's artefact."""
-    return {entry.sha256 for entry in model.files.values()}
 
 
 def promote(registry: Registry, name: str, version: str, verdict: dict[str, Any]) -> dict[str, Any]:

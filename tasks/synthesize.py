@@ -102,8 +102,9 @@ def make_generator(config: SynthesizeConfig) -> Generator:
 
 
 def domain_digest(domain: str) -> str:
-    """One digest of all files of a domain."""
-    return digest_of(describe_files(domain_path(domain)))
+    """One digest of all files of a domain, but for what an editor or a file manager hides beside them."""
+    files = describe_files(domain_path(domain))
+    return digest_of({name: entry for name, entry in files.items() if not Path(name).name.startswith(".")})
 
 
 def check_domain(domain: str, sha256: str) -> None:

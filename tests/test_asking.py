@@ -187,7 +187,7 @@ def test_what_a_runtime_refuses_is_one_error(tiny_gguf: Path, tmp_path: Path, co
     file, good = tmp_path / "mine.gguf", tiny_gguf.read_bytes()
     changes = {"a template that is none": (b"{% for", b"{% fro"), "an architecture nobody knows": (b"llama", b"lllll")}
     file.write_bytes(good.replace(*changes[content]) if content in changes else good[: len(good) // 2])
-    with pytest.raises(UserError, match=r"model = '.*mine\.gguf': cannot be asked with llama_cpp \(.+\)\. Download or convert"):
+    with pytest.raises(UserError, match=r"model = '.*mine\.gguf': cannot be asked with llama_cpp \(.+\)\. See that it is whole"):
         ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"])
 
 

@@ -246,11 +246,12 @@ def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
-        ("postgres://ana:planted-pw@db/x", "postgres"),
-        ("postgres:///ana:planted-pw@db/x", "postgres"),
-        ("postgres://db/x?user=ana&password=planted-pw", "postgres"),
-        ("postgresql+a+b://ana:planted-pw@db/x", "postgresql+a+b"),
-        ("oracle:ana:planted-pw@db", "oracle"),
+        ("postgres://ana:planted-pw@db/x", "postgres:"),
+        ("postgres:///ana:planted-pw@db/x", "postgres:"),
+        ("postgres://db/x?user=ana&password=planted-pw", "postgres:"),
+        ("postgresql+a+b://ana:planted-pw@db/x", "postgresql+a+b:"),
+        ("oracle:ana:planted-pw@db", "oracle:"),
+        ("planted-token@mlflow.test:5000", ""),
     ],
 )
 def test_an_address_that_mlflow_does_not_know_is_refused_without_its_password(
@@ -261,7 +262,7 @@ def test_an_address_that_mlflow_does_not_know_is_refused_without_its_password(
     with pytest.raises(SystemExit) as ended:
         main()
     said = "".join(capsys.readouterr())
-    assert ended.value.code == 2 and said.startswith(f"Error: MLFLOW_TRACKING_URI = '{shown}:...': is of a kind that MLflow does not know")
+    assert ended.value.code == 2 and said.startswith(f"Error: MLFLOW_TRACKING_URI = '{shown}...': is of a kind that MLflow does not know")
     assert "Allowed: http, https, databricks, postgresql, mysql" in said and "planted" not in said and not home.exists()
 
 

@@ -27,7 +27,7 @@ from tasks.domain.errors import UserError
 from tasks.drift import Answer, DriftConfig, DriftOptions, answer_columns, confidence, drift, held_out, read_result, samples
 from tasks.drift_columns import Column, compare, visible_from
 from tasks.overrides import with_overrides
-from tasks.recent_texts import read_texts
+from tasks.recent_texts import PART, read_texts
 from tasks.synthesize import SynthesizeConfig, make_generator, synthesize
 
 Cartwright = Callable[..., subprocess.CompletedProcess[str]]
@@ -227,6 +227,8 @@ def test_texts_are_read_from_several_files_packed_ones_and_other_storage(tmp_pat
     parts = [lzma.compress(line) for line in (b'{"text": "four"}\n', b'{"text": "five"}\n')]
     (tmp_path / "c.jsonl.xz").write_bytes(b"\0\0\0\0".join(parts))
     assert read_texts(str(tmp_path / "c.jsonl.xz"), 10).texts == ["four", "five"]
+    (tmp_path / "d.jsonl.xz").write_bytes(parts[0].ljust(PART, b"\0") + parts[1])  # zeros up to the end of what is read at a time
+    assert read_texts(str(tmp_path / "d.jsonl.xz"), 10).texts == ["four", "five"]
     with fsspec.open("memory://chat/today.jsonl", "wb") as file:
         file.write(b'{"text": "one"}\n{"text": "two"}\n')
     assert read_texts("memory://chat/*.jsonl", 10).texts == read_texts(str(tmp_path / "a.jsonl"), 10).texts == ["one", "two"]

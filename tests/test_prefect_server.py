@@ -115,9 +115,19 @@ def torn(content: bytes) -> bytes:
     return content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
 
 
+def misspelt(content: bytes) -> bytes:
+    """A bit of a table's own text was lost."""
+    return content.replace(b"CREATE TABLE", b"CREATE TABL\xff", 1)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(lambda content: b"?" * 5000, "file is not a database"), (lambda content: content[:9000], "malformed"), (torn, "overflow list")],
+    [
+        (lambda content: b"?" * 5000, "file is not a database"),
+        (lambda content: content[:9000], "malformed"),
+        (torn, "overflow list"),
+        (misspelt, "not UTF-8"),
+    ],
 )
 def test_a_database_that_cannot_be_read_is_put_aside_with_its_journal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, said: str

@@ -11,10 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from filelock import Timeout
@@ -413,42 +411,15 @@ def test_a_model_of_which_mlflow_heard_twice_since_its_answer_was_lost_is_there_
     assert found.tags["cartwright.digest"] == "digest" and registry.register(NAME, logged, "digest", {}, "")[1]
 
 
-@pytest.mark.parametrize("lost", ["mlflow-artifacts", "model.gguf", "config.json"])
-@pytest.mark.slow
-def test_a_model_whose_files_were_lost_gets_them_again_and_the_champion_loads(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
-) -> None:
-    import mlflow.pyfunc
-
-    (tmp_path / "folder").mkdir()
-    for file in ("config.json", "manifest.json"):
-        (tmp_path / "folder" / file).write_text("{}")
-    files = to_log(tmp_path) | {"more": tmp_path / "folder"}
+def test_a_champion_whose_files_were_lost_is_told_so(home: Path, tmp_path: Path) -> None:
     tracker, registry = open_parent(load_settings(), "domain/base", "key", "run", {}), Registry(load_settings())
-    run, written = tracker.child("gguf-F16", "key", "variant"), []
-    usual = mlflow.pyfunc.log_model
-    monkeypatch.setattr(mlflow.pyfunc, "log_model", lambda **given: written.append(given["model_id"]) or usual(**given))  # type: ignore[func-returns-value]
-
-    def register_again() -> tuple[str, bool]:
-        model_id = tracker.log_model(run, "gguf-F16", "digest", files, "llama_cpp", partial(registry.renewing, NAME))
-        registry.note_files(NAME, {model_id: set()})
-        return registry.register(NAME, model_id, "digest", {}, "")
-
-    registry.promote(NAME, register_again()[0], lambda: "")
-    (tmp_path / "folder" / "manifest.json").write_text('{"made": "at another time"}')
-    assert register_again() == ("1", True) and len(written) == 1
-    (path,) = home.rglob(lost)
-    (shutil.rmtree if path.is_dir() else Path.unlink)(path)
-    if lost != "mlflow-artifacts":
-        (path.parent / "adapter_config.json").write_text("of another")
-    with pytest.raises(UserError, match=f"{NAME} version 1'?: .*(no longer has its files.*cartwright run|was not registered with it)"):
+    model_id = tracker.log_model(tracker.child("gguf-F16", "key", "variant"), "gguf-F16", "digest", to_log(tmp_path), "llama_cpp")
+    registry.promote(NAME, registry.register(NAME, model_id, "digest", {}, "")[0], lambda: "")
+    assert champion_files(load_settings(), NAME)[0].read_text() == "x"
+    (lost,) = home.rglob("mlflow-artifacts")
+    shutil.rmtree(lost)
+    with pytest.raises(UserError, match=f"{NAME} version 1': the storage .* no longer has its files .*promote VERSION.*deleted in MLflow"):
         champion_files(load_settings(), NAME)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed before the new files are noted
-        patch.setattr(registry, "note_files", Mock(side_effect=KeyboardInterrupt))
-        register_again()
-    assert register_again() == ("1", True) and written == [written[0]] * 2
-    assert champion_files(load_settings(), NAME)[0].read_text() == "x" and aliases(registry) == ("1", None)
-    assert not list(home.rglob("adapter_config.json"))
 
 
 def test_what_a_killed_registration_left_in_the_temporary_folder_goes_with_the_next(tmp_path: Path) -> None:

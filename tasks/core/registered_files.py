@@ -1,51 +1,19 @@
-"""The files of a logged model and of a registered version: whether they are there, their SHA-256 as tags of the version, and whether what a
-registry hands out still is that."""
+"""The files of a registered version: their SHA-256 as tags of it, and whether what a registry hands out still is that."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from tasks.core.file_hash import sha256_file
 from tasks.core.flat import TAG
-from tasks.core.manifests import MANIFEST
 from tasks.domain.errors import UserError
 
 FILES = TAG + "files."  # tags that hold, one after the other, the SHA-256 of every file of a version as JSON
 MLFLOWS_OWN = ("registered_model_meta",)  # what MLflow adds to a model it hands out
-MISSING = "is missing"
+ANEW = "`cartwright promote VERSION` makes another version the champion; a retraining makes it anew after this version and its logged model are deleted in MLflow"
 TAG_LENGTH = 5000  # most characters of a tag that MLflow's databases hold
-
-
-def lost_file(listed: Callable[[str | None], Iterable[Any]], artifacts: Mapping[str, Path]) -> str:
-    """The first file of a logged model that its storage has lost, or has in another size; empty if there is none.
-
-    Reads listings only: a run in which all is cached asks for every model. What is changed in files of the same size, `check_files` finds.
-
-    Args:
-        listed: MLflow's listing of a folder of the model.
-        artifacts: what it was logged from.
-    """
-    top = {entry.path for entry in listed(None)}
-    if lost := next((name for name in ("MLmodel", "code", "artifacts") if name not in top), ""):
-        return lost
-    sizes = {(PurePosixPath(entry.path).name, entry.file_size) for entry in _files_below(listed, "artifacts")}
-    for path in artifacts.values():  # by name: the folder a file is logged from may have been another
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            whole = not sizes.isdisjoint({(file.name, file.stat().st_size), (file.name, None)})  # not every storage tells sizes
-            if file.is_file() and file.name != MANIFEST and not whole:  # a manifest tells times, too
-                return file.name
-    return ""
-
-
-def _files_below(listed: Callable[[str | None], Iterable[Any]], folder: str) -> Iterator[Any]:
-    for entry in listed(folder):
-        if entry.is_dir:
-            yield from _files_below(listed, entry.path)
-        else:
-            yield entry
 
 
 def hashes_as_tags(folder: Path, model: str, weights: Collection[str] = ()) -> dict[str, str]:
@@ -88,7 +56,7 @@ def check_files(folder: Path, model: str, tags: Mapping[str, str]) -> None:
         raise UserError("model", model, "was registered without the hashes of its files", mend=mend)
     for file in sorted(wanted.keys() | found.keys()):
         if file not in found:
-            raise _not_ours(model, file, MISSING)
+            raise _not_ours(model, file, "is missing")
         if file not in wanted:
             raise _not_ours(model, file, "was not registered with it")
         if wanted[file] != found[file]:
@@ -103,10 +71,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _not_ours(model: str, file: str, problem: str) -> UserError:
-    mend = "Find out who writes to the registry's storage. `cartwright promote VERSION` makes another version the champion; a retraining makes it anew after this version and its logged model are deleted in MLflow"
-    if problem == MISSING:
-        mend = "`cartwright run` with its configuration logs lost weights anew. " + mend
-    return UserError("model", model, f"its file {file} {problem}", mend=mend)
+    return UserError("model", model, f"its file {file} {problem}", mend=f"Find out who writes to the registry's storage. {ANEW}")
 
 
 def _parts(text: str) -> list[str]:

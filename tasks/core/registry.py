@@ -17,7 +17,7 @@ from filelock import FileLock
 from tasks.core import ledger
 from tasks.core.claims import Claim
 from tasks.core.flat import TAG
-from tasks.core.registered_files import FILES, TAG_LENGTH, check_files, files_of, hashes_as_tags
+from tasks.core.registered_files import ANEW, TAG_LENGTH, check_files, files_of, hashes_as_tags
 from tasks.core.settings import Settings, shown_uri
 from tasks.core.tracking import Runtime, client_of
 from tasks.domain.errors import UserError
@@ -56,9 +56,10 @@ class Registry:
         for version in self.client.search_model_versions(f"name = '{name}'"):
             if version.tags.get(TAG + "digest") == digest:
                 wanted = {tag: value for tag, value in tags.items() if tag not in version.tags}  # of an earlier Cartwright
+                if not files_of(version.tags):
+                    wanted |= self._files(f"models:/{name}/{version.version}", weights)
                 for tag, value in wanted.items():
                     self.client.set_model_version_tag(name, str(version.version), tag, value)
-                self._note_files(version, weights)
                 return str(version.version), True
         uri = f"models:/{model_id}"
         tags = {**tags, **self._files(uri, weights), TAG + "digest": digest}
@@ -80,38 +81,6 @@ class Registry:
         if first != made:
             self.client.delete_model_version(name, made)
         return first
-
-    @contextlib.contextmanager
-    def renewing(self, name: str, model_id: str) -> Iterator[None]:
-        """Held while the files of a logged model are written anew, since they were lost.
-
-        Versions forget the hashes of the lost files first, and `note_files` writes the new ones: whoever is killed in between leaves
-        versions without hashes, which the next run notes, and none that the files never fit again.
-        """
-        with self.promoting(name):
-            for version in self.client.search_model_versions(f"source_path = 'models:/{model_id}'"):
-                for tag in [tag for tag in version.tags if tag.startswith(FILES)]:
-                    self.client.delete_model_version_tag(version.name, str(version.version), tag)
-            yield
-
-    def note_files(self, name: str, weights: Mapping[str, Collection[str]]) -> None:
-        """Note what is in the files of versions that are without their hashes, see `renewing`.
-
-        Args:
-            weights: SHA-256 of the files of the artefact, by the id of the logged model.
-
-        Raises:
-            UserError: the registry's storage holds other weights than were logged.
-        """
-        for version in self.client.search_model_versions(f"name = '{name}'"):
-            model_id = str(version.source).removeprefix("models:/")
-            if model_id in weights:
-                self._note_files(version, weights[model_id])
-
-    def _note_files(self, version: Any, weights: Collection[str]) -> None:
-        if not files_of(version.tags):
-            for tag, value in self._files(f"models:/{version.name}/{version.version}", weights).items():
-                self.client.set_model_version_tag(version.name, str(version.version), tag, value)
 
     def _files(self, uri: str, weights: Collection[str]) -> dict[str, str]:
         """SHA-256 of every file of a model, as tags."""
@@ -364,24 +333,20 @@ def checked_files(settings: Settings, name: str, into: Path | None = None, versi
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client, shown = client_of(settings), shown_uri(settings.mlflow_uri)
-    found = None
+    client, found = client_of(settings), None
     try:
         found = client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, CHAMPION)
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{found.version}", dst_path=str(into) if into else None))
+        uri = f"models:/{name}/{found.version}"
+        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(into) if into else None))
     except MlflowException as error:
         if error.error_code not in MISSING:  # the server is away for a moment: nothing is wrong with the model
-            raise UserError("MLFLOW_TRACKING_URI", shown, f"cannot be asked ({error.error_code})") from None
+            raise UserError("MLFLOW_TRACKING_URI", shown_uri(settings.mlflow_uri), f"cannot be asked ({error.error_code})") from None
+        shown = shown_uri(settings.mlflow_uri)
         if found:
-            raise _files_gone(name, str(found.version), shown) from None
+            problem = f"the storage of the registry {shown} no longer has its files ({error.error_code})"
+            raise UserError("model", f"{name} version {found.version}", problem, mend=ANEW) from None
         missing = f"version {version}" if version else "champion"
         problem = f"the registry {shown} has no {missing} of {name} ({error.error_code})"
         raise UserError("model", CHAMPION, problem, mend="Run `cartwright run` first") from None
     check_files(folder, f"{name} version {found.version}", found.tags)
     return folder
-
-
-def _files_gone(name: str, version: str, shown: str) -> UserError:
-    problem = f"the storage of the registry {shown} no longer has its files"
-    mend = "Run `cartwright run` with its configuration once more, which logs them anew; `cartwright promote VERSION` makes another version the champion"
-    return UserError("model", f"{name} version {version}", problem, mend=mend)

@@ -141,7 +141,9 @@ def _check_scheme(address: str) -> None:
         return
     raise UserError(
         "MLFLOW_TRACKING_URI",
-        f"{scheme}:...",  # not even without its password: where that is in an address that is no right one, nobody can tell
+        f"{scheme}:..."
+        if re.fullmatch(r"[A-Za-z][\w+.-]*", scheme)
+        else "...",  # not even without its password: where that is in an address that is no right one, nobody can tell
         "is of a kind that MLflow does not know",
         allowed=[*MLFLOW_SERVERS, *MLFLOW_DATABASES, "a database with its driver such as postgresql+psycopg2", "a path"],
         mend="A PostgreSQL database is postgresql://...",

@@ -7,13 +7,11 @@ which is local to a thread.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -25,7 +23,6 @@ from tasks.core.flat import TAG, as_params, comparable, flatten, metric_name
 from tasks.core.left_runs import end_left_runs
 from tasks.core.manifests import Manifest
 from tasks.core.markdown import escape_markdown
-from tasks.core.registered_files import lost_file
 from tasks.core.settings import Settings, shown_uri, without_secrets
 from tasks.domain.errors import UserError
 
@@ -257,20 +254,8 @@ class Tracker:
     # Models ------------------------------------------------------------------------------------------------------
 
     @ledger.charge("mlflow")
-    def log_model(
-        self,
-        run_id: str,
-        name: str,
-        digest: str,
-        artifacts: Mapping[str, Path],
-        runtime: str,
-        renewing: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
-    ) -> str:
-        """Log a deployable model once per content, and show it as an output of `run_id`. One that a kill cut short is completed, and one
-        whose files were lost gets them again.
-
-        Args:
-            renewing: held, for a model's id, while it gets lost files again.
+    def log_model(self, run_id: str, name: str, digest: str, artifacts: Mapping[str, Path], runtime: str) -> str:
+        """Log a deployable model once per content, and show it as an output of `run_id`. One that a kill cut short is completed.
 
         Returns:
             The id of the logged model, an earlier one if its content is the same.
@@ -279,8 +264,6 @@ class Tracker:
         from mlflow.entities import LoggedModelOutput
 
         ready, begun = self._logged(digest, run_id)
-        for known in ready:
-            self._restore(known, artifacts, runtime, renewing)
         if ready:
             model_id = ready[0]
         else:
@@ -291,25 +274,19 @@ class Tracker:
             model_id, *others = begun
             for other in others:
                 self.client.delete_logged_model(other)
-            _write_model(model_id, artifacts, runtime)
+            package = Path(__file__).resolve().parents[1]
+            mlflow.pyfunc.log_model(
+                model_id=model_id,
+                python_model=str(package / "pyfunc_model.py"),
+                artifacts={key: str(path) for key, path in artifacts.items()},
+                model_config={"runtime": runtime},
+                code_paths=[str(package)],
+                pip_requirements=_serving_requirements(runtime),
+            )
         shown = self.client.get_run(run_id).outputs
         if model_id not in {output.model_id for output in (shown.model_outputs if shown else [])}:  # twice is an error
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id=model_id, step=0)])
         return model_id
-
-    def _restore(
-        self, model_id: str, artifacts: Mapping[str, Path], runtime: str, renewing: Callable[[str], AbstractContextManager[object]]
-    ) -> None:
-        """Write the files of a logged model anew if some are lost; versions and aliases go on pointing at it."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        listed = functools.partial(self.client.list_logged_model_artifacts, model_id)
-        if lost_file(listed, artifacts):
-            with renewing(model_id):
-                if lost_file(listed, artifacts):  # still: another may have written them while this one waited
-                    location = self.client.get_logged_model(model_id).artifact_location
-                    get_artifact_repository(location, self.uri).delete_artifacts()  # what others put there must not be noted as ours
-                    _write_model(model_id, artifacts, runtime)
 
     def _logged(self, digest: str, run_id: str) -> tuple[list[str], list[str]]:
         """The logged models with this content: those that are whole, and those that were begun and nobody else is at."""
@@ -325,20 +302,6 @@ class Tracker:
             return bool(model.source_run_id == run_id or self.client.get_run(model.source_run_id).info.status != "RUNNING")
         except MlflowException:  # deleted for good
             return True
-
-
-def _write_model(model_id: str, artifacts: Mapping[str, Path], runtime: str) -> None:
-    import mlflow
-
-    package = Path(__file__).resolve().parents[1]
-    mlflow.pyfunc.log_model(
-        model_id=model_id,
-        python_model=str(package / "pyfunc_model.py"),
-        artifacts={key: str(path) for key, path in artifacts.items()},
-        model_config={"runtime": runtime},
-        code_paths=[str(package)],
-        pip_requirements=_serving_requirements(runtime),
-    )
 
 
 def _serving_requirements(runtime: str) -> list[str]:
