@@ -22,7 +22,7 @@ from tasks.serving.app import Service, application
 from tasks.serving.champion import Champions
 from tasks.serving.config import ServeConfig, check_key, serve_config
 from tasks.serving.limits import Limits, Rate
-from tasks.serving.messages import LONGEST_LIST, ChatRequest, IntentRequest
+from tasks.serving.messages import LONGEST_CHAT, LONGEST_LIST, ChatRequest, IntentRequest
 from tasks.serving.metrics import Metrics
 
 KEY = "a-key-for-a-test-only"
@@ -113,7 +113,7 @@ def test_every_limit_is_an_error_that_says_so(ask: Ask) -> None:
         (post({"text": "😀" * 300}), {}, (422, "text_too_long")),  # few characters, many tokens
         (post({"texts": ["x"] * 9}), {}, (422, "too_many_texts")),
         (post({"texts": ["x"] * (LONGEST_LIST + 1)}), {}, (422, "too_many_texts")),
-        (post({"model": "m", "messages": [{"role": "user"}] * (LONGEST_LIST + 1)}, "/v1/chat/completions"), {}, (422, "invalid_field")),
+        (post({"model": "m", "messages": [{"role": "user"}] * (LONGEST_CHAT + 1)}, "/v1/chat/completions"), {}, (422, "invalid_field")),
         (post({"text": "x" * 100}), {"max_body": 64}, (413, "body_too_large")),
         (("POST", "/intent", {"content": _chunks(b"x" * 40, 3)}), {"max_body": 64}, (413, "body_too_large")),
         (post({"texts": ["x"] * 5}), {}, (422, "too_many_texts")),  # two are answered and two may wait: five never could

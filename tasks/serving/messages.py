@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, Field, StringConstraints, model_
 # As many as `--max-texts` may allow. Lists are read to their first error (`fail_fast`), the one that is told: with an error for each item,
 # a body of ordinary size took seconds in which nobody else was answered.
 LONGEST_LIST = 10_000
+LONGEST_CHAT = 1_000  # messages, and parts of one; one more still is a body that is read, and answered with what is wrong
 
 
 def _is_unicode(text: str) -> str:
@@ -67,7 +68,7 @@ class Part(BaseModel):
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     # The list first: what is wrong in it is told, rather than that it is no text.
-    content: Annotated[list[Part], Field(max_length=LONGEST_LIST, fail_fast=True)] | str | None = None
+    content: Annotated[list[Part], Field(max_length=LONGEST_CHAT, fail_fast=True)] | str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -80,7 +81,7 @@ class ChatRequest(BaseModel):
 
     model: str = Field(examples=["shop-intent"])
     messages: list[ChatMessage] = Field(
-        min_length=1, max_length=LONGEST_LIST, fail_fast=True, examples=[[{"role": "user", "content": "two olive oils please"}]]
+        min_length=1, max_length=LONGEST_CHAT, fail_fast=True, examples=[[{"role": "user", "content": "two olive oils please"}]]
     )
     stream: bool | None = False
     stream_options: StreamOptions | None = None
