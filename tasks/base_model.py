@@ -66,6 +66,7 @@ def resolve(config: BaseModelConfig) -> BaseModelConfig:
         revision = _check_gguf(Path(source))
     elif Path(source).is_dir():
         check_folder("base_model.source", Path(source), source)
+        _check_known(Path(source), source)
         revision = folder_digest(Path(source))
     elif "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
         revision = _check_hub(source, config.revision or None)
@@ -123,6 +124,16 @@ def _check_gguf(path: Path) -> str:
     return sha256_file(path)
 
 
+def _check_known(folder: Path, source: str) -> None:
+    """Raise UserError for a model that transformers could load with its own code only, or not at all."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
+        problem = f"is of a type that this version of transformers does not know (`model_type` in config.json: {model_type!r})"
+        raise UserError("base_model.source", source, problem, mend="Choose a model that needs no code of its own, such as a Llama")
+
+
 def _check_hub(name: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
@@ -141,6 +152,7 @@ def _check_hub(name: str, revision: str | None) -> str:
             mend="Check the name, base_model.revision, the network and HF_TOKEN, or give a local folder",
         ) from None
     check_folder("base_model.source", folder, name)
+    _check_known(folder, name)
     return folder.name  # the commit
 
 

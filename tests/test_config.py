@@ -332,7 +332,7 @@ SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"  # without a tensor
 
 def model_folder(folder: Path, architecture: str = "LlamaForCausalLM", template: bool = True, weights: bool = True) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "llama"}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"} if template else {}))
     (folder / "tokenizer.json").write_text("{}")
     if weights:
@@ -449,6 +449,14 @@ def test_a_config_does_not_name_its_weights_itself(tmp_path: Path) -> None:
         resolve(BaseModelConfig(source=str(folder)))
 
 
+@pytest.mark.parametrize("said", [{}, {"model_type": None}, {"model_type": "evil"}, {"model_type": ["llama"]}])
+def test_a_model_that_transformers_does_not_know_is_refused_before_any_work(tmp_path: Path, said: dict[str, object]) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["EvilForCausalLM"], **said}))
+    with pytest.raises(UserError, match=r"this version of transformers does not know \(`model_type` in config\.json: .*code of its own"):
+        resolve(BaseModelConfig(source=str(folder)))
+
+
 @pytest.mark.parametrize(("architectures", "said"), [("LlamaModel", "LlamaModel"), (5, "of no known architecture"), (None, "of no known")])
 def test_an_architecture_that_is_no_list_is_told_as_it_is(tmp_path: Path, architectures: object, said: str) -> None:
     folder = model_folder(tmp_path / "model")
@@ -485,7 +493,7 @@ def test_group_size_divides_the_dimensions() -> None:
 def test_a_model_that_no_group_size_divides_is_refused_before_any_work(tmp_path: Path, kind: str) -> None:
     folder = model_folder(tmp_path / "model")
     sizes = {"hidden_size": 100, "intermediate_size": 256}
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **sizes}))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}))
     changes = {"base_model.source": str(folder), "gptq": [], kind: [{}]}
     with pytest.raises(UserError, match=rf"{kind}\.0\.group_size = 0: finds none of 128.*\[100, 256\].*: --set {kind}=\[\]"):
         resolve_run(load_config("smoke", changes))
