@@ -263,8 +263,15 @@ def test_an_interrupted_command_keeps_the_answers_that_were_on_their_way(server:
 
     server.answer = answer
     texts = [f"{number} milk" for number in range(60)]
-    with pytest.raises(KeyboardInterrupt):
-        asked_of(server, home, *texts)
+    for _ in range(3):  # Python drops an interrupt that meets the finalizer of an object
+        server.requests.clear()
+        interrupted.clear()
+        try:
+            asked_of(server, home, *texts)
+        except KeyboardInterrupt:
+            break
+    else:
+        pytest.fail("was never interrupted")
     assert len(server.requests) < 60
     assert asked_of(server, home, *texts).answers == [usual] * 60 and len(server.requests) == 60
 
