@@ -54,18 +54,18 @@ def machine_facts() -> dict[str, str]:
 
 
 def _training() -> str:
-    """What training computes in here, and how long that takes: the README's minutes of `quick` on two cores."""
+    """What training computes in here; the README says how long that takes."""
     from tasks.core import hardware
     from tasks.qlora import FinetuneConfig, resolve_precision
 
     if hardware.gpu():
         return "in bfloat16, on the GPU"
     if hardware.has_amx():
-        return "in bfloat16 by AMX, the quickest on a processor (`quick` took 20 minutes on 2 cores)"
+        return "in bfloat16 by AMX, the quickest on a processor"
     return {
-        "int8": "in 8-bit integers and bfloat16, slower than with AMX (`quick` took 35 minutes on 2 cores)",
+        "int8": "in 8-bit integers and bfloat16, slower than with AMX",
         "bf16": "in bfloat16, slower than with AMX",
-        "fp32": "in float32, about six times as long as where bfloat16 is multiplied (`quick` took 92 minutes on 2 cores)",
+        "fp32": "in float32, about six times as long as where bfloat16 is multiplied",
     }[resolve_precision(FinetuneConfig())]
 
 

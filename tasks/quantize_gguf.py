@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
 import runpy
@@ -17,7 +16,7 @@ from typing import Any, Literal, NoReturn, get_args
 from tasks.base_model import NAME_CLASSES, name_no_code
 from tasks.core import hardware, progress, settings
 from tasks.core.file_hash import sha256_file
-from tasks.core.manifests import canonical_json
+from tasks.core.manifests import checksum
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
 from tasks.importance import as_parameter
@@ -51,7 +50,7 @@ def convert_config() -> ConvertGgufConfig:
         return ConvertGgufConfig()
     files = [tree / "convert_hf_to_gguf.py", *tree.glob("conversion/**/*.py"), *tree.glob("gguf-py/**/*.py")]
     said = {path.relative_to(tree).as_posix(): sha256_file(path) for path in files if path.is_file()}
-    return ConvertGgufConfig(converter=hashlib.sha256(canonical_json(said).encode()).hexdigest())
+    return ConvertGgufConfig(converter=checksum(said))
 
 
 class QuantizeGgufConfig(StageConfig):
