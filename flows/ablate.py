@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.session import alone, ending, opened
-from flows.stages import put_files
+from flows.stages import put_files, with_vocabulary
 from tasks.ablation import SEED, Ablation, Arm, Outcome, figures, load_ablation, table
 from tasks.base_model import base_model
 from tasks.core.artifacts import Store
@@ -79,12 +79,13 @@ def try_arm(call: Runner, ablation: Ablation, arm: Arm) -> Outcome:
         extra = put_files(call, "data.extra", data.extra, data.extra_sha256)
         outcome.dataset = call(synthesize, data, f"synthesize {arm.name}", **({"extra": extra} if extra else {}))
         base = call(base_model, arm.config.base_model, f"base_model {arm.name}")
+        trimmed = with_vocabulary(call, arm.config.vocabulary, base, outcome.dataset, f"trim_vocabulary {arm.name}")
     except (StageError, UserError) as error:
         outcome.problems.append(str(error))
         return outcome
     for seed in ablation.seeds:
         try:
-            outcome.adapters.append(_train(call, ablation, arm, seed, base, outcome.dataset))
+            outcome.adapters.append(_train(call, ablation, arm, seed, trimmed, outcome.dataset))
         except (StageError, UserError) as error:
             outcome.problems.append(f"seed {seed}: {error}")
     return outcome

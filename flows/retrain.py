@@ -66,9 +66,9 @@ def retrain(
         on = Pools(run, accelerator) if execution == "pools" else Here(run)
         extra, own = stages.own_rows(run)
         dataset, card = on(stages.make_data, extra)
-        base, adapter, tuned, reference = on(stages.train, dataset)
+        base, trimmed, adapter, tuned, reference = on(stages.train, dataset)
         gptq, gptq_models, failed = on(stages.make_gptq, tuned, dataset)
-        gguf, gguf_models, gguf_failed, converted = on(stages.make_gguf, tuned, dataset)
+        gguf, gguf_models, gguf_failed, converted = on(stages.make_gguf, tuned, dataset, base)
 
         variants = stages.all_variants(config, gguf, gptq)
         models = {BASE: base, BASE_FEW_SHOT: base, **dict.fromkeys((REFERENCE, *BASELINES.values()), tuned), **gptq_models, **gguf_models}
@@ -79,7 +79,7 @@ def retrain(
         unchecked: stages.Failed = {}
         for machine, some in on.machines(variants):
             # Checked first: a measurement wants the machine without the process that stages are forked from, which then has to begin anew.
-            sound, doubtful = on(stages.check, some, models, reference, base, tuned, converted, failed, machine=machine)
+            sound, doubtful = on(stages.check, some, models, reference, base, trimmed, tuned, converted, failed, machine=machine)
             measured, failed, missed = on(stages.measure, some, models, dataset, failed, machine=machine)
             found, unmeasured, checked, unchecked = found | measured, unmeasured | missed, checked | sound, unchecked | doubtful
         apis, answered, unanswered = on(stages.ask_apis, dataset) if config.api else ([], {}, {})

@@ -35,6 +35,7 @@ from tasks.quantize_gptq import quantize_gptq
 from tasks.search_gguf import search_gguf
 from tasks.synthesize import synthesize
 from tasks.teach import NO_TEACHER, teach, teach_config
+from tasks.trim_vocabulary import VocabularyConfig, trim_vocabulary
 from tasks.variants import BASE, BASE_FEW_SHOT, BASELINES, MIXED, REFERENCE, Variant
 
 Models = dict[str, Manifest]
@@ -82,25 +83,46 @@ def ask_teacher(run: Run) -> Manifest:
 
 
 @flow(name="train")
-def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest, Manifest | str]:
-    """Base model, adapter, merged 16-bit model, and what that foretells, with which every quantized variant is compared; or why not."""
+def train(run: Run, dataset: Manifest) -> tuple[Manifest, Manifest, Manifest, Manifest, Manifest | str]:
+    """Base model, the same with the vocabulary it is trained with, adapter, merged 16-bit model, and what that foretells, with which every
+    quantized variant is compared; or why not."""
     call = runner(run)
     base = call(base_model, run.config.base_model)
+    trimmed = with_vocabulary(call, run.config.vocabulary, base, dataset)
 
     def explain() -> None:
         for lack in why_slow(run.config.train) if run.config.base_model.source != TINY else ():
             call.display.say(lack)
 
-    adapter = replace(call, meanwhile=explain)(finetune, run.config.train, base_model=base, dataset=dataset)
+    adapter = replace(call, meanwhile=explain)(finetune, run.config.train, base_model=trimmed, dataset=dataset)
     if missed := adapter.metrics["left_out_too_long"]:
         limit = f"train.max_length={run.config.train.max_length}"
         call.display.say(f"{missed:,} of {missed + adapter.metrics['examples']:,} training rows have more tokens than {limit}: left out.")
-    tuned = call(merge, run.config.merge, base_model=base, adapter=adapter, dataset=dataset)
+    tuned = call(merge, run.config.merge, base_model=trimmed, adapter=adapter, dataset=dataset)
     try:
         reference: Manifest | str = call(reference_logits, run.config.fidelity, model=tuned, dataset=dataset)
     except (StageError, UserError) as error:
         reference = str(error)
-    return base, adapter, tuned, reference
+    return base, trimmed, adapter, tuned, reference
+
+
+def with_vocabulary(call: Runner, config: VocabularyConfig, base: Manifest, dataset: Manifest, label: str = "trim_vocabulary") -> Manifest:
+    """The base model with the vocabulary that the configuration leaves it."""
+    if config.tokens is None:
+        return base
+    made = call(trim_vocabulary, config, label, base_model=base, dataset=dataset)
+    if lost := made.metrics["tokens_in_use_left_out"]:
+        share, all_ = made.metrics["share_of_text_left_out"], made.metrics["tokens_in_use"]
+        call.display.say(
+            f"vocabulary.tokens={config.tokens} leaves out {lost:,} of {all_:,} tokens of the training rows, {share:.2%} of their text, which is written in smaller ones."
+        )
+    return made
+
+
+def to_gguf(run: Run, model: Manifest, base: Manifest, label: str) -> Manifest:
+    """A model as 16-bit GGUF. How one of a trimmed vocabulary cuts texts into words is told from the base model's tokenizer."""
+    whole = {} if run.config.vocabulary.tokens is None else {"untrimmed": base}
+    return runner(run)(convert_gguf, convert_config(), label, model=model, **whole)
 
 
 @flow(name="quantize-gptq")
@@ -119,14 +141,14 @@ def make_gptq(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Varian
 
 
 @flow(name="quantize-gguf")
-def make_gguf(run: Run, tuned: Manifest, dataset: Manifest) -> tuple[list[Variant], Models, Failed, Manifest | None]:
+def make_gguf(run: Run, tuned: Manifest, dataset: Manifest, base: Manifest) -> tuple[list[Variant], Models, Failed, Manifest | None]:
     """Every GGUF format from one F16 file, which comes last, if the model could be converted; one that fails does not stop the others."""
     call, config = runner(run), run.config
     variants, models, failed = [], {}, {}
     made: dict[bool, dict[str, Manifest]] = {}  # what a format is made from, without and with an importance matrix
     problem = ""
     try:
-        made[False] = {"gguf": call(convert_gguf, convert_config(), "convert to GGUF", model=tuned)}
+        made[False] = {"gguf": to_gguf(run, tuned, base, "convert to GGUF")}
         if config.gguf_importance != "without" or config.gguf_search:
             matrix = call(importance, config.importance, "importance matrix", model=tuned, dataset=dataset, **made[False])
             made[True] = {**made[False], "importance": matrix}
@@ -245,6 +267,7 @@ def check(
     models: Models,
     reference: Manifest | str,
     base: Manifest,
+    trimmed: Manifest,
     tuned: Manifest,
     converted: Manifest | None,
     failed: Failed,
@@ -252,12 +275,12 @@ def check(
     """Whether every quantized variant still is the fine-tuned model. What could not be checked is noted, and stands unchecked."""
     call, checked, unchecked = runner(run), {}, {}
     quantized = [variant for variant in variants if variant.role == "candidate" and variant.name not in failed]
-    before, problems = {"hf": {"tuned": tuned, "base": base}}, {}
+    before, problems = {"hf": {"tuned": tuned, "base": trimmed}}, {}
     if isinstance(reference, str):
         return {}, {variant.name: reference for variant in quantized}
     if converted and any(variant.format == "gguf" for variant in quantized):
         try:
-            before["gguf"] = {"tuned": converted, "base": call(convert_gguf, convert_config(), "convert base to GGUF", model=base)}
+            before["gguf"] = {"tuned": converted, "base": to_gguf(run, trimmed, base, "convert base to GGUF")}
         except (StageError, UserError) as error:
             problems["gguf"] = str(error)
     for variant in quantized:

@@ -23,7 +23,7 @@ from tasks.domain.spec import line_of, load_yaml
 from tasks.teach import NO_TEACHER
 
 SEED = "train.seed"
-PARTS = ("base_model", "data", "train")  # of a run's configuration: what the stages of an ablation read
+PARTS = ("base_model", "data", "vocabulary", "train")  # of a run's configuration: what the stages of an ablation read
 METRICS = ("validation_loss", "validation_exact_match", "tokens_per_s")
 
 

@@ -36,6 +36,7 @@ from tasks.quantize_gptq import QuantizeGptqConfig, choose_group_size
 from tasks.search_gguf import SearchGgufConfig
 from tasks.synthesize import SynthesizeConfig, domain_digest, make_generator
 from tasks.teach import TeacherConfig, check_teacher
+from tasks.trim_vocabulary import VocabularyConfig, check_source
 
 Measured = TypeVar("Measured", EvaluateConfig, BenchmarkConfig)
 Asked = TypeVar("Asked", EvaluateConfig, tuple[EvaluateApiConfig, ...])
@@ -55,6 +56,7 @@ class RunConfig(BaseModel):
     base_model: BaseModelConfig = BaseModelConfig()
     data: SynthesizeConfig = SynthesizeConfig()
     teacher: TeacherConfig = TeacherConfig()
+    vocabulary: VocabularyConfig = VocabularyConfig()
     train: FinetuneConfig = FinetuneConfig()
     merge: MergeConfig = MergeConfig()
     gguf: tuple[GgufFormat, ...] = Field(
@@ -204,6 +206,7 @@ def resolve(config: RunConfig, quantizes: bool = True) -> RunConfig:
             mend = 'Write lines such as {"text": "my cart", "gold": {"intent": "view_cart"}}'
             raise UserError(field, path, f"has no usable row{f' (line {bad[0][0]}: {bad[0][1]})' if bad else ''}", mend=mend)
     base_model = resolve_base_model(config.base_model)
+    check_source(config.vocabulary, base_model)
     sizes = dimensions(base_model) if quantizes and (config.gptq or config.awq) else []
     for kind, wanted in (("gptq", [v.group_size for v in config.gptq]), ("awq", [v.group_size for v in config.awq])):
         for number, group_size in enumerate(wanted if sizes else ()):

@@ -33,7 +33,7 @@ def check_folder(field: str, folder: Path, source: str) -> None:
     check_no_adapter(field, folder)
     if not (folder / "config.json").is_file():
         raise UserError(field, source, "has no config.json", mend="Give the folder of a Hugging Face model")
-    config = _json_of(field, folder / "config.json")
+    config = json_of(field, folder / "config.json")
     architectures = config.get("architectures")
     names = [name for name in (architectures if isinstance(architectures, list) else [architectures]) if isinstance(name, str)]
     if not any(name.endswith("ForCausalLM") for name in names):
@@ -63,7 +63,12 @@ def folder_digest(folder: Path) -> str:
     return checksum({path.name: sha256_file(path) for path in folder.iterdir() if path.suffix in READ and path.is_file()})
 
 
-def _json_of(field: str, file: Path) -> dict[str, Any]:
+def json_of(field: str, file: Path) -> dict[str, Any]:
+    """What a JSON file says.
+
+    Raises:
+        UserError: it is no JSON object, or too large for one.
+    """
     try:
         found = json.loads(read_text(field, file, LARGEST_CONFIG))
     except UserError:
@@ -80,7 +85,7 @@ def _shards(field: str, folder: Path) -> set[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return set()
-    weights = _json_of(field, index).get("weight_map")
+    weights = json_of(field, index).get("weight_map")
     names = set(map(str, weights.values())) if isinstance(weights, dict) else {""}
     for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -93,4 +98,4 @@ def _has_chat_template(field: str, folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file():
         return True
     tokenizer = folder / "tokenizer_config.json"
-    return tokenizer.is_file() and bool(_json_of(field, tokenizer).get("chat_template"))
+    return tokenizer.is_file() and bool(json_of(field, tokenizer).get("chat_template"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import runpy
@@ -73,6 +74,9 @@ def converter() -> Path:
 def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Convert `inputs["model"]` into `model.gguf` with 16-bit weights.
 
+    `inputs["untrimmed"]` is the base model, if its vocabulary was trimmed: the converter knows a tokenizer by the ids it gives a certain
+    text, and looks at the tokenizer from before.
+
     Raises:
         RuntimeError: the converter does not know the model; the log says what it lacks.
     """
@@ -85,7 +89,7 @@ def convert_gguf(config: ConvertGgufConfig, inputs: Mapping[str, Path], out_dir:
         else:
             link_or_copy(os.symlink, path, model / path.name)
     name_no_code(model)  # an artefact of an earlier version may
-    run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output))
+    run_program(converter(), str(model), "--outtype", "f16", "--outfile", str(output), recognized_by=inputs.get("untrimmed"))
     shutil.rmtree(model)
     return {"format": "F16", **describe(output)}
 
@@ -98,11 +102,14 @@ def link_or_copy(link: Callable[[Path, Path], None], source: Path, target: Path)
         shutil.copyfile(source, target)
 
 
-def run_program(script: Path, *arguments: str) -> None:
+def run_program(script: Path, *arguments: str, recognized_by: Path | None = None) -> None:
     """Run a Python program of llama.cpp in this process, which need not import torch and transformers anew for it.
 
     It brings its own gguf-py, of its commit, which must not be mixed with the installed one. It trusts the code that a model brings, as we
     do not: none is loaded.
+
+    Args:
+        recognized_by: folder of a tokenizer that the converter is to look at when it wants to know which kind the model has.
     """
     from transformers import dynamic_module_utils
 
@@ -122,6 +129,8 @@ def run_program(script: Path, *arguments: str) -> None:
         sys.argv = [str(script), *arguments]
         sys.path.insert(0, str(script.parent))
         dynamic_module_utils.get_class_in_module = refuse
+        if recognized_by:
+            recognize_by(recognized_by)
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         if end.code:
@@ -131,6 +140,21 @@ def run_program(script: Path, *arguments: str) -> None:
         take_out()
         sys.argv, sys.path[:] = argv, path
         sys.modules.update(installed)
+
+
+def recognize_by(untrimmed: Path) -> None:
+    """Let the converter, which is about to run, tell how texts are cut into words from this folder's tokenizer: a trimmed one cuts them alike."""
+    from transformers import AutoTokenizer
+
+    try:
+        model: Any = importlib.import_module("conversion.base").TextModel
+    except (ImportError, AttributeError):
+        raise RuntimeError(
+            "this llama.cpp's converter cannot be told which tokenizer was trimmed; the one that `make install` brings can"
+        ) from None
+    recognized = model.get_vocab_base_pre
+    whole = AutoTokenizer.from_pretrained(untrimmed, trust_remote_code=False)
+    model.get_vocab_base_pre = lambda self, tokenizer: recognized(self, whole)
 
 
 @stage("quantize_gguf", version=1, libraries=("llama-cpp-python",))

@@ -136,7 +136,8 @@ def training_facts(adapter: Manifest, config: RunConfig) -> dict[str, Any]:
     facts = {name: adapter.metrics.get(name) for name in names}
     if facts["tokens_per_s"] is None:
         facts["tokens_per_s_reason"] = "training was interrupted and taken up again, so its speed was not measured as a whole"
-    return {"base_model": config.base_model.source, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
+    vocabulary = {"vocabulary": config.vocabulary.tokens} if config.vocabulary.tokens else {}
+    return {"base_model": config.base_model.source, **vocabulary, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
 
 
 def not_run(variants: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -123,7 +123,7 @@ TILES = [c for c in VARIANT_COLUMNS if c.label in ("Exact match", "Size, MB", "S
 DATA = [Column("Duplicates removed", "duplicates_removed"),
         Column("Nearly evaluation rows, removed", "near_duplicates_removed"), Column("Teacher", "teacher"), Column("SHA-256", "sha256")]  # fmt: skip
 TRAINING = [
-    Column("Base model", "base_model"), Column("Examples", "examples"), Column("Epochs", "epochs"),
+    Column("Base model", "base_model"), Column("Vocabulary, tokens", "vocabulary"), Column("Examples", "examples"), Column("Epochs", "epochs"),
     Column("Tokens", "tokens"), Column("Tokens per second", "tokens_per_s"), Column("Time", "wall_s", "time"),
     Column("Peak memory, MB", "peak_rss_mb"), Column("Trainable parameters", "trainable_params"),
     Column("Final loss", "final_loss", "number", "Of the last steps, with the weight of the intent"),

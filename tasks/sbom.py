@@ -59,6 +59,8 @@ def sbom(
     # Made from what is not listed, as a GGUF file is from its 16-bit conversion: then its property `input` tells, and no edge says "nothing".
     needs = {_ref(manifest): needs[_ref(manifest)] for manifest in manifests if needs[_ref(manifest)] or not manifest.inputs}
     needs |= {_ref(manifest): {source["bom-ref"]} for manifest in manifests if manifest.kind == "base_model"}
+    if adapter.inputs.get("base_model") not in refs:  # trained with another vocabulary: made from the base model all the same
+        needs.setdefault(_ref(adapter), set()).add(source["bom-ref"])
     needs[run] = {*(library["bom-ref"] for library in libraries), *made}
     git, machine = report["git"], report["environment"]
     facts = {

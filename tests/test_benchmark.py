@@ -217,7 +217,7 @@ def test_gguf_variants_fail_alone_when_what_they_are_made_from_fails(monkeypatch
     monkeypatch.setattr(stages, "runner", lambda run: call)
     wanted = {"gguf": ["F16", "Q4_0"], "gguf_importance": "both", "gguf_search": {}}
     run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke", wanted), started="", resumed=False)
-    variants, models, failed, converted = stages.make_gguf.fn(run, manifest, manifest)
+    variants, models, failed, converted = stages.make_gguf.fn(run, manifest, manifest, manifest)
     names = {variant.name for variant in variants}
     assert names == {"gguf-F16", "gguf-Q4_0", "gguf-Q4_0-imatrix", "gguf-mixed"} and set(models) | set(failed) == names
     lost = {"convert_gguf": names, "importance": {"gguf-Q4_0-imatrix", "gguf-mixed"}, "search_gguf": {"gguf-mixed"}}[broken]

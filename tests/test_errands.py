@@ -61,7 +61,7 @@ def test_a_result_may_be_a_manifest_or_a_reason_or_several(store: Store) -> None
         (
             stages.train,
             (manifest("a"),),
-            tuple((manifest("b"), manifest("c"), manifest("d"), last) for last in (manifest("e"), "no memory")),
+            tuple((manifest("b"), manifest("t"), manifest("c"), manifest("d"), last) for last in (manifest("e"), "no memory")),
         ),
         (releasing.compare, (manifest("a"), manifest("c"), manifest("b"), None), ((manifest("r"), manifest("m"), manifest("t")),)),
     ):

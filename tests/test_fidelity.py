@@ -420,6 +420,6 @@ def test_what_cannot_be_checked_stands_unchecked_and_the_run_goes_on(
     variants = [Variant(name=n, format=f, bits=4, runtime=r, role="candidate") for n, (f, r) in names.items()]  # type: ignore[arg-type]
     run: Any = Run(run_id="x", mlflow_run="m", config=load_config("smoke"), started="", resumed=False)
     *_, reference = stages.train.fn(run, manifest)
-    checked, found = stages.check.fn(run, variants, dict.fromkeys(names, manifest), reference, manifest, manifest, manifest, {})
+    checked, found = stages.check.fn(run, variants, dict.fromkeys(names, manifest), reference, manifest, manifest, manifest, manifest, {})
     assert set(found) == unchecked and set(checked) == set(names) - unchecked
     assert set(found.values()) == {f"{broken}: no memory left"}
