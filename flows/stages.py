@@ -207,7 +207,7 @@ def measure(run: Run, variants: list[Variant], models: Models, dataset: Manifest
                 unmeasured[name] = str(error)
 
     for variant in variants:
-        asked = config.evaluate.model_copy(update=how(variant))
+        asked = config.evaluate.model_copy(update=how(variant) | kernel_of(config, variant))
         attempt(variant, f"evaluate:{variant.name}", evaluate, asked, f"evaluate {variant.name}", dataset=dataset)
         if config.constrained and variant.format == "gguf":
             kept = asked.model_copy(update={"constrained": True})
@@ -224,6 +224,11 @@ def how(variant: Variant) -> dict[str, Any]:
     return {"runtime": variant.runtime, "zero_shot": variant.role == "base", "few_shot": variant.few_shot, **precision}
 
 
+def kernel_of(config: RunConfig, variant: Variant) -> dict[str, Any]:
+    """The kernel that a variant is asked, checked and timed with alike."""
+    return {"kernel": config.benchmark.kernel if variant.format == "gptq" else None}
+
+
 def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[str, Stage, StageConfig, str, Variant]]:
     """Every measurement of speed and memory: name, stage, config, label, variant. Variants take turns, so that a machine that gets
     slower or busier for a while does it to all of them."""
@@ -236,8 +241,8 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
             if variant.role == "base" and number:
                 continue
             run = MOST_RUNS * config.benchmark.session + number
-            kernel = config.benchmark.kernel if variant.format == "gptq" else None
-            measured = config.benchmark.model_copy(update=how(variant) | few | {"dtype": variant.dtype, "run": run, "kernel": kernel})
+            settings = how(variant) | kernel_of(config, variant) | few | {"dtype": variant.dtype, "run": run}
+            measured = config.benchmark.model_copy(update=settings)
             yield f"benchmark:{variant.name}:{number}", benchmark, measured, f"benchmark {variant.name}{again}", variant
             for kernel in config.benchmark.kernels if variant.format == "gptq" and not number else ():
                 other = measured.model_copy(update={"kernel": kernel})
@@ -289,8 +294,10 @@ def check(
             unchecked[variant.name] = problems[kind]
             continue
         try:
-            config, model = FidelityConfig(runtime=variant.runtime, folded=variant.format == "awq"), models[variant.name]
-            checked[variant.name] = call(fidelity, config, f"check {variant.name}", model=model, reference=reference, **before[kind])
+            folded = {"folded": variant.format == "awq"}
+            settings = FidelityConfig.model_validate({"runtime": variant.runtime, **folded, **kernel_of(run.config, variant)})
+            model = models[variant.name]
+            checked[variant.name] = call(fidelity, settings, f"check {variant.name}", model=model, reference=reference, **before[kind])
         except (StageError, UserError) as error:
             unchecked[variant.name] = str(error)
     return checked, unchecked

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from tasks import runtimes
 from tasks.core import hardware, power, progress, settings
 from tasks.core.stage import MEASURED, StageConfig, stage
 from tasks.domain import prompt
@@ -81,7 +82,7 @@ class BenchmarkConfig(StageConfig):
 
 @stage(
     "benchmark",
-    version=8,
+    version=9,
     libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
     measures=True,
     varies=MEASURED,
@@ -97,10 +98,11 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     loads = sorted({parallel, *loads} - {1}, key=lambda load: (load != parallel, load))  # the one that memory is read after comes first
     total = config.requests + len(loads) + 2 * config.repeats + 3
     others = hardware.Disturbance()
+    runtimes.import_libraries(config.runtime)
     started = time.perf_counter()
     model = load_variant(config, inputs["model"], spec, config.mmap, config.kernel)
     load_s = time.perf_counter() - started
-    gpu = power.first_gpu(model.device, settings.visible_gpus())
+    gpu = power.first_gpu(model.device, settings.visible_gpus() or "")
 
     for conversation in asked[len(asked) - config.warmup :]:  # not those measured next: llama.cpp guesses from answers it has given
         _one(model, conversation, config.max_tokens)
@@ -110,12 +112,12 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         alone.append(_one(model, asked[i], config.max_tokens))
         joules = energy.joules()  # each time, since counters wrap
     cpu_s = time.process_time() - cpu_before
-    busy, memory, peak_rss_mb = gpu and gpu.utilization(), [hardware.memory_mb()], hardware.peak_rss_mb()
+    busy, memory, peak_rss_mb = gpu and gpu.utilization(), [_memory_mb(model, gpu)], hardware.peak_rss_mb()
     by_load, waits = {}, {}
     for done, load in enumerate(loads, 1):
         by_load[load], waits[load] = _at_a_time(model, together, load, config.max_tokens)
         if load == parallel:
-            memory.append(hardware.memory_mb())
+            memory.append(_memory_mb(model, gpu))
             peak_rss_mb = hardware.peak_rss_mb()
         progress.advance(config.requests + done, total, f"{load} at a time")
     unshared = None
@@ -150,10 +152,10 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "parallel": parallel,
         "completion_tokens": statistics.mean(samples["tokens"]),
         "prompt_tokens": statistics.mean(a["prompt_tokens"] for a in alone),
-        **{name: max(read[name] for read in memory) for name in memory[0]},
+        "vram_mb": None,
+        "torch_peak_mb": None,
+        **{name: max(read[name] for read in memory) for name in memory[0] if all(name in read for read in memory)},
         "peak_rss_mb": peak_rss_mb,
-        "vram_mb": gpu and gpu.memory_mb(),
-        "torch_peak_mb": _torch_peak_mb(model),
         "gpu_utilization": busy,
         **others.cores(),
     }
@@ -243,6 +245,12 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
         name: float(np.percentile(seconds, q)) * 1000
         for name, q in (("p5", 5), ("p25", 25), ("p50", 50), ("p75", 75), ("p95", 95), ("p99", 99))
     }
+
+
+def _memory_mb(model: Runtime, gpu: power.Gpu | None) -> dict[str, float]:
+    """What memory is taken now, of the host and, as far as it is known, of the GPU."""
+    on_gpu = {"vram_mb": gpu.memory_mb() if gpu else None, "torch_peak_mb": _torch_peak_mb(model)}
+    return {**hardware.memory_mb(), **{name: found for name, found in on_gpu.items() if found is not None}}
 
 
 def _torch_peak_mb(model: Runtime) -> float | None:

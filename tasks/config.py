@@ -95,7 +95,7 @@ class RunConfig(BaseModel):
     @field_validator("evaluate", "benchmark")
     @classmethod
     def _what_each_variant_decides_is_not_set(cls, value: Measured) -> Measured:
-        for name in ("runtime", "zero_shot", "few_shot", *(("dtype", "run") if isinstance(value, BenchmarkConfig) else ())):
+        for name in ("runtime", "zero_shot", "few_shot", *(("dtype", "run") if isinstance(value, BenchmarkConfig) else ("kernel",))):
             if getattr(value, name) != type(value).model_fields[name].default:
                 raise ValueError(f"{name} = {getattr(value, name)!r} is filled in for each variant and cannot be set")
         for name, instead in MEASURED_BESIDE.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ QUIET = 0.1  # cores that others may keep busy while a variant is measured; with
 SIGNIFICANT = 0.05  # largest p with which a loss of accuracy is taken for one
 NONE_MEASURED = "No quantized variant that can be trusted was made and measured on a CPU."
 WORTH_SEARCHING = 0.1  # how much smaller or faster than a ready-made file a searched mixture is to be
+NEED_A_GPU = ("max_vram_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")  # limits that a GPU variant measured on a CPU is not held to
 LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_vram_mb", "max_latency_p95_ms", "max_usd_per_1k_requests")
 
 
@@ -52,7 +53,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=7, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
+@stage("decide", version=8, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
@@ -67,8 +68,9 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     recommendation = recommend(variants, config)
     mixed = next((variant for variant in measured(variants) if variant["name"] == MIXED), None)
     if mixed and (best := best_ready_made(variants, config)):
-        mine, theirs = (correct_rows(inputs[f"evaluate:{variant['name']}"]) for variant in (mixed, best))
-        mixed["notes"].append(beside_ready_made(mixed, best, paired_difference(mine, theirs), recommendation["excluded"].get(MIXED, "")))
+        mine, *theirs = (correct_rows(inputs[f"evaluate:{variant['name']}"]) for variant in (mixed, *best))
+        versus = [paired_difference(mine, other) for other in theirs]
+        mixed["notes"].append(beside_ready_made(mixed, best, versus, recommendation["excluded"].get(MIXED, "")))
     for variant in variants:
         if why := recommendation.get("excluded", {}).get(variant["name"]):
             for_cpu = " for a CPU" if variant["name"] == recommendation["gpu"] else ""
@@ -115,7 +117,8 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
         return
     if variant["role"] != "api":
         mine, theirs = variant["performance"], reference["performance"]
-        if variant["device"] == reference["device"]:
+        where = [f"{of['device']} ({of['performance'].get('machine') or 'unknown'})" for of in (reference, variant)]
+        if where[0] == where[1]:
             variant["speedup_vs_fp16"] = mine["requests_s"] / theirs["requests_s"]
             variant["speedup_vs_fp16_batched"] = mine["requests_s_batched"] / theirs["requests_s_batched"]
             variant["batched_vs_fp16_alone"] = mine["requests_s_batched"] / theirs["requests_s"]
@@ -126,7 +129,7 @@ def _compare(variant: dict[str, Any], reference: dict[str, Any] | None, inputs: 
             else:
                 variant["vram_reduction_vs_fp16_reason"] = mine.get("vram_mb_reason") or "the 16-bit model's is not known"
         else:
-            elsewhere = f"the 16-bit model was measured on {reference['device']}, this variant on {variant['device']}"
+            elsewhere = f"the 16-bit model was measured on {where[0]}, this variant on {where[1]}"
             variant |= dict.fromkeys((f"{figure}_reason" for figure in AGAINST_REFERENCE), elsewhere)
     if variant is not reference:
         variant["quality"]["vs_reference"] = paired_difference(
@@ -158,27 +161,38 @@ def is_sound(v: dict[str, Any]) -> bool:
     return v["role"] != "candidate" or bool(v["fidelity"] and v["fidelity"]["verdict"] == "ok")
 
 
-def best_ready_made(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str, Any] | None:
-    """The GGUF file that would be recommended if nothing had been searched; None where none keeps to the limits."""
+def best_ready_made(variants: list[dict[str, Any]], config: DecideConfig) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The GGUF file that would be recommended if nothing had been searched, and the smallest that might be; None where none keeps to the limits."""
     ready_made = [v for v in variants if v["role"] == "reference" or (v["format"] == "gguf" and v["name"] != MIXED)]
-    chosen = recommend(ready_made, config)["cpu"]
-    return next((v for v in ready_made if v["name"] == chosen), None)
+    found = recommend(ready_made, config)
+    if not found["cpu"]:
+        return None
+    fitting = [v for v in usable(ready_made) if v["role"] == "candidate" and v["name"] not in found["excluded"]]
+    fastest = next(v for v in fitting if v["name"] == found["cpu"])
+    return fastest, min((v for v in fitting if is_sound(v) == is_sound(fastest)), key=lambda v: float(v["size_mb"]))
 
 
-def beside_ready_made(mixed: dict[str, Any], best: dict[str, Any], versus: Mapping[str, float], excluded: str) -> str:
-    """What the search brought, beside the best ready-made GGUF file.
+def beside_ready_made(
+    mixed: dict[str, Any], best: tuple[dict[str, Any], dict[str, Any]], versus: Sequence[Mapping[str, float]], excluded: str
+) -> str:
+    """What the search brought, beside the fastest and the smallest of the ready-made GGUF files within the limits.
 
     Args:
-        versus: how much more often the mixture is right, paired.
+        versus: how much more often the mixture is right than each of them, paired.
         excluded: why it may not be recommended, if so.
     """
-    smaller = 1 - mixed["size_mb"] / best["size_mb"]
-    quicker = mixed["performance"]["requests_s"] / best["performance"]["requests_s"]
-    size = f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {best['name']}, the best ready-made file"
-    figures = f"{size}, with {quicker:.2f} times its requests/s and {versus['delta'] * 100:+.1f} points of exact match (McNemar p {versus['mcnemar_p']:.2f})"
+    fastest, smallest = best
+    smaller = 1 - mixed["size_mb"] / smallest["size_mb"]
+    quicker = mixed["performance"]["requests_s"] / fastest["performance"]["requests_s"]
+    accuracy = [f"{found['delta'] * 100:+.1f} points of its exact match (McNemar p {found['mcnemar_p']:.2f})" for found in versus]
+    figures = (
+        f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {smallest['name']}, the smallest ready-made file within the limits, with "
+        f"{accuracy[1]}; {quicker:.2f} times the requests/s of {fastest['name']}, the one to recommend among them, with {accuracy[0]}"
+    )
     if excluded:
         return f"{figures}, but it may not be recommended: {excluded}"
-    worth = max(smaller, quicker - 1) >= WORTH_SEARCHING and (versus["delta"] >= 0 or versus["mcnemar_p"] >= SIGNIFICANT)
+    as_good = [found["delta"] >= 0 or found["mcnemar_p"] >= SIGNIFICANT for found in versus]
+    worth = any(gain >= WORTH_SEARCHING and equal for gain, equal in zip((quicker - 1, smaller), as_good, strict=True))
     return f"{figures}: {'' if worth else 'not '}{WORTH_SEARCHING:.0%} smaller or faster at equal accuracy"
 
 
@@ -233,7 +247,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         "gpu_runner_up": gpu[1]["name"] if len(gpu) > 1 else None,
         "excluded": {v["name"]: why for v in measured(variants) if v["role"] == "candidate" and (why := _excluded(v, reference, config))},
         "constraints": limits,
-        "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu, bool(on_gpu))}",
+        "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu, bool(on_gpu), config)}",
     }
 
 
@@ -260,7 +274,7 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
         ("price of 1,000 requests", v["performance"].get("usd_per_1k_requests"), config.max_usd_per_1k_requests, "USD"),
     )
     if on_gpu and v["device"] != "cuda":
-        limits = limits[:1]
+        limits = (limits[0], ("file, which GPU memory has to hold,", v["size_mb"], config.max_vram_mb, "MB"))
     over = [
         f"its {what} is {'not known' if value is None else f'{value:.3g} {unit}'}; at most {limit:g} are allowed"
         for what, value, limit, unit in limits
@@ -294,7 +308,7 @@ def _why_cpu(
     )
 
 
-def _why_gpu(fitting: list[dict[str, Any]], measured: bool) -> str:
+def _why_gpu(fitting: list[dict[str, Any]], measured: bool, config: DecideConfig) -> str:
     if not fitting:
         return "No variant for a GPU kept to the limits."
     v = fitting[0]
@@ -302,4 +316,6 @@ def _why_gpu(fitting: list[dict[str, Any]], measured: bool) -> str:
     doubt = "" if is_sound(v) else f" Its verdict is {v['fidelity']['verdict']}." if v["fidelity"] else " Its fidelity is unchecked."
     if measured:
         return f"{v['name']} was the fastest on the GPU within the limits.{doubt}{after}"
+    not_checked = [name for name in NEED_A_GPU if getattr(config, name) is not None]
+    after += f" Not checked without one: {', '.join(not_checked)}." if not_checked else ""
     return f"{v['name']} is the smallest GPU format within the accuracy limit ({v['size_mb']:.0f} MB, exact match {v['quality']['exact_match']['value']:.1%}). There was no GPU here: its speed on one was not measured.{doubt}{after}"

@@ -37,6 +37,7 @@ class EvaluateConfig(StageConfig):
     max_tokens: int = Field(64, ge=8, le=1024, description="Longer answers are cut, and so mostly unparseable")
     parallel: int = Field(16, ge=1, le=255, description="Conversations answered at a time")
     constrained: bool = Field(False, description="Keep every answer to the grammar of the domain; llama.cpp only")
+    kernel: GptqKernel | None = Field(None, description="GPTQModel's kernel for GPTQ variants; null takes what it thinks best")
 
 
 def load_variant(
@@ -64,11 +65,11 @@ def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, p
     return answers
 
 
-@stage("evaluate", version=7, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
+@stage("evaluate", version=8, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
-    model = load_variant(config, inputs["model"], spec)
+    model = load_variant(config, inputs["model"], spec, kernel=config.kernel)
     results: dict[str, Any] = {"dtype": getattr(model, "dtype", None)}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")

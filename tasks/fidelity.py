@@ -20,7 +20,7 @@ from tasks.domain import prompt
 from tasks.domain.scoring import answer_text
 from tasks.domain.spec import load_spec
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.runtimes import LocalRuntime
+from tasks.runtimes import GptqKernel, LocalRuntime
 from tasks.synthesize import in_turns, read_rows
 from tasks.tokenization import encode_example
 from tasks.weights import BrokenFileError, Comparison, compare, folder_weights, gguf_weights, gptq_weights
@@ -53,6 +53,7 @@ class FidelityConfig(StageConfig):
     folded: bool = Field(
         False, description="The format moves scales from layers into their neighbours, so that single matrices cannot be compared"
     )
+    kernel: GptqKernel | None = Field(None, description="GPTQModel's kernel for GPTQ variants; null takes what it thinks best")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def reference_logits(config: ReferenceLogitsConfig, inputs: Mapping[str, Path], 
     return {"rows": len(asked), "completion_tokens": sum(len(row.completion) for row in asked)}
 
 
-@stage("fidelity", version=5, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
+@stage("fidelity", version=6, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), measures=True, preloaded=True)
 def fidelity(config: FidelityConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Compare `inputs["model"]` with the 16-bit model: its weights, its prompts, and what it foretells.
 
@@ -131,15 +132,17 @@ def read_reference(folder: Path) -> tuple[list[Asked], list[np.ndarray]]:
         return asked, [kept[str(i)].astype(np.float32) for i in range(len(asked))]
 
 
-def _opened(config: FidelityConfig, inputs: Mapping[str, Path]) -> tuple[LocalRuntime, Comparison | None, Callable[[], LocalRuntime]]:
-    """The variant in its runtime, what became of its weights, and how to load the same weights into transformers, unpacked."""
+def _opened(
+    config: FidelityConfig, inputs: Mapping[str, Path]
+) -> tuple[LocalRuntime, Comparison | None, Callable[[], LocalRuntime] | None]:
+    """The variant in its runtime, what became of its weights, and how to load the same weights into transformers, unpacked, if we can."""
     if config.runtime == "llama_cpp":
         file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
         comparison = compare(gguf_weights(file), *map(gguf_weights, others))
         return runtimes.load("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
-    model: Any = runtimes.load("transformers", inputs["model"], hardware.cores())
+    model: Any = runtimes.load("transformers", inputs["model"], hardware.cores(), kernel=config.kernel)
     if config.folded:
-        return model, None, lambda: model
+        return model, None, None
     with gptq_weights(inputs["model"]) as mine, folder_weights(inputs["tuned"]) as tuned, folder_weights(inputs["base"]) as base:
         comparison = compare(mine, tuned, base)
     return model, comparison, lambda: _unquantized(inputs)
@@ -168,7 +171,7 @@ def _unquantized(inputs: Mapping[str, Path]) -> LocalRuntime:
 def judge(
     model: LocalRuntime,
     weights: Comparison | None,
-    elsewhere: Callable[[], LocalRuntime],
+    elsewhere: Callable[[], LocalRuntime] | None,
     asked: Sequence[Asked],
     reference: Sequence[np.ndarray],
 ) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def judge(
 
     Args:
         weights: what became of them; None where they cannot be compared.
-        elsewhere: loads the variant's weights into transformers; called only if its answers are off and its weights are not.
+        elsewhere: loads the variant's weights into transformers; called only if its answers are off and its weights are not; None where that cannot be done.
         reference: logits of the 16-bit model for each row of `asked`.
     """
     same_prompts = sum(model.encode(row.conversation) == row.prompt for row in asked)
@@ -194,7 +197,8 @@ def judge(
         **_weight_figures(weights),
         "prompt_ids_match": same_prompts == len(asked),
     }
-    verdict, why = _verdict(found, weights, same_prompts, len(asked), lambda: divergence(list(ask(elsewhere(), asked)), reference, asked))
+    again = (lambda: divergence(list(ask(elsewhere(), asked)), reference, asked)) if elsewhere else None
+    verdict, why = _verdict(found, weights, same_prompts, len(asked), again)
     return {**figures, "verdict": verdict, "why": why}
 
 
@@ -227,7 +231,7 @@ def _erased(weights: Comparison) -> tuple[Verdict, str] | None:
 
 
 def _verdict(
-    found: Divergence, weights: Comparison | None, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence]
+    found: Divergence, weights: Comparison | None, same_prompts: int, rows: int, elsewhere: Callable[[], Divergence] | None
 ) -> tuple[Verdict, str]:
     if weights and (verdict := _not_made_by_rounding(weights) or _erased(weights)):
         return verdict
@@ -239,6 +243,8 @@ def _verdict(
         return "ok", f"{found.top1_agreement:.1%} of the next tokens are those of the 16-bit model."
     off = f"; its weights are off by {weights.weight_rel_error:.1%}" if weights else ""
     degraded = f"{1 - found.top1_agreement:.1%} of the next tokens are others than the 16-bit model's{off}."
+    if not elsewhere:
+        return "degraded", f"{degraded} Whether the format or its kernel costs that was not checked."
     try:
         same_weights = elsewhere()
     except (ValueError, KeyError, NotImplementedError, ImportError) as error:  # it does not know the architecture, and never will

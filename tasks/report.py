@@ -144,7 +144,9 @@ def not_run(variants: Iterable[Mapping[str, Any]]) -> list[str]:
     """What could not be measured where the variants were, in words."""
     if any(variant.get("device") == "cuda" for variant in variants):
         return []
-    return ["There was no GPU: GPTQ was made and evaluated on the CPU, and neither GPU memory nor GPU speed was measured."]
+    made = sorted({v["format"].upper() for v in variants if v["format"] in ("gptq", "awq") and v.get("performance")})
+    what = f"{' and '.join(made)} was made and evaluated on the CPU, and neither" if made else "neither"
+    return [f"There was no GPU: {what} GPU memory nor GPU speed was measured."]
 
 
 def point_latest(settings: Settings, folder: Path) -> None:

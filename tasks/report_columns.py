@@ -21,7 +21,7 @@ VARIANT_COLUMNS = [
     Column("JSON valid", "quality.json_valid", "percent", "Share of answers that can be read"),
     Column("Size, MB", "size_mb", "number", "Size on disk"),
     Column("Bits", "bits", "number", "Bits per weight"),
-    Column("Load, s", "performance.load_s", "number", "Time until the model can answer"),
+    Column("Load, s", "performance.load_s", "number", "Time until the model can answer, once its runtime's libraries are imported"),
     Column("Latency p50, ms", "performance.latency_ms.p50", "number", "Half of the requests take at most this long"),
     Column("Latency p95, ms", "performance.latency_ms.p95", "number", "95 of 100 requests take at most this long"),
     Column("Prefill, tok/s", "performance.prefill_tok_s", "number", "Speed of reading the prompt"),

@@ -11,9 +11,14 @@ from tasks.domain.spec import Spec
 # Its special tokens are written out: a GGUF may name a first token that the tokenizer does not have.
 SHORT_TEMPLATE = "BOS{% for message in messages %}{{ message['content'] }}EOS{% endfor %}"
 
+# Llama 3.2's template tells the model today's date, unless it cannot, and then this one. A model is asked with what it was trained with, on any day.
+NO_DATE = "26 Jul 2024"
+
 
 def set_template(tokenizer: Any, spec: Spec) -> None:
     """Give the tokenizer of a model that is to be fine-tuned the template it will be asked with; all later stages read it there."""
+    if spec.prompt == "chat" and "strftime_now" in (tokenizer.chat_template or ""):
+        tokenizer.chat_template = f"{{% macro strftime_now(format) %}}{NO_DATE}{{% endmacro %}}{tokenizer.chat_template}"
     if spec.prompt == "short":
         tokenizer.chat_template = SHORT_TEMPLATE.replace("BOS", tokenizer.bos_token or "").replace("EOS", tokenizer.eos_token)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,3 +265,36 @@ def test_a_load_is_called_by_what_ran_and_no_row_is_asked_twice(tiny_gguf: Path,
     assert asked[-1][0] == alone[2:8] and set(asked[-2][0]) < set(asked[-1][0])
     samples = json.loads((out / SAMPLES).read_text())
     assert [len(samples[f"latency_s_at_{load}"]) for load in (4, 6)] == [6, 6] and figures["peak_rss_mb"] >= figures["rss_mb"] * 0.9
+
+
+def test_a_gptq_variant_is_asked_checked_and_timed_with_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import stages
+
+    kernels: list[tuple[str, Any]] = []
+
+    def call(stage: Stage, config: Any, label: str, **_: Any) -> Any:
+        kernels.append((label, getattr(config, "kernel", None)))
+        return object()
+
+    monkeypatch.setattr(stages, "runner", lambda run: call)
+    names = {"gptq-4bit": ("gptq", "transformers"), "gguf-F16": ("gguf", "llama_cpp")}
+    variants = [Variant(name=n, format=f, bits=4, runtime=r, role="candidate") for n, (f, r) in names.items()]  # type: ignore[arg-type]
+    config = load_config("smoke", {"benchmark.kernel": "torch"})
+    run: Any = Run(run_id="x", mlflow_run="m", config=config, started="", resumed=False)
+    models: Any = dict.fromkeys(names, object())
+    stages.measure.fn(run, variants, models, models["gptq-4bit"], {})
+    stages.check.fn(run, variants, models, *[models["gptq-4bit"]] * 4, {})
+    told = dict(kernels)
+    assert [told[f"{what} gptq-4bit"] for what in ("evaluate", "benchmark", "check")] == ["torch"] * 3
+    assert {told[f"{what} gguf-F16"] for what in ("evaluate", "benchmark", "check")} == {None}
+
+
+def test_gpu_memory_is_that_of_the_requests_not_of_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import benchmark
+
+    gpu: Any = SimpleNamespace(memory_mb=lambda: 321.0)
+    monkeypatch.setattr(benchmark, "_torch_peak_mb", lambda model: 300.0)
+    read = benchmark._memory_mb(None, gpu)  # type: ignore[arg-type]
+    assert (read["vram_mb"], read["torch_peak_mb"]) == (321.0, 300.0) and read["rss_mb"] > 0
+    monkeypatch.setattr(benchmark, "_torch_peak_mb", lambda model: None)
+    assert "vram_mb" not in benchmark._memory_mb(None, None)  # type: ignore[arg-type]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from tasks.decide import DecideConfig, beside_ready_made, best_ready_made, pareto_front, recommend
+from tasks.decide import DecideConfig, _compare, beside_ready_made, best_ready_made, pareto_front, recommend
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
+from tasks.report import not_run
 from tasks.variant_figures import beside_llama_bench, calibrated_on_little, searched
 from tasks.variants import MIXED, Variant
 
@@ -254,17 +255,28 @@ def test_what_was_searched_is_compared_with_the_file_that_would_be_chosen_withou
     mixed = variant(MIXED, 0.96, 5.2, 190, size=84)
     doubtful = {**variant("gguf-Q2_K", 0.96, 9.0, 100, size=60), "fidelity": {"verdict": "degraded"}}
     best = best_ready_made([*VARIANTS, doubtful, mixed], config)
-    assert best and best["name"] == "gguf-Q4_K_M"  # neither the faster one that loses too much nor the one that is not sound
+    assert (
+        best and best[0]["name"] == best[1]["name"] == "gguf-Q4_K_M"
+    )  # neither the faster one that loses too much nor the one that is not sound
     assert best_ready_made(VARIANTS[:3], config) is None
     equal = {"delta": -0.001, "mcnemar_p": 0.8}
-    said = "20% smaller than gguf-Q4_K_M, the best ready-made file, with 1.04 times its requests/s and -0.1 points of exact match (McNemar p 0.80)"
-    assert beside_ready_made(mixed, best, equal, "") == f"{said}: 10% smaller or faster at equal accuracy"
+    points = "-0.1 points of its exact match (McNemar p 0.80)"
+    said = (
+        f"20% smaller than gguf-Q4_K_M, the smallest ready-made file within the limits, with {points}; "
+        f"1.04 times the requests/s of gguf-Q4_K_M, the one to recommend among them, with {points}"
+    )
+    assert beside_ready_made(mixed, best, (equal, equal), "") == f"{said}: 10% smaller or faster at equal accuracy"
     assert (
-        beside_ready_made(mixed, best, equal, "loses 1.2 percentage points")
+        beside_ready_made(mixed, best, (equal, equal), "loses 1.2 percentage points")
         == f"{said}, but it may not be recommended: loses 1.2 percentage points"
     )
-    assert ": not 10%" in beside_ready_made(mixed, best, {"delta": -0.02, "mcnemar_p": 0.01}, "")
-    assert ": not 10%" in beside_ready_made({**mixed, "size_mb": 100}, best, equal, "")
+    worse = {"delta": -0.02, "mcnemar_p": 0.01}
+    assert ": not 10%" in beside_ready_made(mixed, best, (equal, worse), "")  # smaller than one that is more often right
+    assert ": not 10%" in beside_ready_made({**mixed, "size_mb": 100}, best, (equal, equal), "")
+    small = {**variant("gguf-IQ4_NL", 0.96, 4.9, 190), "size_mb": 86}  # slower, and nearly as small as the mixture
+    again = best_ready_made([*VARIANTS, small, mixed], config)
+    assert again and [v["name"] for v in again] == ["gguf-Q4_K_M", "gguf-IQ4_NL"]
+    assert "2% smaller than gguf-IQ4_NL" in (told := beside_ready_made(mixed, again, (equal, equal), "")) and ": not 10%" in told
 
 
 def test_paired_difference_against_counted_values() -> None:
@@ -278,3 +290,26 @@ def test_paired_difference_against_counted_values() -> None:
     assert paired_difference([True], [True])["mcnemar_p"] == 1.0
     alike = paired_difference([True] * 300, [True] * 300)  # that no row differs says little of the rows that were not asked
     assert (alike["low"], alike["high"]) == pytest.approx((-0.0065, 0.0065), abs=1e-4)
+
+
+def test_gpu_memory_holds_at_least_the_file_and_what_was_not_checked_is_said() -> None:
+    choice = recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_vram_mb=110))
+    assert choice["gpu"] is None  # the smallest GPU format has 120 MB
+    choice = recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01, max_vram_mb=130, max_latency_p95_ms=5))
+    assert choice["gpu"] == "gptq-4bit" and "Not checked without one: max_vram_mb, max_latency_p95_ms." in choice["why"]
+    assert "Not checked" not in recommend(VARIANTS, DecideConfig(max_accuracy_loss=0.01))["why"]
+
+
+def test_speeds_of_two_machines_make_no_ratio() -> None:
+    here, there = ({**v, "performance": {**v["performance"], "machine": name}} for v, name in zip(VARIANTS[1:3], ("a", "b"), strict=True))
+    with pytest.raises(KeyError, match="evaluate"):  # what is right is compared behind that, and there is nothing of it here
+        _compare(there, here, {})
+    assert there["speedup_vs_fp16"] is None and there["speedup_vs_fp16_reason"] == (
+        "the 16-bit model was measured on cpu (a), this variant on cpu (b)"
+    )
+
+
+def test_a_report_says_which_formats_for_gpus_were_made() -> None:
+    assert not_run([{**VARIANTS[3]}]) == ["There was no GPU: neither GPU memory nor GPU speed was measured."]
+    assert not_run(VARIANTS[2:4])[0].startswith("There was no GPU: GPTQ was made and evaluated on the CPU")
+    assert not_run([VARIANTS[2] | {"device": "cuda"}]) == []

@@ -189,6 +189,8 @@ def test_a_runtime_that_swaps_two_layers_is_told_from_a_bad_format(world: World)
     # The same answers, and transformers gives them too: then it is the format.
     assert judge(swapped, exact, lambda: swapped, rows, reference)["verdict"] == "degraded"
     assert judge(right(), exact, right, rows, reference)["verdict"] == "ok"
+    folded = judge(swapped, None, None, rows, reference)
+    assert folded["verdict"] == "degraded" and "Whether the format or its kernel costs that was not checked" in folded["why"]
 
     def unknown() -> Any:
         raise ValueError("GGUF model with architecture granite is not supported yet")

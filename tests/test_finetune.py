@@ -18,10 +18,12 @@ from tasks.core.artifacts import Store
 from tasks.core.manifests import CHECKPOINTS, Manifest
 from tasks.core.stage import run
 from tasks.domain.errors import UserError
+from tasks.domain.spec import load_spec
 from tasks.finetune import finetune
 from tasks.frozen import BASE_LAYER, Int8Linear, restore_16bit, unpack_nf4
 from tasks.qlora import FinetuneConfig, build_model, load_base
 from tasks.synthesize import SynthesizeConfig, read_rows, synthesize
+from tasks.tokenization import NO_DATE, set_template
 
 TRAINING = {"precision": "fp32", "batch_size": 8, "learning_rate": 0.01, "rank": 4, "compile": False, "checkpoints": 1}
 
@@ -245,3 +247,20 @@ def test_restored_layers_hold_the_weights_of_the_files(store: Store, inputs: dic
     assert len(before) == (14 if precision == "int8" else 0)
     assert not [name for name, old in before.items() if torch.equal(layers[name].forward_int8, old)]
     assert not [layer for layer in layers.values() if layer.weight.requires_grad]
+
+
+@pytest.mark.fast
+def test_a_template_that_tells_the_date_tells_the_same_on_any_day() -> None:
+    from datetime import datetime
+
+    import jinja2
+
+    template = (
+        "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}Today is {{ day }}. {{ messages[0]['content'] }}"
+    )
+    tokenizer: Any = SimpleNamespace(chat_template=template)
+    set_template(tokenizer, load_spec("ecommerce").model_copy(update={"prompt": "chat"}))
+    environment = jinja2.Environment()
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    said = environment.from_string(tokenizer.chat_template).render(messages=[{"content": "hi"}])
+    assert said == f"Today is {NO_DATE}. hi"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,16 @@ def test_another_converter_is_in_the_key_and_the_installed_one_is_not(tmp_path: 
         (tmp_path / file).write_text("x")
         keys.add(convert_gguf.key(convert_config(), {}))
     assert len(keys) == 4
+
+
+def test_transformers_decodes_greedily_whatever_a_models_makers_set(tiny_gguf: Path, tmp_path: Path) -> None:
+    from tasks.runtimes.transformers import TransformersRuntime
+
+    folder = shutil.copytree(tiny_gguf.parents[1] / "hf", tmp_path / "hf")
+    stored = json.loads((folder / "generation_config.json").read_text())
+    made = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 3.0}
+    (folder / "generation_config.json").write_text(json.dumps(stored | made))
+    asked: Any = [[{"role": "user", "content": "one two one two one two"}]]
+    plain, other = (TransformersRuntime(path, 1, "float32") for path in (tiny_gguf.parents[1] / "hf", folder))
+    (before,), (after,) = (list(model.generate(asked, 16, 1)) for model in (plain, other))
+    assert after.tokens == before.tokens and len(set(before.tokens)) < len(before.tokens)  # a penalty would have shown

@@ -257,3 +257,20 @@ def test_what_torch_compile_needs_is_looked_for_where_torch_does(
     found = hardware.lacks_to_compile()
     assert len(found) == len(lacks) and all(name in said for name, said in zip(lacks, found, strict=True))
     assert can_compile() == (not lacks)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, "A100"), ("", None), ("-1", None), ("1", "T4"), ("1,0", "T4"), ("GPU-bb", "T4"), ("7", None)],
+)
+def test_the_gpu_a_measurement_is_known_by_is_the_one_cuda_may_see(
+    visible: str | None, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bus, name, uuid in (("0000:01:00.0", "A100", "GPU-aa11"), ("0000:02:00.0", "T4", "GPU-bb22")):
+        (tmp_path / bus).mkdir()
+        (tmp_path / bus / "information").write_text(f"Model: \t\t {name}\nGPU UUID: \t {uuid}\nBus Location: \t {bus}\n")
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.gpu.__wrapped__() == found

@@ -150,14 +150,25 @@ def cpu_generation() -> str:
     return "/".join(facts[name] for name in ("cpu family", "model", "stepping") if name in facts)
 
 
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
 @functools.cache
 def gpu() -> str | None:
-    """Name of the first CUDA device, or None. Looks at the driver's files, so that torch need not be imported."""
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in information.read_text().splitlines():
-            if line.startswith("Model:"):
-                return line.partition(":")[2].strip()
-    return None
+    """Name of the first CUDA device that this process may see, or None. Looks at the driver's files, so that torch need not be imported.
+
+    They are in the order of the PCI bus; CUDA's is another where the fastest device is not the first, unless `CUDA_DEVICE_ORDER` says PCI_BUS_ID.
+    """
+    files = sorted(NVIDIA.glob("*/information"))
+    devices = [{k.strip(): v.strip() for k, _, v in (line.partition(":") for line in file.read_text().splitlines())} for file in files]
+    if (visible := settings.visible_gpus()) is not None:
+        first = visible.split(",")[0].strip()
+        devices = [
+            device
+            for number, device in enumerate(devices)
+            if first and (first == str(number) or device.get("GPU UUID", "").startswith(first))
+        ]
+    return devices[0].get("Model") if devices else None
 
 
 def hardware_class() -> str:

@@ -245,9 +245,9 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
-def visible_gpus() -> str:
-    """Which GPUs CUDA is allowed to see, in its order; empty for all."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+def visible_gpus() -> str | None:
+    """Which GPUs CUDA is allowed to see, in its order, `CUDA_VISIBLE_DEVICES`; None for all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 TEACHER_KEY = "CARTWRIGHT_TEACHER_KEY"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,19 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     limit = min(map(len, prompts)) - 1
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), limit)
     return first[: min(length, limit)]
+
+
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "llama_cpp": ("tasks.runtimes.llama_cpp",),
+    "transformers": ("torch", "transformers.models.auto.modeling_auto", "tasks.runtimes.transformers"),
+    "litellm": (),
+}
+
+
+def import_libraries(runtime: RuntimeName) -> None:
+    """Import what `load` needs, so that the time of loading is the model's."""
+    for name in LIBRARIES[runtime]:
+        importlib.import_module(name)
 
 
 def load(

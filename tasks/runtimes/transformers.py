@@ -30,7 +30,7 @@ class TransformersRuntime:
 
     def __init__(self, path: Path, threads: int, dtype: str, gguf_file: str | None = None, kernel: GptqKernel | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTQConfig
 
         self._torch = torch
         self.threads = threads
@@ -49,6 +49,9 @@ class TransformersRuntime:
         self._model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), device_map={"": self.device}, trust_remote_code=False, use_safetensors=True, **file, **chosen
         ).eval()
+        # Greedy, as every runtime decodes: what a model's makers set beside the end of an answer, such as a penalty for words that were
+        # there before, would be followed here alone.
+        self._model.generation_config = GenerationConfig(eos_token_id=self._model.generation_config.eos_token_id)
         self._shared: tuple[list[int], Any] = ([], None)
         self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._tokenizer.eos_token_id
 
