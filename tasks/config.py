@@ -249,7 +249,9 @@ def _digest(path: str) -> str:
 
 def disk_needed(config: RunConfig) -> int:
     """About how many bytes a run adds to the disk: base, merged model and checkpoints, every variant, and MLflow's copies."""
-    return size_16bit(config.base_model) * (4 + len(config.gguf_kinds()) + bool(config.gguf_search) + len(config.gptq) + len(config.awq))
+    return size_16bit(config.base_model) * (
+        4 + len(config.gguf_kinds()) + bool(config.gguf_search) + bool(config.vocabulary.tokens) + len(config.gptq) + len(config.awq)
+    )
 
 
 def check_room(config: RunConfig, store: Store, home: Path) -> None:

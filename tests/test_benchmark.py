@@ -283,7 +283,7 @@ def test_a_gptq_variant_is_asked_checked_and_timed_with_one_kernel(monkeypatch: 
     run: Any = Run(run_id="x", mlflow_run="m", config=config, started="", resumed=False)
     models: Any = dict.fromkeys(names, object())
     stages.measure.fn(run, variants, models, models["gptq-4bit"], {})
-    stages.check.fn(run, variants, models, *[models["gptq-4bit"]] * 4, {})
+    stages.check.fn(run, variants, models, *[models["gptq-4bit"]] * 5, {})
     told = dict(kernels)
     assert [told[f"{what} gptq-4bit"] for what in ("evaluate", "benchmark", "check")] == ["torch"] * 3
     assert {told[f"{what} gguf-F16"] for what in ("evaluate", "benchmark", "check")} == {None}
