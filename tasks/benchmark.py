@@ -98,7 +98,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     loads = sorted({parallel, *loads} - {1}, key=lambda load: (load != parallel, load))  # the one that memory is read after comes first
     total = config.requests + len(loads) + 2 * config.repeats + 3
     others = hardware.Disturbance()
-    runtimes.import_libraries(config.runtime)
+    runtimes.import_libraries(config.runtime, inputs["model"])
     started = time.perf_counter()
     model = load_variant(config, inputs["model"], spec, config.mmap, config.kernel)
     load_s = time.perf_counter() - started

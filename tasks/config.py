@@ -198,7 +198,10 @@ def resolve(config: RunConfig, quantizes: bool = True) -> RunConfig:
         problem = f"leaves no row for gguf_search beside the {seen} by which variants are judged"
         raise UserError("data.validation_rows", config.data.validation_rows, problem, mend=f"Take more than {seen}, or fewer fidelity.rows")
     if quantizes:
-        converter()  # there is always a GGUF format to make
+        script = converter()  # there is always a GGUF format to make
+        if config.vocabulary.tokens and not (script.parent / "conversion" / "base.py").is_file():
+            problem = "has a converter that cannot be shown the tokenizer from before vocabulary.tokens"
+            raise UserError("CARTWRIGHT_LLAMA_CPP", str(script.parent), problem, mend="Take a newer one, or set vocabulary.tokens=null")
     if config.benchmark.llama_bench:
         llama_bench_program()
     for field, path, rows, bad in _own_rows(config):

@@ -108,6 +108,8 @@ def check_source(config: VocabularyConfig, base: BaseModelConfig) -> None:
             raise _leaves_nothing_out(config.tokens, tokens)
     elif (file := folder_of(base) / TOKENIZER).is_file():
         check_trimmable(json_of("base_model.source", file), config.tokens)
+    else:
+        raise _cannot(config.tokens, f"it has no {TOKENIZER}")
 
 
 def check_trimmable(described: Mapping[str, Any], size: int) -> None:

@@ -289,12 +289,24 @@ def test_a_gptq_variant_is_asked_checked_and_timed_with_one_kernel(monkeypatch: 
     assert {told[f"{what} gguf-F16"] for what in ("evaluate", "benchmark", "check")} == {None}
 
 
-def test_gpu_memory_is_that_of_the_requests_not_of_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks import benchmark
+@pytest.mark.slow
+def test_gpu_memory_is_that_of_the_usual_load_not_of_larger_ones(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import benchmark as measuring
 
-    gpu: Any = SimpleNamespace(memory_mb=lambda: 321.0)
-    monkeypatch.setattr(benchmark, "_torch_peak_mb", lambda model: 300.0)
-    read = benchmark._memory_mb(None, gpu)  # type: ignore[arg-type]
-    assert (read["vram_mb"], read["torch_peak_mb"]) == (321.0, 300.0) and read["rss_mb"] > 0
-    monkeypatch.setattr(benchmark, "_torch_peak_mb", lambda model: None)
-    assert "vram_mb" not in benchmark._memory_mb(None, None)  # type: ignore[arg-type]
+    most = [1]
+    usual = LlamaCppRuntime.generate
+
+    def generate(model: LlamaCppRuntime, conversations: Any, max_tokens: int, parallel: int) -> Any:
+        most.append(max(most[-1], parallel))
+        return usual(model, conversations, max_tokens, parallel)
+
+    gpu = SimpleNamespace(memory_mb=lambda: 100.0 * most[-1], utilization=lambda: 0.5, joules=lambda: None)
+    monkeypatch.setattr(LlamaCppRuntime, "generate", generate)
+    monkeypatch.setattr(measuring.power, "first_gpu", lambda device, visible: gpu)
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir(), out.mkdir()
+    synthesize.function(load_config("smoke").data, {}, data)
+    sizes = {"requests": 5, "batched_requests": 8, "repeats": 1, "warmup": 1, "max_tokens": 8, "prefill_tokens": 16, "decode_tokens": 8}
+    config = BenchmarkConfig.model_validate({"runtime": "llama_cpp", "parallel": 4, "loads": (2, 8), **sizes})
+    figures = benchmark.function(config, {"model": tiny_gguf.parent, "dataset": data}, out)
+    assert figures["vram_mb"] == 400.0 and figures["torch_peak_mb"] is None and most[-1] == 8

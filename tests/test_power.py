@@ -261,7 +261,7 @@ def test_what_torch_compile_needs_is_looked_for_where_torch_does(
 
 @pytest.mark.parametrize(
     ("visible", "found"),
-    [(None, "A100"), ("", None), ("-1", None), ("1", "T4"), ("1,0", "T4"), ("GPU-bb", "T4"), ("7", None)],
+    [(None, "A100"), ("", None), ("-1", None), ("1", "T4"), ("1,0", "T4"), ("GPU-bb", "T4"), ("MIG-cc33", "A100"), ("7", None)],
 )
 def test_the_gpu_a_measurement_is_known_by_is_the_one_cuda_may_see(
     visible: str | None, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -228,7 +228,7 @@ def test_a_model_with_another_place_for_each_token_is_refused(made: dict[str, An
         trim_vocabulary.function(VocabularyConfig(tokens=TOKENS), made | {"base_model": tmp_path / "phi"}, tmp_path / "out")
 
 
-def test_a_run_is_refused_before_any_work(made: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_is_refused_before_any_work(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(made["base_model"], tmp_path / "model")
     wanted = {"base_model.source": str(folder), "vocabulary.tokens": 1000}
     assert resolve(load_config("smoke", wanted)).vocabulary.tokens == 1000
@@ -243,6 +243,16 @@ def test_a_run_is_refused_before_any_work(made: dict[str, Any], tmp_path: Path) 
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="is not valid JSON"):
         resolve(load_config("smoke", wanted))
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    with pytest.raises(UserError, match=r"it has no tokenizer\.json"):
+        resolve(load_config("smoke", wanted))
+    older = tmp_path / "llama.cpp"
+    older.mkdir()
+    (older / "convert_hf_to_gguf.py").touch()
+    monkeypatch.setenv("CARTWRIGHT_LLAMA_CPP", str(older))
+    with pytest.raises(UserError, match=r"Take a newer one, or set vocabulary\.tokens=null"):
+        resolve(load_config("smoke", {"vocabulary.tokens": 1000}))
+    monkeypatch.delenv("CARTWRIGHT_LLAMA_CPP")
     with pytest.raises(UserError, match="The base model has 49,152 tokens"):  # of a GGUF file
         resolve(load_config("smoke", {"vocabulary.tokens": 49_152}))
 

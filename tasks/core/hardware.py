@@ -163,11 +163,10 @@ def gpu() -> str | None:
     devices = [{k.strip(): v.strip() for k, _, v in (line.partition(":") for line in file.read_text().splitlines())} for file in files]
     if (visible := settings.visible_gpus()) is not None:
         first = visible.split(",")[0].strip()
-        devices = [
-            device
-            for number, device in enumerate(devices)
-            if first and (first == str(number) or device.get("GPU UUID", "").startswith(first))
-        ]
+        if not first or first.lstrip("-").isdigit():
+            devices = devices[int(first) : int(first) + 1] if first.isdigit() else []
+        else:  # a UUID, or its beginning; that of a part of a GPU (MIG) is in none of these files
+            devices = [device for device in devices if device.get("GPU UUID", "").startswith(first)] or devices
     return devices[0].get("Model") if devices else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,9 +107,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def import_libraries(runtime: RuntimeName) -> None:
-    """Import what `load` needs, so that the time of loading is the model's."""
-    for name in LIBRARIES[runtime]:
+def import_libraries(runtime: RuntimeName, folder: Path) -> None:
+    """Import what `load` needs for a model, so that the time of loading is the model's."""
+    quantized = runtime == "transformers" and "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in (*LIBRARIES[runtime], *(("optimum.gptq", "gptqmodel") if quantized else ())):
         importlib.import_module(name)
 
 
