@@ -41,7 +41,7 @@ def retrain(
 
     Args:
         profile: How much: smoke (a test on a tiny random model), quick, standard (three times the data), paper (needs a GPU).
-        base_model: Hugging Face id, folder or .gguf file. Empty takes the profile's. One without a byte-level BPE tokenizer needs {"vocabulary.tokens": null} below.
+        base_model: Hugging Face id, folder or .gguf file. Empty takes the profile's.
         teacher: LiteLLM id of a model that writes more training data, such as openai/gpt-4.1-mini. Empty asks none.
         formats: GGUF formats to make. Empty takes the profile's.
         max_accuracy_loss: Largest loss of exact match a recommended model may have, as a share: 0.01 is one percentage point.
