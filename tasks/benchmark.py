@@ -32,6 +32,7 @@ from tasks.runtimes import LONGEST_PROMPT, Dtype, GptqKernel, LocalRuntime, Runt
 from tasks.synthesize import in_turns, read_rows
 
 SAMPLES = "samples.json"
+AT_LOAD = "latency_s_at_"  # in samples: followed by a number of requests at a time
 BUSY = ("others_cores", "stolen_cores")
 SPREAD_OF = ("requests_s", "requests_s_batched", "prefill_tok_s", "decode_tok_s")
 
@@ -135,7 +136,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
         "tokens": [a["tokens"] for a in alone],
         "prefill_tok_s": prefill[1:],
         "decode_tok_s": decode[1:],
-        **{f"latency_s_at_{load}": seconds for load, seconds in waits.items()},
+        **{f"{AT_LOAD}{load}": seconds for load, seconds in waits.items()},
     }
     (out_dir / SAMPLES).write_text(json.dumps(samples), encoding="utf-8")
     figures = {
@@ -183,7 +184,7 @@ def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
         runs: metrics and folder of each.
 
     Returns:
-        The figures of `benchmark`, `runs`, and of `spread_of` (largest - smallest) / median over the runs; None for one run.
+        The figures of `benchmark`, `latency_ms_by_load` (percentiles for each number of requests at a time above one), `runs`, and of `spread_of` (largest - smallest) / median over the runs; None for one run.
     """
     metrics = [found for found, _ in runs]
     samples: dict[str, list[float]] = {}
@@ -191,11 +192,13 @@ def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
         for name, values in json.loads((folder / SAMPLES).read_text(encoding="utf-8")).items():
             samples.setdefault(name, []).extend(values)
     shared = [name for name in metrics[0] if all(name in found for found in metrics)]  # an earlier version measured fewer
+    by_load = {name.removeprefix(AT_LOAD): percentiles(values) for name, values in samples.items() if name.startswith(AT_LOAD)}
     median = {name: (max if name in BUSY else _median)([found[name] for found in metrics]) for name in shared}
     percentiles_of_all = {name: value for name, value in summary(samples).items() if name.endswith("_ms")}
     return {
         **median,
         **percentiles_of_all,
+        "latency_ms_by_load": {load: by_load[load] for load in sorted(by_load, key=int)},
         "runs": len(runs),
         "spread": {name: _spread([found[name] for found in metrics]) for name in SPREAD_OF} if len(runs) > 1 else None,
     }

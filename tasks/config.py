@@ -103,6 +103,19 @@ class RunConfig(BaseModel):
                 raise ValueError(f"{name} = True is measured of GGUF variants, beside the usual. Set {instead}=true")
         return value
 
+    @field_validator("decide")
+    @classmethod
+    def _what_decides_is_measured(cls, value: DecideConfig, info: ValidationInfo) -> DecideConfig:
+        if (benchmark := info.data.get("benchmark")) is None:  # it has an error of its own
+            return value
+        loads = sorted({min(load, benchmark.batched_requests) for load in (1, benchmark.parallel, *benchmark.loads)})
+        if value.at_a_time is not None and value.at_a_time not in loads:
+            raise ValueError(
+                f"at_a_time = {value.at_a_time}: what is measured is {', '.join(map(str, loads))} at a time. "
+                f"Set benchmark.loads=[{value.at_a_time}] and benchmark.batched_requests to as many or more"
+            )
+        return value
+
     @field_validator("gguf", "gptq", "awq", "baselines")
     @classmethod
     def _no_variant_stands_twice(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:

@@ -26,7 +26,15 @@ LIMITS = ("max_accuracy_loss", "max_size_mb", "max_rss_mb", "max_vram_mb", "max_
 
 
 class DecideConfig(StageConfig):
-    """What a recommended variant must keep to. A limit of null does not limit."""
+    """What a recommended variant is for, and what it must keep to. A limit of null does not limit."""
+
+    at_a_time: int | None = Field(
+        None,
+        ge=1,
+        le=255,
+        description="Requests under way at once where the variant is to work: speed, latency and price are those measured there. "
+        "1, `benchmark.parallel` or one of `benchmark.loads`; null takes speed and latency of one, and the price of `parallel`",
+    )
 
     max_accuracy_loss: float = Field(
         0.005, ge=0, le=1, description="Largest loss of exact match against the 16-bit model, as a share: 0.01 is one percentage point"
@@ -36,7 +44,7 @@ class DecideConfig(StageConfig):
         None, gt=0, description="Of what runs on a CPU, at its peak, from loading to the answers at `benchmark.parallel`"
     )
     max_vram_mb: float | None = Field(None, gt=0, description="GPU memory, of what runs on one")
-    max_latency_p95_ms: float | None = Field(None, gt=0)
+    max_latency_p95_ms: float | None = Field(None, gt=0, description="With `at_a_time` requests under way")
     machine_usd_per_hour: float | None = Field(None, gt=0, description="What the machine costs, from which the price of requests follows")
     max_usd_per_1k_requests: float | None = Field(None, gt=0, description="Needs machine_usd_per_hour")
     variants: tuple[Variant, ...] = Field((), description="Filled in by the flow")
@@ -53,7 +61,7 @@ class DecideConfig(StageConfig):
         return self
 
 
-@stage("decide", version=8, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
+@stage("decide", version=9, libraries=("scipy", "numpy"), isolated=False, varies="it holds what was measured")
 def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `decision.json`: `variants`, `pareto`, `recommendation` and `paper` of the report.
 
@@ -70,7 +78,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
     if mixed and (best := best_ready_made(variants, config)):
         mine, *theirs = (correct_rows(inputs[f"evaluate:{variant['name']}"]) for variant in (mixed, *best))
         versus = [paired_difference(mine, other) for other in theirs]
-        mixed["notes"].append(beside_ready_made(mixed, best, versus, recommendation["excluded"].get(MIXED, "")))
+        mixed["notes"].append(beside_ready_made(mixed, best, versus, recommendation["excluded"].get(MIXED, ""), config.at_a_time))
     for variant in variants:
         if why := recommendation.get("excluded", {}).get(variant["name"]):
             for_cpu = " for a CPU" if variant["name"] == recommendation["gpu"] else ""
@@ -173,7 +181,11 @@ def best_ready_made(variants: list[dict[str, Any]], config: DecideConfig) -> tup
 
 
 def beside_ready_made(
-    mixed: dict[str, Any], best: tuple[dict[str, Any], dict[str, Any]], versus: Sequence[Mapping[str, float]], excluded: str
+    mixed: dict[str, Any],
+    best: tuple[dict[str, Any], dict[str, Any]],
+    versus: Sequence[Mapping[str, float]],
+    excluded: str,
+    at_a_time: int | None = None,
 ) -> str:
     """What the search brought, beside the fastest and the smallest of the ready-made GGUF files within the limits.
 
@@ -183,7 +195,7 @@ def beside_ready_made(
     """
     fastest, smallest = best
     smaller = 1 - mixed["size_mb"] / smallest["size_mb"]
-    quicker = mixed["performance"]["requests_s"] / fastest["performance"]["requests_s"]
+    quicker = requests_s(mixed, at_a_time) / requests_s(fastest, at_a_time)
     accuracy = [f"{found['delta'] * 100:+.1f} points of its exact match (McNemar p {found['mcnemar_p']:.2f})" for found in versus]
     figures = (
         f"{abs(smaller):.0%} {'smaller' if smaller > 0 else 'larger'} than {smallest['name']}, the smallest ready-made file within the limits, with "
@@ -230,7 +242,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         }
 
     def speed(v: dict[str, Any]) -> float:
-        return float(v["performance"]["requests_s"])
+        return requests_s(v, config.at_a_time)
 
     candidates = [v for v in usable(variants) if v["device"] == "cpu" and v["role"] == "candidate"]
     fitting = [v for v in candidates if not _excluded(v, reference, config)]
@@ -249,6 +261,21 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
         "constraints": limits,
         "why": f"{_why_cpu(best, second, passed_over, reference, config) if candidates else NONE_MEASURED} {_why_gpu(gpu, bool(on_gpu), config)}",
     }
+
+
+def requests_s(v: dict[str, Any], at_a_time: int | None) -> float:
+    """How many a variant answers when so many are under way; None is one."""
+    measured_there = v["performance"]["requests_s"] if at_a_time in (None, 1) else v["performance"]["requests_s_by_load"][str(at_a_time)]
+    return float(measured_there)
+
+
+def _latency_p95_ms(v: dict[str, Any], at_a_time: int | None) -> float:
+    found = v["performance"]["latency_ms"] if at_a_time in (None, 1) else v["performance"]["latency_ms_by_load"][str(at_a_time)]
+    return float(found["p95"])
+
+
+def _under_way(config: DecideConfig) -> str:
+    return f" with {config.at_a_time} requests under way" if config.at_a_time and config.at_a_time > 1 else ""
 
 
 def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig, on_gpu: bool = False) -> str:
@@ -270,7 +297,7 @@ def _excluded(v: dict[str, Any], reference: dict[str, Any], config: DecideConfig
         ("GPU memory", v["performance"].get("vram_mb"), config.max_vram_mb, "MB")
         if v["device"] == "cuda"  # the memory of its host is mostly CUDA's own
         else ("memory", v["performance"]["peak_rss_mb"], config.max_rss_mb, "MB"),
-        ("95th percentile of latency", v["performance"]["latency_ms"]["p95"], config.max_latency_p95_ms, "ms"),
+        ("95th percentile of latency" + _under_way(config), _latency_p95_ms(v, config.at_a_time), config.max_latency_p95_ms, "ms"),
         ("price of 1,000 requests", v["performance"].get("usd_per_1k_requests"), config.max_usd_per_1k_requests, "USD"),
     )
     if on_gpu and v["device"] != "cuda":
@@ -289,11 +316,12 @@ def _why_cpu(
     if not v:
         return "No quantized variant kept to the limits."
     exact, was = v["quality"]["exact_match"]["value"], reference["quality"]["exact_match"]["value"]
-    after = f" Runner-up: {second['name']} with {second['performance']['requests_s']:.1f} requests/s." if second else ""
+    after = f" Runner-up: {second['name']} with {requests_s(second, config.at_a_time):.1f} requests/s." if second else ""
     versus = ", with "
     if v["speedup_vs_fp16"] is not None:
         less = v["ram_reduction_vs_fp16"]
-        versus = f", {v['speedup_vs_fp16']:.1f} times as many as 16-bit transformers, with {abs(less):.0%} {'less' if less >= 0 else 'more'} memory and "
+        quicker = requests_s(v, config.at_a_time) / requests_s(reference, config.at_a_time)
+        versus = f", {quicker:.1f} times as many as 16-bit transformers, with {abs(less):.0%} {'less' if less >= 0 else 'more'} memory and "
     fastest = f"loses at most {config.max_accuracy_loss * 100:g} percentage points"
     if any(getattr(config, name) is not None for name in LIMITS[1:]):
         fastest += " and keeps to the other limits"
@@ -303,7 +331,7 @@ def _why_cpu(
     if not is_sound(v):
         doubt = f" No variant within the limits has the verdict ok; it is {v['fidelity']['verdict'] if v['fidelity'] else 'unchecked'}, and will not be promoted."
     return (
-        f"{v['name']} answers {v['performance']['requests_s']:.1f} requests/s{versus}"
+        f"{v['name']} answers {requests_s(v, config.at_a_time):.1f} requests/s{_under_way(config)}{versus}"
         f"exact match {exact:.1%} against {was:.1%}: the fastest that {fastest}.{doubt}{after}"
     )
 

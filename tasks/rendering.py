@@ -289,6 +289,8 @@ class _Page:
         shown = [v for v in self.variants if v.get("performance") and v.get("role") not in ("base", "api")]
         loads = {int(load) for v in shown for load in _labels(v["performance"].get("requests_s_by_load"))}
         columns = [Column(f"{load} at a time", f"performance.requests_s_by_load.{load}", "number", "Requests/s") for load in sorted(loads)]
+        waits = {int(load) for v in shown for load in _labels(v["performance"].get("latency_ms_by_load"))}
+        columns += [Column(f"Latency p95, {load} at a time, ms", f"performance.latency_ms_by_load.{load}.p95") for load in sorted(waits)]
         return self._variants([*MEASURED_COLUMNS[:6], *columns, *MEASURED_COLUMNS[6:]], shown)
 
     def _kernels(self) -> Table:

@@ -252,10 +252,12 @@ def _describe_api(variant: Variant, evaluation: dict[str, Any]) -> dict[str, Any
 
 
 def _price(performance: Mapping[str, Any], config: DecideConfig) -> dict[str, Any]:
-    """What 1,000 requests cost on a machine that is busy with them all the time."""
+    """What 1,000 requests cost on a machine that is busy with them all the time, so many at once as `decide` is to choose for."""
     if config.machine_usd_per_hour is None:
         return {
             "usd_per_1k_requests": None,
             "usd_per_1k_requests_reason": "decide.machine_usd_per_hour, what the machine costs, is not set",
         }
-    return {"usd_per_1k_requests": config.machine_usd_per_hour / 3600 * 1000 / performance["requests_s_batched"]}
+    by_load = {None: performance["requests_s_batched"], 1: performance["requests_s"]}
+    each_second = by_load.get(config.at_a_time) or performance["requests_s_by_load"][str(config.at_a_time)]
+    return {"usd_per_1k_requests": config.machine_usd_per_hour / 3600 * 1000 / each_second}

@@ -39,6 +39,7 @@ def run_of(folder: Path, requests_s: float, latencies: list[float], others: floa
         "tokens": [5] * count,
         "prefill_tok_s": [100.0],
         "decode_tok_s": [50.0],
+        **{f"latency_s_at_{load}": [load * seconds for seconds in latencies] for load in (16, 4)},
     }
     (folder / SAMPLES).write_text(json.dumps(samples))
     metrics = {
@@ -58,6 +59,7 @@ def test_runs_together_give_medians_percentiles_of_all_requests_and_how_far_they
     found = pooled(runs)
     assert found["requests_s"] == 10.0 and found["requests_s_by_load"] == {"4": 10.0} and found["threads"] == 2 and found["device"] == "cpu"
     assert found["latency_ms"]["p50"] == pytest.approx(100) and found["latency_ms"]["p99"] > 250  # of all six
+    assert list(found["latency_ms_by_load"]) == ["4", "16"] and found["latency_ms_by_load"]["16"]["p50"] == pytest.approx(1600)
     assert found["tpot_ms"]["p50"] == pytest.approx(22.5) and found["ttft_ms"]["p95"] == pytest.approx(10)
     assert found["runs"] == 3 and found["spread"]["requests_s"] == pytest.approx(0.4) and found["spread"]["decode_tok_s"] == 0
     assert found["others_cores"] == 0.5  # the worst, not the median

@@ -93,6 +93,7 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
         (["--set", "train.seed=4294967296"], "train.seed = 4294967296: Input should be less than or equal to 4294967295"),
         (["--set", "fidelity.skip=24"], "fidelity.skip = 24: leaves out all of data.validation_rows = 24"),
         (["--set", "evaluate.runtime=transformers"], "runtime = 'transformers' is filled in for each variant"),
+        (["--set", "decide.at_a_time=9"], "at_a_time = 9: what is measured is 1, 8 at a time. Set benchmark.loads=[9]"),
         (["--set", "benchmark.dtype=float32"], "dtype = 'float32' is filled in for each variant"),
         (["--set", "evaluate.constrained=true"], "constrained = True is measured of GGUF variants, beside the usual. Set constrained=true"),
         (

@@ -10,7 +10,7 @@ from tasks.decide import DecideConfig, _compare, beside_ready_made, best_ready_m
 from tasks.paired import paired_difference
 from tasks.paper import compare_with_paper
 from tasks.report import not_run
-from tasks.variant_figures import beside_llama_bench, calibrated_on_little, searched
+from tasks.variant_figures import _price, beside_llama_bench, calibrated_on_little, searched
 from tasks.variants import MIXED, Variant
 
 pytestmark = pytest.mark.fast
@@ -169,6 +169,33 @@ def test_a_limit_of_cost_needs_the_price_of_the_machine() -> None:
 )
 def test_limits_decide(limits: dict[str, float], wanted: str | None) -> None:
     assert recommend(VARIANTS, DecideConfig.model_validate({"max_accuracy_loss": 0.01} | limits))["cpu"] == wanted
+
+
+def at_16(name: str, requests_s: float, p95: float) -> dict[str, Any]:
+    """One of VARIANTS, measured with 16 requests under way too."""
+    found = next(v for v in VARIANTS if v["name"] == name)
+    return found | {
+        "performance": found["performance"] | {"requests_s_by_load": {"16": requests_s}, "latency_ms_by_load": {"16": {"p95": p95}}}
+    }
+
+
+def test_the_number_of_requests_under_way_decides_whose_speed_and_latency_count() -> None:
+    loaded = [at_16("tuned-fp16", 4.0, 4000.0), at_16("gguf-Q8_0", 24.0, 700.0), at_16("gguf-Q4_K_M", 20.0, 600.0)]
+    limits = DecideConfig(max_accuracy_loss=0.01, at_a_time=16)
+    choice = recommend(loaded, limits)
+    assert choice["cpu"] == "gguf-Q8_0" and recommend(loaded, DecideConfig(max_accuracy_loss=0.01))["cpu"] == "gguf-Q4_K_M"
+    assert "answers 24.0 requests/s with 16 requests under way, 6.0 times as many" in choice["why"]
+    assert "Runner-up: gguf-Q4_K_M with 20.0 requests/s" in choice["why"]
+    choice = recommend(loaded, limits.model_copy(update={"max_latency_p95_ms": 650}))
+    assert choice["cpu"] == "gguf-Q4_K_M"
+    assert choice["excluded"]["gguf-Q8_0"] == "its 95th percentile of latency with 16 requests under way is 700 ms; at most 650 are allowed"
+
+
+@pytest.mark.parametrize(("at_a_time", "wanted"), [(None, 0.005), (1, 0.01), (4, 0.0025)])
+def test_a_price_is_that_of_as_many_requests_under_way(at_a_time: int | None, wanted: float) -> None:
+    performance = {"requests_s": 10.0, "requests_s_batched": 20.0, "requests_s_by_load": {"4": 40.0, "16": 20.0}}
+    config = DecideConfig(machine_usd_per_hour=0.36, at_a_time=at_a_time)
+    assert _price(performance, config)["usd_per_1k_requests"] == pytest.approx(wanted)
 
 
 def test_without_a_reference_nothing_is_recommended() -> None:

@@ -342,6 +342,7 @@ def test_what_was_measured_beside_the_usual_is_shown_and_otherwise_nothing_is(tm
     }  # fmt: skip
     gguf["performance"] |= {
         "runs": 5, "spread": {"requests_s": 0.034, "decode_tok_s": 0.02}, "requests_s_by_load": {"4": 11.5, "32": 17.25},
+        "latency_ms_by_load": {"32": {"p95": 1987.5}},
         "requests_s_prefix_not_shared": 14.44, "mapped": {"load_s": 0.31, "rss_mb": 333.0, "private_mb": 77.0, "requests_s": 9.0},
         "llama_bench": {"prefill_ratio": 0.985, "decode_ratio": 1.01},
     }  # fmt: skip
@@ -353,7 +354,7 @@ def test_what_was_measured_beside_the_usual_is_shown_and_otherwise_nothing_is(tm
     report["measurement"] = {"quiet": False, "others_cores": 0.41, "stolen_cores": 0.02, "most_disturbed": "gguf-Q8_0"}
     render(report, tmp_path / "whole")
     markdown, html = read(tmp_path / "whole", "report.md"), squeezed(read(tmp_path / "whole", "report.html"))
-    for text in ("97.1%", "7.31", "Q5\\_1: 180", "3.4%", "4 at a time", "32 at a time", "17.2", "14.4", "0.98×", "1.01×", "failed: Marlin needs CUDA",
+    for text in ("97.1%", "7.31", "Q5\\_1: 180", "3.4%", "4 at a time", "32 at a time", "17.2", "Latency p95, 32 at a time", "1,988", "14.4", "0.98×", "1.01×", "failed: Marlin needs CUDA",
                  "was not quiet", "up to 0.41 of its cores busy", "Most disturbed: gguf"):  # fmt: skip
         assert text.replace("\\", "") in html or "failed:" in text, text
         assert text.replace("\\", "") in markdown.replace("\\", ""), text
