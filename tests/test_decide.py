@@ -196,6 +196,8 @@ def test_a_price_is_that_of_as_many_requests_under_way(at_a_time: int | None, wa
     performance = {"requests_s": 10.0, "requests_s_batched": 20.0, "requests_s_by_load": {"4": 40.0, "16": 20.0}}
     config = DecideConfig(machine_usd_per_hour=0.36, at_a_time=at_a_time)
     assert _price(performance, config)["usd_per_1k_requests"] == pytest.approx(wanted)
+    fewer = _price(performance | {"requests_s_by_load": {"12": 2.0}}, config.model_copy(update={"at_a_time": 16}))
+    assert fewer == {"usd_per_1k_requests": None, "usd_per_1k_requests_reason": "not measured with 16 requests at a time"}
 
 
 def test_without_a_reference_nothing_is_recommended() -> None:
