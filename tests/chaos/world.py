@@ -194,9 +194,9 @@ class World:
     # MLflow's server ---------------------------------------------------------------------------------------------
 
     def start_mlflow(self) -> None:
-        """A real server of the home's records, behind the proxy; one that is there already is kept, since its start takes long."""
+        """A real server of the home's records, behind the proxy; one that runs already is kept, since its start takes long."""
         self.through_server = True
-        if self._mlflow:
+        if self._mlflow and self._mlflow.poll() is None:
             return
         port = free_port()
         command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--no-serve-artifacts"]
