@@ -66,7 +66,7 @@ def known(figure: float | None, form: str, unit: str = "") -> str:
 
 def exact_rows(report: dict[str, Any]) -> str:
     counts = report["dataset"]["counts"]
-    return f"`test` has {counts['test']} rows, `hard` {counts['hard']}. `base-bf16` is the model before fine-tuning, with long instructions, in bfloat16 where the processor has it, else in float32. The 16-bit model's speed is measured in float16, its accuracy in bfloat16 where the processor has it and emulates float16."
+    return f"`test` has {counts['test']} rows, `hard` {counts['hard']}. `base-bf16` is the model before fine-tuning, with long instructions, in bfloat16 where the processor has it, else in float32. The 16-bit model's speed is measured in float16, as in the paper; its accuracy in bfloat16, where the processor multiplies that and only emulates float16."
 
 
 def main() -> None:

@@ -116,6 +116,7 @@ def run(
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
+    from tasks.asking import find_model
     from tasks.overhead import since
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -134,6 +135,8 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print(
         f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
     )
+    if report["recommendation"]["cpu"]:
+        print(f"Model: {find_model(settings, 'recommended').path}")
     print(f"Report: {folder / 'report.html'}")
     if (after := since(report)) > 1:
         print(f"After the report had counted the time: {after:.1f} s for its pages, MLflow, and the end of Prefect's server.")

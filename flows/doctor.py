@@ -65,7 +65,7 @@ def _training() -> str:
     return {
         "int8": "in 8-bit integers and bfloat16, slower than with AMX",
         "bf16": "in bfloat16, slower than with AMX",
-        "fp32": "in float32, about six times as long as where bfloat16 is multiplied",
+        "fp32": "in float32, three to four times as long as where bfloat16 is multiplied",
     }[resolve_precision(FinetuneConfig())]
 
 

@@ -230,7 +230,7 @@ def recommend(variants: list[dict[str, Any]], config: DecideConfig) -> dict[str,
 
     One whose fidelity is `ok` comes before one that is faster and `degraded` or unchecked, since only the first can be promoted.
     """
-    limits = {name: getattr(config, name) for name in LIMITS}
+    limits = {name: getattr(config, name) for name in (*LIMITS, "at_a_time")}
     reference = next((v for v in measured(variants) if v["role"] == "reference"), None)
     if not reference:
         return {

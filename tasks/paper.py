@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 GPT_4_1 = "gpt-4.1"
+LLAMA_3_2_1B = 1236  # millions of weights of the paper's model
 
 
 def _claim(text: str, paper: str, ours: str | None, comparable: bool, note: str) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def compare_with_paper(ours: list[dict[str, Any]], apis: list[dict[str, Any]], r
             "99% (1B parameters)",
             f"{reference['quality']['exact_match']['value']:.1%} ({parameters}M parameters)" if reference else None,
             False,
-            f"Another data set{f' and a model {1000 / parameters:.0f} times smaller' if 0 < parameters < 700 else ''}; the paper's data and prompt are not public here.",
+            f"Another data set{f' and a model {LLAMA_3_2_1B / parameters:.0f} times smaller' if 0 < parameters < 700 else ''}; the paper's data and prompt are not public here.",
         ),
         _gpt_4_1(apis),
         _claim(

@@ -111,7 +111,7 @@ def why_slow(config: FinetuneConfig) -> list[str]:
     if config.compile and (missing := hardware.lacks_to_compile()):
         lacks.append(f"The layers are not compiled, and training is slower: torch.compile needs {' and '.join(missing)}.")
     if resolve_precision(config) == "fp32" and config.precision == "auto":
-        lacks.append("This processor multiplies no bfloat16: training takes about six times as long as on one that does.")
+        lacks.append("This processor multiplies no bfloat16: training takes three to four times as long as on one that does.")
     return lacks
 
 

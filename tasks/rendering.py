@@ -201,8 +201,8 @@ class _Page:
         self.reasons: list[str] = []
         self.variants: list[Json] = report.get("variants") or []
         self.choice: Json = report.get("recommendation") or {}
-        self.names = {self.choice.get("cpu"), self.choice.get("gpu")} - {None}
-        self.recommended = [v for v in self.variants if v.get("name") in self.names]
+        self.names = dict.fromkeys(name for name in (self.choice.get("cpu"), self.choice.get("gpu")) if name)
+        self.recommended = [v for name in self.names for v in self.variants if v.get("name") == name]
 
     def sections(self) -> Json:
         """The sections, in the order in which a missing figure is to be numbered."""
@@ -216,7 +216,7 @@ class _Page:
             "report": report,
             "choices": self._facts(self.choice, [Column("CPU", "cpu"), Column("GPU", "gpu")]),
             "why": _text(self.choice.get("why") or ""),
-            "constraints": _text(self.choice.get("constraints") or ""),
+            "constraints": _text({name: limit for name, limit in (self.choice.get("constraints") or {}).items() if limit is not None}),
             "gate": self._facts(gate, GATE) if gate else [],
             "verdict": self._cell(report, "gate.verdict", otherwise="no gate was run"),
             "verdicts": VERDICTS,

@@ -104,7 +104,7 @@ def sample_report() -> dict[str, Any]:
         "variants": [*(variant(*row) for row in MEASURED), failed],
         "pareto": ["gguf-F16", "gguf-Q8_0", "gguf-Q5_K_M", "gguf-Q4_K_M", "gguf-Q4_0"],
         "recommendation": {"cpu": "gguf-Q5_K_M", "gpu": None, "gpu_reason": "no variant was measured on a GPU",
-                           "constraints": {"max_loss_points": 1.0, "max_rss_mb": 512},
+                           "constraints": {"max_loss_points": 1.0, "max_rss_mb": 512, "max_size_mb": None},
                            "why": "It is the fastest variant that loses less than 1 point to the 16-bit reference."},
         "gate": {"verdict": "promote", "champion": "v3 (gguf-Q8_0)", "challenger": "gguf-Q5_K_M", "delta": 0.021,
                  "low": 0.008, "margin": 0.01, "checks": [{"name": "JSON valid at least 99%", "passed": True},
@@ -222,6 +222,15 @@ def test_energy_that_was_estimated_is_called_so_wherever_it_is_shown_and_measure
 def test_a_failed_variant_is_a_row_with_its_error(rendered: Path) -> None:
     assert "| gguf-Q4_1 | failed: llama_decode returned -1" in read(rendered, "report.md")
     assert "gguf-Q4_1 gguf Failed: llama_decode returned -1" in squeezed(read(rendered, "report.html"))
+
+
+def test_what_is_recommended_for_a_cpu_comes_before_what_is_for_a_gpu_and_only_limits_that_are_set_are_named(tmp_path: Path) -> None:
+    report = sample_report()
+    report["recommendation"]["gpu"] = next(v["name"] for v in report["variants"] if v["format"] == "gptq")
+    render(report, tmp_path)
+    page = read(tmp_path, "report.md")
+    assert page.index("gguf-Q5\\_K\\_M in four figures") < page.index(f"{report['recommendation']['gpu']} in four figures")
+    assert "Constraints: max\\_loss\\_points: 1, max\\_rss\\_mb: 512\n" in page
 
 
 def test_the_verdict_comes_first(rendered: Path) -> None:
