@@ -56,11 +56,12 @@ def test_how_far_the_rows_are_is_told(tmp_path: Path) -> None:
 
 def test_own_rows_are_asked_too_and_what_was_learnt_or_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     own, learnt = tmp_path / "own.jsonl", tmp_path / "learnt.jsonl"
-    first = {"text": "show me what is in my basket please", "gold": {"intent": "view_cart"}, "language": "en"}
+    first = {"id": "7", "text": "show me what is in my basket please", "gold": {"intent": "view_cart"}, "language": "en"}
     second = {"text": "would you have any purple umbrellas", "gold": {"intent": "search_product", "product": "purple umbrellas"}}
     own.write_text("\n".join([json.dumps(first), json.dumps(second), "not json"]))
     learnt.write_text(json.dumps({**second, "text": "Would you have any purple umbrellas?"}))
     rows, figures = made(tmp_path / "a", **{"registry.own_rows": [str(own)], "data.extra": [str(learnt)]})
+    assert [row["id"] for row in read_rows(rows / "own.jsonl")] == ["own-0"]
     assert texts(rows, "own") == [first["text"]] and figures["rows"]["own"] == 1
     assert figures["rejected"]["own: in the training data"] == 1 and figures["rejected"]["own: cannot be used"] == 1
 
