@@ -63,7 +63,7 @@ def run(
     profile: Annotated[
         str,
         typer.Option(
-            help="What to run: smoke (some minutes, a tiny model), quick (the plainest data), standard (three times as much, all of it), paper (needs a GPU)."
+            help="What to run: smoke (some minutes, a tiny model), quick (the plainest data), standard (three times as much, all of it), overnight (three times that), paper (needs a GPU)."
         ),
     ] = "quick",
     change: Annotated[

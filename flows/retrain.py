@@ -40,7 +40,7 @@ def retrain(
     """From a description of intents to a fine-tuned, quantized, measured and registered model.
 
     Args:
-        profile: How much: smoke (a test on a tiny random model), quick, standard (three times the data), paper (needs a GPU).
+        profile: How much: smoke (a test on a tiny random model), quick, standard (three times the data), overnight (three times that), paper (needs a GPU).
         base_model: Hugging Face id, folder or .gguf file. Empty takes the profile's.
         teacher: LiteLLM id of a model that writes more training data, such as openai/gpt-4.1-mini. Empty asks none.
         formats: GGUF formats to make. Empty takes the profile's.

@@ -56,7 +56,7 @@ def test_an_arm_is_the_base_and_its_changes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("profile: smoke", "profile: smoky", "tiny.yaml:6: arms.baseline: profile = 'smoky': is unknown. Allowed: paper"),
+        ("profile: smoke", "profile: smoky", "tiny.yaml:6: arms.baseline: profile = 'smoky': is unknown. Allowed: overnight, paper"),
         ("profile: smoke\n", "", "tiny.yaml:1: profile: Field required. Allowed: profile, base, seeds, arms"),
         ("base:", "bass:", "tiny.yaml:3: bass: Extra inputs are not permitted. Allowed: profile"),
         ("[7, 8]", "[7, 7]", "tiny.yaml:4: seeds: a seed stands twice"),

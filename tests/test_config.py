@@ -36,7 +36,7 @@ Cartwright = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_every_profile_is_valid() -> None:
-    assert profiles() == ["paper", "quick", "smoke", "standard"]
+    assert profiles() == ["overnight", "paper", "quick", "smoke", "standard"]
     assert len(list(PROFILES.iterdir())) == len([load_config(name) for name in profiles()])
 
 
@@ -50,7 +50,7 @@ def test_overrides_change_the_key_and_nothing_else_does() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "quik"], "profile = 'quik': is unknown. Allowed: paper, quick, smoke, standard."),
+        (["--profile", "quik"], "profile = 'quik': is unknown. Allowed: overnight, paper, quick, smoke, standard."),
         (["--set", "train.epocs=2"], "train.epocs = 2: is an unknown field. Allowed: method, precision, epochs"),
         (["--set", "trian.epochs=2"], "trian = {'epochs': 2}: is an unknown field. Allowed: profile, base_model"),
         (["--set", "train.epochs=0"], "train.epochs = 0: Input should be greater than 0"),
