@@ -45,7 +45,7 @@ class Judge:
         parts = split_catalogs(banks, spec)
         held_out = [product for part in parts.values() for s in ("validation", "test", "hard") for product in part[s]]
         self._held_out = sorted({str(normalise(form)) for product in held_out for form in product.forms.values()})
-        self._held_out_names = Names(held_out)
+        self._held_out_names = Names(form for product in held_out for form in product.forms.values())
         self._beginnings = {language: _Beginnings(bank, spec) for language, bank in banks.items()}
         self._training_products = {language: part["train"] for language, part in parts.items()}
         for language, bank in banks.items():
