@@ -215,7 +215,7 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
         "extra: `gold.quantity` is out of range",
     } < set(reasons)
     told = list(left_out(load_config("smoke", {"data.extra": [str(path)]})))
-    assert f"data.extra {path}, line 7: `gold.product` is not in the text" in told and len(told) == 8
+    assert f"data.extra {path}, line 7: `gold.product` is not in the text. Given: 'Reineclauden'" in told and len(told) == 8
 
 
 def test_the_key_depends_on_what_a_file_of_ones_own_holds_and_not_on_where_it_is() -> None:
