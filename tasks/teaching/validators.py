@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from tasks.domain.bank import MENTION, Bank, Node, Pattern, Placeholder, Product, allowed_placeholders, make_pattern
+from tasks.domain.bank import MENTION, Bank, Node, Pattern, Product, allowed_placeholders, has_forms, make_pattern
 from tasks.domain.expansion import expand
 from tasks.domain.labelled import has_half_character
 from tasks.domain.scoring import normalise
@@ -169,16 +169,14 @@ class Judge:
             return "refusal"
         allowed = allowed_placeholders(self.spec, bank, pattern.intent)
         for placeholder in pattern.placeholders:
-            if placeholder.name not in allowed or (placeholder.form and not self._has_forms(placeholder, bank)):
+            if placeholder.name not in allowed or (
+                placeholder.form and not (has_forms(self.spec, placeholder.name) and placeholder.form in bank.forms)
+            ):
                 return "unknown_placeholder"
         if names := self._spelt_out(pattern.nodes, bank.language):
             return "product_of_evaluation" if names & self._held_out_spelt else "product_in_pattern"
         literal = str(normalise(re.sub(r"\{[^{}]*\}", " ", pattern.text)))
         return "number_in_pattern" if re.search(r"\d", literal) or (self._counts(pattern.intent) and any_number(literal, bank)) else None
-
-    def _has_forms(self, placeholder: Placeholder, bank: Bank) -> bool:
-        takes_form = placeholder.name == MENTION or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
-        return takes_form and placeholder.form in bank.forms
 
     def _counts(self, intent: str) -> bool:
         return any(isinstance(self.spec.slots[name], IntegerSlot) for name in self.spec.intents[intent].slots)
