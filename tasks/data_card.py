@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tasks.core.manifests import Manifest
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.scoring import compact_json
+from tasks.domain.spec import load_spec
+from tasks.domain.utterances import Names, words_of
+from tasks.leakage import rows_of
 from tasks.plot_files import Plot, read_plots, write_plots
 from tasks.templating import fill
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 CARD = "data_card.json"
 SAMPLES = 3  # rows shown of each intent and language
 BIN = 10  # characters; the histogram of text lengths
-GENERATOR, TEACHER_PATTERN, UNKNOWN = "generator", "teacher pattern", "unknown"
+GENERATOR, TEACHER_PATTERN, UNKNOWN, OWN = "generator", "teacher pattern", "unknown", "extra"
+UNSEEN = ("test", "hard")  # whose products no row of the generator names in `train`
 COUNTED = ("languages", "intents", "noise", "origins")
 Json = dict[str, Any]
 
@@ -115,25 +118,62 @@ class DataCardConfig(StageConfig):
     """Nothing to choose: the card shows what is there."""
 
 
-@stage("data_card", version=1, libraries=("matplotlib",), isolated=False)
+@stage("data_card", version=2, libraries=("matplotlib",), isolated=False)
 def data_card(config: DataCardConfig, inputs: Mapping[str, Path], out_dir: Path) -> Json:
     """Draw the card of `inputs["dataset"]`: `data_card.json`, `data_card.md`, and each plot as PNG and SVG.
+
+    What it adds to the counts of `synthesize` is `named_by_own_rows`, see `named_by_own_rows`.
 
     A stage of its own, so that a cached run draws nothing and no other stage depends on how a plot looks.
     """
     from tasks.data_plots import draw_data_plots
 
-    shutil.copyfile(inputs["dataset"] / CARD, out_dir / CARD)
-    card = json.loads((out_dir / CARD).read_text(encoding="utf-8"))
+    card = json.loads((inputs["dataset"] / CARD).read_text(encoding="utf-8"))
+    has_own = OWN in card["origins"]["train"]
+    card["named_by_own_rows"] = named_by_own_rows(inputs["dataset"]) if has_own else dict.fromkeys(UNSEEN, 0)
+    (out_dir / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plots = draw_data_plots(card)
     write_plots(plots, out_dir)
     (out_dir / "data_card.md").write_text(as_markdown(card, plots), encoding="utf-8")
-    return {"plots": len(plots), "cells": len(card["samples"])}
+    return {"plots": len(plots), "cells": len(card["samples"]), "named_by_own_rows": card["named_by_own_rows"]}
+
+
+def named_by_own_rows(dataset: Path) -> dict[str, int]:
+    """How many rows of `test` and of `hard` are about a product that a row of one's own names in `train`, in its text or its label.
+
+    A product is named by the first form of its catalog and by each that a label of these splits has, in whole words.
+    """
+    catalogs = load_spec(str(dataset)).slot_of_type("catalog")
+    about: dict[str, Counter[str]] = {split: Counter() for split in UNSEEN}
+    forms: dict[str, set[str]] = {}
+    for split in UNSEEN:
+        for row in rows_of(dataset / f"{split}.jsonl"):
+            if product := row["product"]:
+                about[split][product] += 1
+                forms.setdefault(product, {product}).update(row["gold"][slot] for slot in catalogs if slot in row["gold"])
+    names, named = Names(form for written in forms.values() for form in written), set[tuple[str, ...]]()
+    for row in rows_of(dataset / "train.jsonl"):
+        if origin_kind(row["origin"]) == OWN:
+            for said in (row["text"], *(row["gold"].get(slot, "") for slot in catalogs)):
+                named |= names.held_by(said)
+    known = {product for product, written in forms.items() if not named.isdisjoint(map(words_of, written))}
+    return {split: sum(rows for product, rows in found.items() if product in known) for split, found in about.items()}
 
 
 def as_markdown(card: Json, plots: list[Plot] | None = None) -> str:
     """The whole card as a page of Markdown; without `plots` it refers to no other file."""
-    return fill("data_card.md.j2", {"card": card, "tables": card_tables(card), "cells": sample_cells(card), "plots": plots or []})
+    return fill(
+        "data_card.md.j2",
+        {"card": card, "tables": card_tables(card), "cells": sample_cells(card), "plots": plots or [], "note": note_on_own_rows(card)},
+    )
+
+
+def note_on_own_rows(card: Mapping[str, Any]) -> str:
+    """What rows of one's own in training mean for `test` and `hard`; empty where there are none, or nobody looked."""
+    if OWN not in card["origins"].get("train", {}) or "named_by_own_rows" not in card:
+        return ""
+    shares = " and ".join(f"{card['named_by_own_rows'][split]:,} of {card['counts'][split]:,} rows of {split}" for split in UNSEEN)
+    return f"Rows of your own in training name the products of {shares}: there, these are not new to the model."
 
 
 def card_tables(card: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[Any]]]]:
@@ -168,6 +208,7 @@ def read_card(folder: Path) -> Json:
     return {
         "tables": card_tables(card),
         "cells": sample_cells(card),
+        "note": note_on_own_rows(card),
         "plots": plots,
         "files": [CARD, "data_card.md", *(f"{plot.name}.png" for plot in plots)],
     }

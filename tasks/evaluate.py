@@ -65,7 +65,7 @@ def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, p
     return answers
 
 
-@stage("evaluate", version=8, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
+@stage("evaluate", version=9, libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python"), preloaded=True)
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))

@@ -96,7 +96,7 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
             raise UserError(f"{field}.model", config.model, "needs a key", mend=key_mend(config.model))
 
 
-@stage("evaluate_api", version=1, resumable=True, varies="a provider answers it, and how long that takes is part of it")
+@stage("evaluate_api", version=2, resumable=True, varies="a provider answers it, and how long that takes is part of it")
 def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score a model on splits of `inputs["dataset"]`; goes on with the answers that an earlier attempt left in `out_dir`.
 

@@ -41,7 +41,7 @@ def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path)
     """Write `test.jsonl` and `hard.jsonl` of unseen products and, where the team has rows of its own, `own.jsonl`.
 
     They depend on the domain and the seed, so they stay the same from one retraining to the next. What is in the challenger's
-    training data, or nearly, is left out and counted; products of `test` are in no model's, whatever its seed.
+    training data, or nearly, is left out and counted; products of `test` are in no model's, whatever its seed, but for those that a team's own rows name.
 
     Args:
         inputs: `dataset`; and `own`, of the stage `own_files`, if the config has such files.

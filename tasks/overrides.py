@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from tasks.core.settings import shown_uri
 from tasks.domain.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
+_SECRET = re.compile(r"key|token(?!s)|secret|passw|credential", re.IGNORECASE)  # in a field's name; numbers of tokens are none
+HIDDEN = "***"
 
 
 def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mapping[str, Any]) -> Config:
@@ -27,7 +30,9 @@ def with_overrides(model: type[Config], values: dict[str, Any], overrides: Mappi
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 above = ".".join(parents[:depth])
-                raise UserError(name, value, f"{above} has no fields to set one by one", mend=f"Give all of it, as in --set '{above}=...'")
+                raise UserError(
+                    name, shown(name, value), f"{above} has no fields to set one by one", mend=f"Give all of it, as in --set '{above}=...'"
+                )
         target[last] = value
     try:
         return model.model_validate(values)
@@ -45,11 +50,12 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         if not equals or not name:
-            raise UserError("--set", item, "is not of the form field=value", mend="For example --set train.epochs=2")
+            raise UserError("--set", shown(item, item), "is not of the form field=value", mend="For example --set train.epochs=2")
         try:
             parsed[name.strip()] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, AttributeError):  # also a date that is none
-            raise UserError(name, text, "is not a YAML value", mend="Quote it, as in --set 'base_model.source=\"a: b\"'") from None
+            mend = "Quote it, as in --set 'base_model.source=\"a: b\"'"
+            raise UserError(name, shown(item, text), "is not a YAML value", mend=mend) from None
     return parsed
 
 
@@ -61,15 +67,15 @@ def explained(error: ValidationError, root: type[BaseModel]) -> UserError:
     if first["type"] == "extra_forbidden":
         model = _model_at(root, location[:-1])
         names = list(model.model_fields) if model else None
-        return UserError(".".join(location), first["input"], "is an unknown field", allowed=names)
+        name = ".".join(location)
+        mend = "Give keys by the environment, or a teacher's by teacher.secret_block" if _SECRET.search(name) else ""
+        return UserError(name, shown(name, first["input"]), "is an unknown field", allowed=names, mend=mend)
     if first["type"] == "missing":
         return UserError(".".join(location), None, "is not given", mend=f"Give it, as in `{location[-1]}: ...`")
     allowed = context.get("expected")
     message = first["msg"].removeprefix("Value error, ")
     mend = ""
-    given = first["input"]
-    if isinstance(given, str) and "://" in given:  # what may be wrong with it is that it holds a key
-        given = shown_uri(given.partition("?")[0])
+    given = shown("", first["input"])
     if first["type"] in ("tuple_type", "list_type"):
         message, mend = "is not a list", "Write it in brackets" if given is None else f"Write {_as_list(given)}"
     if first["type"] in ("dict_type", "model_type", "model_attributes_type"):
@@ -77,6 +83,20 @@ def explained(error: ValidationError, root: type[BaseModel]) -> UserError:
         message, allowed = "is not a mapping of fields", list(model.model_fields) if model else "a mapping"
         mend = "Write them in braces, as in `{field: value}`"
     return UserError(".".join(location), given, message, allowed=allowed, mend=mend)
+
+
+def shown(name: str, given: Any) -> Any:
+    """What was given for a field as an error may say it: without keys, and without users and passwords of addresses."""
+    if _SECRET.search(name):
+        return HIDDEN
+    if isinstance(given, Mapping):
+        return {part: shown(str(part), value) for part, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [shown("", value) for value in given]
+    if not isinstance(given, str):
+        return given
+    address = shown_uri(given.partition("?")[0]) if "://" in given else given  # what may be wrong with it is that it holds a key
+    return re.sub(r"[^\s/:@'\"]+:[^\s/@]+@", f"{HIDDEN}@", address)  # an address without its scheme
 
 
 def _as_list(given: object) -> str:

@@ -63,7 +63,7 @@ def write_report(
         "environment": {**hardware.environment(), "measured_on": measured_on(decided["variants"])},
         "stages": ended_well,
         "failed_stages": [stage["name"] for stage in run.stages if stage["state"] == "failed"],
-        "dataset": {"sha256": dataset.digest, **dataset.metrics},
+        "dataset": {"sha256": dataset.digest, **dataset.metrics, "named_by_own_rows": card.metrics["named_by_own_rows"]},
         "training": training_facts(adapter, config),
         **decided,
         "reproducibility": reproducibility(ended_well, decided["variants"]),

@@ -18,7 +18,7 @@ from tasks.core.stage import Seed, StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import read_training
+from tasks.domain.labelled import read_training, reason_of
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, domain_path, line_of, load_spec
@@ -208,7 +208,7 @@ def extra_rows(paths: Iterable[Path], spec: Spec, admission: Admission, kind: st
     for path in paths:
         rows, bad = read_training(path, spec)
         for _, problem in bad:
-            admission.rejected[f"{kind}: {problem.partition('. Allowed')[0]}"[:120]] += 1
+            admission.rejected[f"{kind}: {reason_of(problem)}"[:120]] += 1
         for part in batched(rows, BLOCK):
             for row, may in zip(part, admission.admit(part, prefix=f"{kind}: "), strict=True):
                 if may:

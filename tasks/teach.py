@@ -103,7 +103,7 @@ def check_teacher(data: SynthesizeConfig, teacher: TeacherConfig) -> None:
 
 
 @stage(
-    "teach", version=2, libraries=("rapidfuzz", "py3langid"), varies="another model writes it; only answers that are in the log come again"
+    "teach", version=3, libraries=("rapidfuzz", "py3langid"), varies="another model writes it; only answers that are in the log come again"
 )
 def teach(config: TeachConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Ask, check, and write `patterns.jsonl`, `products.jsonl`, `utterances.jsonl` and `rejected.jsonl`.

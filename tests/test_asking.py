@@ -16,9 +16,9 @@ from tasks.asking import Found, ask, find_model, read_texts, wrong_answers
 from tasks.core import progress
 from tasks.core.settings import load_settings
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import DEEPEST, read_labelled, read_lines
+from tasks.domain.labelled import DEEPEST, read_labelled, read_lines, read_training
 from tasks.domain.scoring import score
-from tasks.domain.spec import load_spec
+from tasks.domain.spec import Intent, load_spec
 
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
@@ -35,9 +35,13 @@ def read(tmp_path: Path, *lines: Any) -> tuple[list[dict[str, Any]], list[tuple[
     ("change", "problem"),
     [
         ({"text": 5}, "no `text`"),
-        ({"gold": None}, "`gold.intent` is not one of"),
-        ({"gold": {"intent": ["view_cart"]}}, "`gold.intent` is not one of"),
-        ({"gold": {"intent": "fly"}}, "view_cart"),
+        ({"gold": None}, "has no `gold`"),
+        ({"gold": ["view_cart"]}, "`gold` is not an answer. Given: ['view_cart']"),
+        ({"gold": {"intent": None}}, "`gold.intent` is no intent of the domain. Allowed: search_product"),
+        ({"gold": {"intent": ["view_cart"]}}, "`gold.intent` is no intent of the domain. Given: ['view_cart']. Allowed: search_product"),
+        ({"gold": {"intent": "fly"}}, "`gold.intent` is no intent of the domain. Given: 'fly'. Allowed: search_product"),
+        ({"source": True}, "`source` is True. Allowed: a text"),
+        ({"source": 1.5}, "`source` is 1.5. Allowed: a text"),
         ({"gold": {"intent": "view_cart", "product": "x"}}, "'product', which view_cart does not have. Allowed: no slots"),
         ({"gold": {"intent": "add_to_cart", "quantity": "2"}}, "`gold.quantity` is '2'. Allowed: an integer"),
         ({"gold": {"intent": "add_to_cart", "product": 2}}, "`gold.product` is 2. Allowed: a text"),
@@ -51,6 +55,25 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(tmp_path: Path, change: dict[s
     rows, bad = read(tmp_path, GOOD, "", {**GOOD, **change}, "{broken", GOOD)
     assert [row["line"] for row in rows] == [1, 5]
     assert [line for line, _ in bad] == [3, 4] and problem in bad[0][1] and "is not JSON" in bad[1][1]
+
+
+def test_a_field_that_is_null_is_one_that_is_not_there(tmp_path: Path) -> None:
+    """Exports of tables have a column for each field, whatever a row has of it."""
+    gold = {"intent": "add_to_cart", "product": "milk", "quantity": None, "order_id": None, "coupon_code": None}
+    rows, bad = read(
+        tmp_path, {"text": "milk", "gold": gold, "language": None, "source": None, "score": None, "id": None}, {**GOOD, "source": 7}
+    )
+    assert not bad and rows[0] == {"text": "milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 1}, "line": 1}
+    assert rows[1]["source"] == "7"
+    assert [row["line"] for row in read_training(tmp_path / "mine.jsonl", SPEC)[0]] == [1, 2]
+
+
+def test_of_many_intents_a_message_names_the_first(tmp_path: Path) -> None:
+    many = SPEC.model_copy(update={"intents": {f"intent_{number}": Intent() for number in range(40)}})
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD))
+    (_, problem), *_ = read_labelled(path, many)[1]
+    assert problem.endswith("intent_10, intent_11 and 28 more") and "intent_12" not in problem
 
 
 def test_a_line_that_is_not_utf_8_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -71,7 +94,7 @@ def test_a_line_that_is_nested_too_deeply_is_named_whatever_is_left_of_the_stack
     problem = "is nested too deeply"
     _, bad = read(tmp_path, *lines)
     assert [line for line, _ in bad] == [*range(1, len(depths) + 1)] and {said for _, said in bad[1:]} == {problem}
-    assert "`gold.intent`" in bad[0][1]
+    assert "`gold` is not an answer" in bad[0][1]
     texts, bad = read_texts([line.encode() for line in lines])
     assert len(texts) == 1 and bad == [(number, problem) for number in range(2, len(depths) + 1)]
 

@@ -228,6 +228,45 @@ def test_dashboards_are_those_of_the_run(
         assert dashboards(load_settings())[0].startswith("env PREFECT_HOME=/elsewhere ")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "teacher.api_key=gsk_planted0123456789",
+        "teacher.password=1234509876",
+        "teacher={API-Token: gsk_planted0123456789}",
+        "techer={api_key: gsk_planted0123456789}",
+        "api=[{model: openai/m, api_key: gsk_planted0123456789}]",
+        "api={model: openai/m, api_key: gsk_planted0123456789}",
+        "profile.client_secret=gsk_planted0123456789",
+        "data.teacher.credentials=[gsk_planted0123456789]",
+        "teacher.api_key:gsk_planted0123456789",
+        "teacher.api_key={gsk_planted0123456789",
+        "api=[{api_key: gsk_planted0123456789",
+        "teacher.api_base=ftp://ana:gsk_planted0123456789@host",
+        "teacher.api_base=ana:gsk_planted0123456789@host",
+        "teacher.api_base=[ftp://ana:gsk_planted0123456789@host]",
+        "api=[{model: openai/m, api_base: 'ftp://ana:gsk_planted0123456789@host'}]",
+        "teacher.adress=https://ana:gsk_planted0123456789@host",
+    ],
+)
+def test_no_error_shows_a_key_that_was_given_in_the_wrong_place(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cartwright", "run", "--profile", "smoke", "--set", given])
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "***" in said.err
+    assert "planted" not in said.err + said.out and "1234509876" not in said.err + said.out and not home.exists()
+
+
+def test_an_unknown_field_that_is_no_secret_is_shown_as_it_was_given() -> None:
+    with pytest.raises(UserError, match=r"teacher\.max_tokns = 500: is an unknown field"):
+        load_config("smoke", {"teacher.max_tokns": 500})
+    with pytest.raises(UserError, match=r"api\.0\.tokens = 500: is an unknown field"):
+        load_config("smoke", {"api": [{"model": "openai/m", "tokens": 500}]})
+
+
 def test_passwords_are_taken_out_of_addresses(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:p%40ss@mlflow.test:5000/x")
     monkeypatch.setenv("PREFECT_API_URL", "http://you:word@127.0.0.1:4200/api")

@@ -215,7 +215,7 @@ def test_rows_of_ones_own_join_training_and_what_cannot_be_used_is_counted(datas
         "extra: `gold.quantity` is out of range",
     } < set(reasons)
     told = list(left_out(load_config("smoke", {"data.extra": [str(path)]})))
-    assert f"data.extra {path}, line 7: `gold.product` is not in the text" in told and len(told) == 8
+    assert f"data.extra {path}, line 7: `gold.product` is not in the text. Given: 'Reineclauden'" in told and len(told) == 8
 
 
 def test_the_key_depends_on_what_a_file_of_ones_own_holds_and_not_on_where_it_is() -> None:
@@ -330,6 +330,10 @@ def test_wrong_spec_field_names_its_line(domain: Path) -> None:
         ("minimum: 1, maximum: 999", "minimum: 10, maximum: 5", "quantity.*the minimum 10 is above the maximum 5"),
         ("  order_id:", "  pages: {type: integer}\n  order_id:", "slots.pages.*'pages' is a second slot of the type 'integer'"),
         ("  quantity: {", "  brand: {type: catalog}\n  quantity: {", "slots.brand.*'brand' is a second slot of the type 'catalog'"),
+        ('"{word}-99"', '"{worx}99"', r"coupon_code.code.formats.3.*'{worx}99' has braces other than one `{word}`"),
+        ('"{word}-99"', '"{word}{word}"', "coupon_code.code.formats.3.*has braces other than one `{word}`"),
+        ("quantity: {default: 1}", "quantity: {default: 0}", "add_to_cart.slots.quantity.*the default 0 is outside of the slot's range, 1 to 999"),
+        ("quantity: {default: 1}", "quantity: {default: true}", "add_to_cart.slots.quantity.*the default True is no value of a slot of the type integer"),
         ("fallback: true", "fallback: false", "intents.*exactly one intent must have `fallback: true`"),
         ("Example: {{", "Example: {", "zero_shot_prompt.*braces other than `{intents}`"),
         ("  {intents}", "  {intents:>9999999999}", "zero_shot_prompt.*braces other than `{intents}`"),
@@ -373,6 +377,7 @@ def test_unknown_field_of_the_spec_is_named(domain: Path) -> None:
         ("show (my cart", "missing '\\)'"),
         ("show my cart]", "unexpected '\\]'"),
         ("show {} cart", "stray"),
+        ("show {mention.pl} or {mention.plural}", "form 'plural' is unknown"),
         (" ", "may say nothing at all"),
         ("[show] [(my|) cart]", "may say nothing at all"),
     ],
@@ -400,10 +405,22 @@ def test_a_wrong_pattern_names_file_and_line(domain: Path, pattern: str, problem
         ),
         ("counted: {one: one, other: pl}", "counted: {one: one, few: one, other: pl}", "counted.few = .*category 'few' is unknown"),
         ("measured: pl", "measured: many", "measured = .*form 'many' is unknown"),
+        (
+            '  3: ["three"]',
+            '  2000: ["two thousand"]',
+            "numbers.2000 = .*en.yaml:66': is a number that quantity cannot be. Allowed: 1 to 999",
+        ),
+        ('  3: ["three"]', '  -3: ["minus three"]', "numbers.-3 = .*is a number that quantity cannot be"),
         ('  3: ["three"]', "  3: [{}]", "numbers.3 = .*has no word, or one that is empty"),
         ('  3: ["three"]', "  3: []", "numbers.3 = .*has no word"),
         ('  3: ["three"]', '  3: [{sc: ""}]', "numbers.3 = .*has no word, or one that is empty"),
         ("  view_cart:", "  checkout:\n    - pay\n  view_cart:", "en.yaml:[0-9]+': is not valid YAML: 'checkout' stands twice"),
+        (
+            "  add_to_cart:\n",
+            '  add_to_cart:\n    - "{quantity.pl} of {product.pl} please"\n',
+            "intents.add_to_cart = .*placeholder {quantity} has no forms, so 'pl' would say nothing. Write {quantity}",
+        ),
+        ("  add_to_cart:\n", '  add_to_cart:\n    - "{counted.pl} please"\n', "placeholder {counted} has no forms"),
         (
             "  search_product:\n",
             '  search_product:\n    - "[{product}] please"\n',

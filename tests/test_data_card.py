@@ -151,3 +151,29 @@ def test_the_same_data_gives_the_same_card(made: tuple[Path, dict[str, Any], Pat
     data_card.function(DataCardConfig(), {"dataset": made[0]}, tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (made[2] / path.name).read_bytes(), path.name
+
+
+def test_rows_about_products_that_own_rows_name_are_counted_and_the_report_says_so(
+    made: tuple[Path, dict[str, Any], Path], tmp_path: Path
+) -> None:
+    plain = json.loads((made[2] / "data_card.json").read_text(encoding="utf-8"))
+    assert plain["named_by_own_rows"] == {"test": 0, "hard": 0}
+    about = [row for row in read_rows(made[0] / "test.jsonl") if row["gold"].get("product")]
+    labelled, said = about[0], next(row for row in about if row["product"] != about[0]["product"])
+    own = [
+        {"text": f"gimme some of that {labelled['product']} would ya", "gold": {"intent": "add_to_cart", "product": labelled["product"]}},
+        {"text": f"is the {said['product'].upper()} I spoke of in my cart by now?", "gold": {"intent": "view_cart"}},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, own)), encoding="utf-8")
+    config = SynthesizeConfig(train_rows=24, validation_rows=12, test_rows=72, hard_rows=72)
+    metrics = synthesize_with(config, tmp_path / "mine.jsonl", tmp_path / "dataset")
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    found = data_card.function(DataCardConfig(), {"dataset": tmp_path / "dataset"}, drawn)["named_by_own_rows"]
+    rows = read_rows(tmp_path / "dataset" / "test.jsonl")
+    assert found["test"] == sum(row["product"] in (labelled["product"], said["product"]) for row in rows) >= 2
+    assert json.loads((drawn / "data_card.json").read_text(encoding="utf-8"))["named_by_own_rows"] == found
+    says = f"name the products of {found['test']} of 72 rows of test and {found['hard']} of 72 rows of hard"
+    render({**sample_report(), "dataset": {"sha256": "ab" * 32, **metrics}}, tmp_path / "page", drawn)
+    for page in (drawn / "data_card.md", tmp_path / "page" / "report.md", tmp_path / "page" / "report.html"):
+        assert says in page.read_text(encoding="utf-8"), page.name

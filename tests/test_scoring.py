@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from tasks.domain.prompt import messages, pick_examples
+from tasks.domain.prompt import messages, pick_examples, zero_shot_prompt
 from tasks.domain.scoring import answer_text, compact_json, exact_match, parse_answer, proportion, score, wilson_interval
-from tasks.domain.spec import Spec, load_spec
+from tasks.domain.spec import Intent, SlotDefault, Spec, load_spec
+from tasks.teaching.prompts import PROMPT_VERSION, system_message
 
 pytestmark = pytest.mark.fast
 SPEC = load_spec("ecommerce")
@@ -145,3 +146,18 @@ def test_score_counts_every_row() -> None:
 def test_score_refuses_another_number_of_outputs() -> None:
     with pytest.raises(ValueError, match="1 rows, 2 outputs"):
         score([{"gold": {"intent": "view_cart"}}], ["", ""], SPEC)
+
+
+def test_the_long_instructions_say_what_an_answer_must_have_to_be_right() -> None:
+    """Whoever follows them is scored as right: a slot with a default is in every answer, also where nobody states it."""
+    listed = dict(line.removeprefix("- ").split(": ", 1) for line in zero_shot_prompt(SPEC).splitlines() if line.startswith("- "))
+    assert listed["add_to_cart"] == "product, quantity (1 when not stated)"
+    assert listed["remove_from_cart"] == "product, quantity (only when stated)" and listed["view_cart"] == "no slots"
+    slots = {**SPEC.intents["add_to_cart"].slots, "quantity": SlotDefault(default=2)}
+    other = SPEC.model_copy(update={"intents": {**SPEC.intents, "add_to_cart": Intent(slots=slots)}})
+    assert "- add_to_cart: product, quantity (2 when not stated)\n" in zero_shot_prompt(other)
+
+
+def test_a_teachers_requests_are_the_same_ones_as_long_as_their_version_is() -> None:
+    """What was paid for is found in the log by the words it was asked with."""
+    assert PROMPT_VERSION == 1 and "- add_to_cart: product, quantity\n" in system_message(SPEC)["content"]

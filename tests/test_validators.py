@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from tasks.domain.bank import load_bank
+from tasks.domain.bank import load_bank, make_pattern
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import load_spec
 from tasks.domain.utterances import split_catalogs, split_patterns
 from tasks.teaching.asking import Request
 from tasks.teaching.language import Languages
+from tasks.teaching.literals import SpeltNames
 from tasks.teaching.validators import Judge, as_pattern, as_product
 
 pytestmark = pytest.mark.fast
@@ -22,7 +23,7 @@ BANKS = {language: load_bank(SPEC, language) for language in ("en", "de", "hr")}
 
 @pytest.fixture(scope="module")
 def untouched() -> Judge:
-    """One that has let nothing pass yet, which takes half a second to make."""
+    """One that has let nothing pass yet, which takes a second to make."""
     return Judge(SPEC, BANKS)
 
 
@@ -124,6 +125,46 @@ def test_products_of_evaluation_and_near_duplicates_are_rejected(judge: Judge) -
     assert judge.judge(first, request("utterances", "view_cart"))[1] is None
     assert judge.judge({"text": "Let me see everything I picked so far!!"}, request("utterances", "view_cart"))[1] == "duplicate"
     assert judge.judge({"text": "let me see everything i picked so farr"}, request("utterances", "view_cart"))[1] == "duplicate"
+
+
+def test_no_text_names_a_product_of_evaluation_wherever_it_stands(judge: Judge) -> None:
+    name = held_out_name()
+    for intent, text in (
+        ("view_cart", f"is the {name} in my cart already, can you show the cart"),
+        ("out_of_scope", f"can I wash my {name.upper()}, say, in the dishwasher"),
+        ("out_of_scope", f"can I wash my {held_out_name('de')} in the dishwasher at home"),
+    ):
+        assert judge.judge({"text": text}, request("utterances", intent)) == (None, "product_of_evaluation"), text
+    labelled = {"text": f"get me a brass kettle, I have the {name} already", "product": "brass kettle", "quantity": 1}
+    assert judge.judge(labelled, request("utterances", "add_to_cart")) == (None, "product_of_evaluation")
+
+
+def test_no_pattern_spells_out_a_product_in_any_way_to_say_it(judge: Judge) -> None:
+    name = next(p.name for p in split_catalogs(BANKS, SPEC)["en"]["test"] if len(p.name.split()) == 2)
+    first, last = name.split()
+    known = next(p.name for p in split_catalogs(BANKS, SPEC)["en"]["train"] if len(p.name.split()) == 2)
+    for reason, intent, text in (
+        ("product_of_evaluation", "add_to_cart", f"put {{counted}} and a {name} in my cart"),
+        ("product_of_evaluation", "add_to_cart", f"put {{counted}} and a (brass|{first}) {last} in my cart"),
+        ("product_of_evaluation", "add_to_cart", f"put {{counted}} and a {first}[ {last}] in my cart"),
+        ("product_of_evaluation", "add_to_cart", f"put {{counted}} and a {first[:2]}({first[2:]}|xy) {last} in my cart"),
+        ("product_of_evaluation", "out_of_scope", f"can I wash {{agood}}{name} in the dishwasher"),
+        ("product_in_pattern", "add_to_cart", f"put {{counted}} and a {known} in my cart"),
+        (None, "view_cart", "what is in my shopping basket by now"),  # a product, and what the phrase bank itself calls the cart
+        (None, "add_to_cart", f"put {{counted}} beside {first}{last} in my cart"),
+    ):
+        assert judge._problem_of_pattern(make_pattern(text, "en", intent), BANKS["en"]) == reason, text
+
+
+def test_a_pattern_of_a_million_ways_is_read_once() -> None:
+    ways = make_pattern("(a|b|ab|c)[ ]" * 30 + "red wine", "en", "view_cart")
+    assert SpeltNames(["red wine", "a b", "a ab c"]).held_by(ways.nodes) >= {"red wine", "a b", "a ab c"}
+
+
+def test_the_phrase_banks_say_no_product_of_evaluation_and_few_others(judge: Judge) -> None:
+    """So the rejection of names makes no teacher unusable that writes as these banks were written."""
+    said = {language: judge._said[language] for language in BANKS}
+    assert not any(names & judge._held_out_spelt for names in said.values()) and sum(map(len, said.values())) < 10, said
 
 
 PATTERNS = [

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
-from tasks.domain.spec import LARGEST_FILE, CatalogSlot, Spec, Text, explained, line_of, load_yaml
+from tasks.domain.spec import LARGEST_FILE, CatalogSlot, IntegerSlot, Spec, Text, explained, line_of, load_yaml
 
 OTHER = "other"  # a number that is not the quantity, and no label
 MENTION = "mention"  # a product that is no label: a near miss of an intent without product slot
@@ -145,7 +145,7 @@ def load_bank(spec: Spec, language: str) -> Bank:
         bank = Bank.model_validate(raw)
     except ValidationError as error:
         raise explained(error, path) from None
-    _check_words(bank, path)
+    _check_words(bank, spec, path)
     for department in bank.attributes:
         if department not in (ANY, *spec.departments):
             where = f"{path}:{line_of(path, ('attributes', department))}"
@@ -163,8 +163,8 @@ def load_bank(spec: Spec, language: str) -> Bank:
     return bank.model_copy(update={"patterns": patterns, "products": products})
 
 
-def _check_words(bank: Bank, path: Path) -> None:
-    """What the fields of a bank say of each other."""
+def _check_words(bank: Bank, spec: Spec, path: Path) -> None:
+    """What the fields of a bank say of each other, and of the numbers that the domain knows."""
 
     def refuse(location: tuple[str | int, ...], problem: str, allowed: list[str] | None = None) -> None:
         mend = "" if allowed else "Mend that field"
@@ -185,6 +185,9 @@ def _check_words(bank: Bank, path: Path) -> None:
     for field_, number, words in said + [("bare_numbers", number, words) for number, words in bank.bare_numbers.items()]:
         if not words or not all(word and all(word.values()) if isinstance(word, dict) else word for word in words):
             refuse((field_, number), "has no word, or one that is empty")
+        for name, slot in spec.slots.items():
+            if isinstance(slot, IntegerSlot) and not slot.minimum <= number <= slot.maximum:
+                refuse((field_, number), f"is a number that {name} cannot be", [f"{slot.minimum} to {slot.maximum}, as spec.yaml has it"])
     classes = {name for by_class in bank.agree.values() for name in by_class}
     for name, measure in bank.measures.items():
         for category in measure.model_extra or {}:
@@ -248,6 +251,9 @@ def _load_patterns(spec: Spec, bank: Bank, lines: list[Text], intent: str, path:
                 raise UserError(
                     f"intents.{intent}", where, f"placeholder {{{placeholder.name}}} does not fit the intent", allowed=sorted(allowed)
                 )
+            if placeholder.form and not has_forms(spec, placeholder.name):
+                problem = f"placeholder {{{placeholder.name}}} has no forms, so {placeholder.form!r} would say nothing"
+                raise UserError(f"intents.{intent}", where, problem, mend=f"Write {{{placeholder.name}}}")
             if placeholder.form and placeholder.form not in bank.forms:
                 raise UserError(f"intents.{intent}", where, f"form {placeholder.form!r} is unknown", allowed=bank.forms)
         for slot, use in spec.intents[intent].slots.items():
@@ -292,6 +298,11 @@ def allowed_placeholders(spec: Spec, bank: Bank, intent: str) -> set[str]:
     if not has_product:
         allowed.add(MENTION)
     return allowed
+
+
+def has_forms(spec: Spec, placeholder: str) -> bool:
+    """Whether a form may stand behind a placeholder's name, as in `{product.pl}`."""
+    return placeholder == MENTION or isinstance(spec.slots.get(placeholder), CatalogSlot)
 
 
 def make_pattern(text: str, language: str, intent: str, origin: str = "") -> Pattern:

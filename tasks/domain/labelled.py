@@ -1,4 +1,7 @@
-"""Labelled rows of one's own, as JSONL: `{"text": ..., "gold": {...}}` a line, optionally with `language`, `source` and `score`."""
+"""Labelled rows of one's own, as JSONL: `{"text": ..., "gold": {...}}` a line, optionally with `language`, `source` and `score`.
+
+A field that is null, as exports of tables have them, is one that is not there.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import codecs
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ MOST_LINES = 500_000  # of a file; a row takes about a kilobyte in memory, howev
 LONGEST_LINE = 1_000_000  # characters
 DEEPEST = 50  # levels of nesting; what goes through a row level by level must never be near the end of Python's stack
 SHOWN = 80  # characters of a wrong value
+SHOWN_NAMES = 12  # intents or slots that are allowed in its place
 READ = ("text", "gold", "language", "source", "score")  # the fields that are held in memory, and a plain `id`
 
 
@@ -49,6 +53,7 @@ def read_labelled(path: Path, spec: Spec, field: str = "data") -> tuple[list[dic
         if not line.strip():
             continue
         row, problem = parse_json(line)
+        row = _plain(row)
         problem = problem or _problem_of(row, spec)
         if problem:
             bad.append((number, problem))
@@ -80,7 +85,7 @@ def read_training(path: Path, spec: Spec, field: str = "data") -> tuple[list[dic
 def _unfit_for_training(row: dict[str, Any], spec: Spec) -> str | None:
     gold = row["gold"]
     if "score" in row:  # a label in part would teach the model to leave the rest out
-        return "not every field is labelled"
+        return f"not every field is labelled. Given: `score` is {_shown(row['score'])}"
     if missing := [name for name, use in spec.intents[gold["intent"]].slots.items() if use == "always" and name not in gold]:
         return f"`gold` has no {missing[0]}, which {gold['intent']} always has"
     said = str(normalise(row["text"]))
@@ -91,9 +96,9 @@ def _unfit_for_training(row: dict[str, Any], spec: Spec) -> str | None:
         if isinstance(slot, CatalogSlot | CodeSlot):
             written = str(normalise(value))
             if not written or not re.search(rf"(?<!\w){re.escape(written)}(?!\w)", said):
-                return f"`gold.{name}` is not in the text"
+                return f"`gold.{name}` is not in the text. Given: {_shown(value)}"
         if isinstance(slot, IntegerSlot) and not slot.minimum <= value <= slot.maximum:
-            return f"`gold.{name}` is out of range. Allowed: {slot.minimum} to {slot.maximum}"
+            return f"`gold.{name}` is out of range. Given: {_shown(value)}. Allowed: {slot.minimum} to {slot.maximum}"
     return None
 
 
@@ -142,18 +147,43 @@ def _defaults(gold: dict[str, Any], spec: Spec) -> dict[str, Any]:
     return {name: int(value) if spec.slots[name].type == "integer" else value for name, value in values.items()}
 
 
+def reason_of(problem: str) -> str:
+    """A line's problem without what was given and what is allowed, as it can be counted."""
+    return re.split(r"\. (?:Given|Allowed): ", problem, maxsplit=1)[0]
+
+
+def _plain(row: Any) -> Any:
+    """A row without the fields, and the slots of its label, that are null; a `source` that is a number as its text."""
+    if not isinstance(row, dict):
+        return row
+    row = _without_nulls(row)
+    if isinstance(row.get("gold"), dict):
+        row["gold"] = _without_nulls(row["gold"])
+    if isinstance(row.get("source"), int) and not isinstance(row["source"], bool):
+        row["source"] = str(row["source"])
+    return row
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _problem_of(row: Any, spec: Spec) -> str | None:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         return "has no `text`"
     if has_half_character(row):
         return "has half a character"
     gold = row.get("gold")
-    if not isinstance(gold, dict) or not isinstance(gold.get("intent"), str) or gold["intent"] not in spec.intents:
-        return f"`gold.intent` is not one of {', '.join(spec.intents)}"
+    if not isinstance(gold, dict):
+        return f"`gold` is not an answer. Given: {_shown(gold)}" if "gold" in row else "has no `gold`"
+    intent = gold.get("intent")
+    if not isinstance(intent, str) or intent not in spec.intents:
+        given = f". Given: {_shown(intent)}" if "intent" in gold else ""
+        return f"`gold.intent` is no intent of the domain{given}. Allowed: {_names(spec.intents)}"
     slots = spec.intents[gold["intent"]].slots
     unknown = set(gold) - {"intent"} - set(slots)
     if unknown:
-        return f"`gold` has {_shown(sorted(unknown)[0])}, which {gold['intent']} does not have. Allowed: {', '.join(slots) or 'no slots'}"
+        return f"`gold` has {_shown(sorted(unknown)[0])}, which {gold['intent']} does not have. Allowed: {_names(slots) or 'no slots'}"
     for name in set(gold) - {"intent"}:
         wanted = int if spec.slots[name].type == "integer" else str
         if not isinstance(gold[name], wanted) or isinstance(gold[name], bool):
@@ -163,9 +193,14 @@ def _problem_of(row: Any, spec: Spec) -> str | None:
             return f"`{name}` is {_shown(row[name])}. Allowed: a text"
     fields = row.get("score", ["intent"])
     if not isinstance(fields, list) or not 0 < len(fields) <= 1 + len(spec.slots) or set(map(str, fields)) - {"intent", *spec.slots}:
-        return f"`score` is {_shown(fields)}. Allowed: a list of some of intent, {', '.join(spec.slots)}"
+        return f"`score` is {_shown(fields)}. Allowed: a list of some of intent, {_names(spec.slots)}"
     return None
 
 
 def _shown(value: Any) -> str:
     return repr(value)[:SHOWN]
+
+
+def _names(names: Collection[str]) -> str:
+    left = len(names) - SHOWN_NAMES
+    return ", ".join([*names][:SHOWN_NAMES]) + (f" and {left} more" if left > 0 else "")

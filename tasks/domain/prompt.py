@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.domain.scoring import compact_json
-from tasks.domain.spec import Spec
+from tasks.domain.spec import SlotDefault, SlotUse, Spec
 
 Message = dict[str, str]
 
@@ -47,10 +47,19 @@ def pick_examples(rows: Sequence[Mapping[str, Any]], spec: Spec, count: int) -> 
     return picked
 
 
-def zero_shot_prompt(spec: Spec) -> str:
-    """Instructions for a model that has not learnt the task, with every intent and its slots."""
+def zero_shot_prompt(spec: Spec, *, defaults: bool = True) -> str:
+    """Instructions for a model that has not learnt the task, with every intent and its slots.
+
+    Args:
+        defaults: say what a slot is when the customer does not say it; without, an answer that leaves it out would be scored as wrong.
+    """
+
+    def slot(name: str, use: SlotUse) -> str:
+        if isinstance(use, SlotDefault):
+            return f"{name} ({use.default} when not stated)" if defaults else name
+        return f"{name} (only when stated)" if use == "optional" else name
+
     lines = []
     for name, intent in spec.intents.items():
-        slots = [slot + (" (only when stated)" if use == "optional" else "") for slot, use in intent.slots.items()]
-        lines.append(f"- {name}: {', '.join(slots) or 'no slots'}")
+        lines.append(f"- {name}: {', '.join(slot(*of) for of in intent.slots.items()) or 'no slots'}")
     return spec.zero_shot_prompt.format(intents="Intents and their slots:\n" + "\n".join(lines))

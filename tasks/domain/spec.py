@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.domain.errors import UserError
 from tasks.domain.files import read_text
@@ -53,11 +54,17 @@ class IntegerSlot(_Frozen):
         return self
 
 
+def _is_a_format(text: str) -> str:
+    if re.search(r"[{}]", text.replace("{word}", "", 1)):
+        raise ValueError(f"{text!r} has braces other than one `{{word}}`, which would be written into texts as they are")
+    return text
+
+
 class CodeSlot(_Frozen):
     """An identifier. In a format `9` stands for a digit, `A` for a letter, `{word}` for a coupon word."""
 
     type: Literal["code"]
-    formats: list[Annotated[str, Field(pattern=r"\S")]] = Field(min_length=1)
+    formats: list[Annotated[str, Field(pattern=r"\S"), AfterValidator(_is_a_format)]] = Field(min_length=1)
 
 
 Slot = Annotated[CatalogSlot | IntegerSlot | CodeSlot, Field(discriminator="type")]
@@ -66,7 +73,7 @@ Slot = Annotated[CatalogSlot | IntegerSlot | CodeSlot, Field(discriminator="type
 class SlotDefault(_Frozen):
     """The slot is always in the answer; this is its value when the customer does not say it."""
 
-    default: int | str
+    default: bool | int | str  # `true` is refused where the message can say which slot it is of, and would be read as 1 otherwise
 
 
 PromptStyle = Literal["short", "chat"]  # the customer's text alone, or `system_prompt` and the tokenizer's own chat template
@@ -109,9 +116,8 @@ class Spec(_Frozen):
             for slot, use in intent.slots.items():
                 if slot not in self.slots:
                     raise Misfit(f"{slot!r} is no slot; known slots: {', '.join(self.slots)}", "intents", name, "slots", slot)
-                if isinstance(use, SlotDefault) and isinstance(use.default, int) != isinstance(self.slots[slot], IntegerSlot):
-                    problem = f"the default {use.default!r} is no value of a {self.slots[slot].type} slot"
-                    raise Misfit(problem, "intents", name, "slots", slot)
+                if isinstance(use, SlotDefault) and (problem := _unfit_default(use.default, self.slots[slot])):
+                    raise Misfit(f"the default {use.default!r} {problem}", "intents", name, "slots", slot)
         for number, department in enumerate(self.held_out_departments):
             if department not in self.departments:
                 raise Misfit(f"{department!r} is no department; known: {', '.join(self.departments)}", "held_out_departments", number)
@@ -158,6 +164,14 @@ class Spec(_Frozen):
 
 def _begins(prefix: str, names: Iterable[str], besides: str) -> bool:
     return any(name.startswith(prefix) for name in names if name != besides)
+
+
+def _unfit_default(default: bool | int | str, slot: Slot) -> str:
+    if isinstance(default, bool) or isinstance(default, int) != isinstance(slot, IntegerSlot):
+        return f"is no value of a slot of the type {slot.type}"
+    if isinstance(slot, IntegerSlot) and not slot.minimum <= int(default) <= slot.maximum:
+        return f"is outside of the slot's range, {slot.minimum} to {slot.maximum}"
+    return ""
 
 
 class Text(str):

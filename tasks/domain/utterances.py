@@ -69,7 +69,7 @@ def split_catalogs(banks: Mapping[str, Bank], spec: Spec) -> dict[str, Catalog]:
     evaluation split, nor in training: it would not be new to the model, and in training it would give away its name elsewhere.
     """
     catalogs = {language: split_products(bank.products, spec) for language, bank in banks.items()}
-    trained = Names(product for parts in catalogs.values() for product in parts["train"])
+    trained = Names(form for parts in catalogs.values() for product in parts["train"] for form in product.forms.values())
     for parts in catalogs.values():
         for split in SPLITS:
             if split != "train":
@@ -78,25 +78,31 @@ def split_catalogs(banks: Mapping[str, Bank], spec: Spec) -> dict[str, Catalog]:
 
 
 class Names:
-    """The names of products, in all forms, as something another name may hold or be part of, in whole words."""
+    """The names of products as something another name may hold or be part of, in whole words."""
 
-    def __init__(self, products: Iterable[Product]) -> None:
-        self._names = {_words(form) for product in products for form in product.forms.values()}
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = {words_of(name) for name in names} - {()}
         self._parts = {part for name in self._names for part in _parts(name)}
+        self._longest = max(map(len, self._names), default=0)
 
     def meet(self, text: str) -> bool:
         """Whether a text holds one of the names, or is part of one."""
-        words = _words(text)
-        return words in self._parts or any(part in self._names for part in _parts(words))
+        return words_of(text) in self._parts or bool(self.held_by(text))
+
+    def held_by(self, text: str) -> set[tuple[str, ...]]:
+        """The names, as their words, that stand in a text."""
+        return {part for part in _parts(words_of(text), self._longest) if part in self._names}
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words_of(text: str) -> tuple[str, ...]:
+    """A text as names are looked for in it: its words, without case and what stands between them."""
     return tuple(re.findall(r"[^\W_]+", str(normalise(text))))
 
 
-def _parts(words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Every run of neighbouring words."""
-    return (words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1))
+def _parts(words: tuple[str, ...], longest: int | None = None) -> Iterator[tuple[str, ...]]:
+    """Every run of neighbouring words, of at most `longest`."""
+    most = len(words) if longest is None else longest
+    return (words[start:end] for start in range(len(words)) for end in range(start + 1, min(start + most, len(words)) + 1))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ _OF_A_KIND = 'Let them be about other products each time, such as: {names}. "pro
 
 
 def system_message(spec: Spec) -> Message:
-    return {"role": "system", "content": _SYSTEM.format(title=spec.title, instructions=zero_shot_prompt(spec))}
+    """What every request begins with. A teacher is asked for null where a message does not say a value, so it reads of no default."""
+    return {"role": "system", "content": _SYSTEM.format(title=spec.title, instructions=zero_shot_prompt(spec, defaults=False))}
 
 
 def ask_utterances(

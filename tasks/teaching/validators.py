@@ -2,18 +2,18 @@
 
 A validator returns the row that may join training, or the reason why none does: `wrong_schema`, `missing_slot`,
 `slot_not_in_text`, `unlabelled_number`, `wrong_language`, `implausible`, `refusal`, `duplicate`, `product_of_evaluation`,
-`pattern_syntax`, `unknown_placeholder`, `number_in_pattern`, `unknown_class`, `unknown_measure`.
+`pattern_syntax`, `unknown_placeholder`, `number_in_pattern`, `product_in_pattern`, `unknown_class`, `unknown_measure`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
-from tasks.domain.bank import MENTION, Bank, Pattern, Placeholder, Product, allowed_placeholders, make_pattern
+from tasks.domain.bank import MENTION, Bank, Node, Pattern, Product, allowed_placeholders, has_forms, make_pattern
 from tasks.domain.expansion import expand
 from tasks.domain.labelled import has_half_character
 from tasks.domain.scoring import normalise
@@ -22,6 +22,7 @@ from tasks.domain.utterances import Names, split_catalogs
 from tasks.teaching.answers import is_refusal
 from tasks.teaching.asking import Request
 from tasks.teaching.language import Languages
+from tasks.teaching.literals import SpeltNames, spelt
 from tasks.teaching.numbers import any_number, says_number, starts_with_number
 
 NEAR_DUPLICATE = 90.0  # rapidfuzz ratio (0..100) of normalised texts from which two count as the same
@@ -44,8 +45,15 @@ class Judge:
         self._passed: dict[tuple[str, ...], list[str]] = {}
         parts = split_catalogs(banks, spec)
         held_out = [product for part in parts.values() for s in ("validation", "test", "hard") for product in part[s]]
-        self._held_out = sorted({str(normalise(form)) for product in held_out for form in product.forms.values()})
-        self._held_out_names = Names(held_out)
+        forms = {form for product in held_out for form in product.forms.values()}
+        self._held_out = sorted({str(normalise(form)) for form in forms})
+        self._held_out_names, self._held_out_spelt = Names(forms), {*map(spelt, forms)}
+        self._names = {
+            language: SpeltNames([*forms, *(form for product in bank.products for form in product.forms.values())])
+            for language, bank in banks.items()
+        }
+        # An everyday word that some language's catalog sells ("mais") is no name where the phrase bank says it itself, and training has it.
+        self._said = {language: set[str]().union(*map(self._names[language].held_by, _literals(bank))) for language, bank in banks.items()}
         self._beginnings = {language: _Beginnings(bank, spec) for language, bank in banks.items()}
         self._training_products = {language: part["train"] for language, part in parts.items()}
         for language, bank in banks.items():
@@ -114,6 +122,8 @@ class Judge:
                     return "implausible"
                 if self._is_held_out(value):
                     return "product_of_evaluation"
+        if self._spelt_out((text,), language) & self._held_out_spelt:
+            return "product_of_evaluation"
         return self._problem_of_numbers(rest, gold, bank)
 
     def _problem_of_numbers(self, rest: str, gold: dict[str, Any], bank: Bank) -> str | None:
@@ -159,14 +169,14 @@ class Judge:
             return "refusal"
         allowed = allowed_placeholders(self.spec, bank, pattern.intent)
         for placeholder in pattern.placeholders:
-            if placeholder.name not in allowed or (placeholder.form and not self._has_forms(placeholder, bank)):
+            if placeholder.name not in allowed or (
+                placeholder.form and not (has_forms(self.spec, placeholder.name) and placeholder.form in bank.forms)
+            ):
                 return "unknown_placeholder"
+        if names := self._spelt_out(pattern.nodes, bank.language):
+            return "product_of_evaluation" if names & self._held_out_spelt else "product_in_pattern"
         literal = str(normalise(re.sub(r"\{[^{}]*\}", " ", pattern.text)))
         return "number_in_pattern" if re.search(r"\d", literal) or (self._counts(pattern.intent) and any_number(literal, bank)) else None
-
-    def _has_forms(self, placeholder: Placeholder, bank: Bank) -> bool:
-        takes_form = placeholder.name == MENTION or isinstance(self.spec.slots.get(placeholder.name), CatalogSlot)
-        return takes_form and placeholder.form in bank.forms
 
     def _counts(self, intent: str) -> bool:
         return any(isinstance(self.spec.slots[name], IntegerSlot) for name in self.spec.intents[intent].slots)
@@ -232,6 +242,10 @@ class Judge:
             return True
         return process.extractOne(str(normalise(product)), self._held_out, scorer=fuzz.ratio, score_cutoff=NEAR_DUPLICATE) is not None
 
+    def _spelt_out(self, nodes: tuple[Node, ...], language: str) -> set[str]:
+        """Names of the language's catalog, and of all that is held out, in a text or between a pattern's placeholders."""
+        return self._names[language].held_by(nodes) - self._said[language]
+
     def _is_new(self, cell: tuple[str, ...], text: str) -> bool:
         """Whether nothing like it passed before in its cell; if so, it counts as passed from now on."""
         from rapidfuzz import fuzz, process
@@ -241,6 +255,12 @@ class Judge:
             return False
         passed.append(bare)
         return True
+
+
+def _literals(bank: Bank) -> Iterator[tuple[Node, ...]]:
+    """Everything a phrase bank says itself."""
+    yield from (pattern.nodes for patterns in bank.patterns.values() for pattern in patterns)
+    yield from ((text,) for text in (*bank.openers, *bank.closers, *bank.chatter, *bank.fillers))
 
 
 def as_pattern(row: Mapping[str, Any]) -> Pattern:
