@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -182,13 +182,17 @@ class Asked:
     failed: tuple[str, ...]
 
 
-def ask(found: Found, texts: list[str]) -> Asked:
-    """Answer texts, `PARALLEL` at a time. Answers that an API was paid for are kept until all are there, see `_ask_api`."""
+@contextmanager
+def ask(found: Found, texts: list[str]) -> Iterator[Asked]:
+    """Answer texts, `PARALLEL` at a time. Answers that an API was paid for are kept until the block ends without an error: what is made of
+    them has to be written there, and flushed. See `_ask_api`."""
     rows = read_rows(found.dataset / "train.jsonl") if found.few_shot else []
     examples = prompt.pick_examples(rows, found.spec, found.few_shot)
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     if found.runtime == "litellm":
-        return _ask_api(found, conversations)
+        with _ask_api(found, conversations) as asked:
+            yield asked
+        return
     model = _loaded(found.runtime, Path(found.path), conversations[:1])
     answers = [""] * len(texts)
     latencies, failed = [], []
@@ -201,7 +205,7 @@ def ask(found: Found, texts: list[str]) -> Asked:
             failed.append(
                 f"text {completion.index + 1} has {completion.prompt_tokens:,} tokens; at most {runtimes.LONGEST_PROMPT:,} are read"
             )
-    return Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
+    yield Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
 
 
 def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversations: list[list[prompt.Message]]) -> LocalRuntime:
@@ -226,9 +230,11 @@ def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversat
     return model
 
 
-def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
-    """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be: a command that
-    asks the same after a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
+@contextmanager
+def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Iterator[Asked]:
+    """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be and the block has
+    ended: a command that asks the same after a kill, a refusal, a lost network or a full disk buys none of them again, and a later one
+    asks anew."""
     from tasks.runtimes.litellm import ApiCompletion, LiteLlmRuntime
 
     where = {"model": str(found.path), "api_base": found.api_base}
@@ -254,18 +260,19 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
                 lacking |= math.isnan(done.total_s) and not done.refused
         answers = [log.get(request) for request in requests]
         bought = [answer for request in dict.fromkeys(requests) if (answer := log.get(request)) and answer.tokens]
-        if not bought or not (lacking or model.refused_last):
+        failed = tuple(problem for request in requests if (problem := problems[request]))
+        if failed and not bought:
+            log.forget()  # refusals cost nothing
+            raise UserError("model", model.model, f"answered none of {len(requests)} requests. The first: {failed[0]}")
+        prices = [answer.usd for answer in bought if answer.usd is not None]
+        yield Asked(
+            [answer.text if answer else "" for answer in answers],
+            statistics.median(answer.seconds for answer in bought) if bought else 0.0,
+            sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
+            failed,
+        )
+        if not (lacking or model.refused_last):
             log.forget()
-    failed = tuple(problem for request in requests if (problem := problems[request]))
-    if failed and not bought:
-        raise UserError("model", model.model, f"answered none of {len(requests)} requests. The first: {failed[0]}")
-    prices = [answer.usd for answer in bought if answer.usd is not None]
-    return Asked(
-        [answer.text if answer else "" for answer in answers],
-        statistics.median(answer.seconds for answer in bought) if bought else 0.0,
-        sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
-        failed,
-    )
 
 
 def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) -> list[dict[str, Any]]:

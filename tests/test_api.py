@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -182,10 +183,33 @@ def test_an_evaluation_that_was_stopped_buys_no_answer_twice_and_one_that_ended_
     assert cartwright(*command).returncode == 0 and len(server.requests) == 7
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
+def test_answers_are_bought_once_until_what_was_made_of_them_is_written(
+    server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{n} milk", "gold": {"intent": "view_cart"}}) for n in range(3)), encoding="utf-8")
+    asked = ("--data", str(data), "--model", "openai/gpt-4.1")
+    for _ in range(2):
+        failed = cartwright("evaluate", *asked, "--output", "/dev/full")
+        assert failed.returncode == 2 and "No space left" in failed.stderr and len(server.requests) == 3
+    variables = {**os.environ, "CARTWRIGHT_HOME": str(home)}
+    for command in ("evaluate", "predict"):
+        with Path("/dev/full").open("w") as full:
+            line = [sys.executable, "-m", "flows.cli", command, *asked]
+            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=variables, check=False)
+        assert done.returncode and "No space left" in done.stderr and len(server.requests) == 3
+    done = cartwright("predict", *asked)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3 == len(server.requests)
+    assert not list((home / "api").iterdir())
+
+
 def asked_of(server: Faults, home: Path, *texts: str) -> Asked:
     """Answers of a model behind an API to texts, as `evaluate` and `predict` get them."""
     spec = load_spec("ecommerce")
-    return ask(Found("openai/gpt-4.1", "litellm", spec, spec.path, zero_shot=True, answers=home / "api"), list(texts))
+    with ask(Found("openai/gpt-4.1", "litellm", spec, spec.path, zero_shot=True, answers=home / "api"), list(texts)) as asked:
+        return asked
 
 
 def test_a_text_that_comes_again_is_bought_once(server: Faults, home: Path) -> None:

@@ -188,7 +188,7 @@ def test_what_a_runtime_refuses_is_one_error(tiny_gguf: Path, tmp_path: Path, co
     changes = {"a template that is none": (b"{% for", b"{% fro"), "an architecture nobody knows": (b"llama", b"lllll")}
     file.write_bytes(good.replace(*changes[content]) if content in changes else good[: len(good) // 2])
     with pytest.raises(UserError, match=r"model = '.*mine\.gguf': cannot be asked with llama_cpp \(.+\)\. See that it is whole"):
-        ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"])
+        ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"]).__enter__()
 
 
 def test_a_folder_that_holds_no_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
