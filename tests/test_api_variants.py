@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -96,6 +97,19 @@ def test_the_budget_ends_the_asking_and_what_was_paid_for_is_kept(server: Faults
             found.append(completion.text)
     assert found == [server.answer] * 5 and len(server.requests) == 5
     assert model.usd == pytest.approx(5 * price)
+
+
+@pytest.mark.slow
+def test_an_attempt_whose_time_ran_out_counts_in_the_budget(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    price = complete("openai/gpt-4.1", ASK, 32).usd
+    assert price
+    monkeypatch.setattr("tasks.runtimes.litellm.complete", functools.partial(complete, timeout_s=1))
+    server.faults = ["", "slow"]
+    found = []
+    with pytest.raises(UserError, match="is used up"):
+        for completion in LiteLlmRuntime("openai/gpt-4.1", max_usd=4.5 * price).generate([ASK] * 20, 32, 1):
+            found.append(completion.text)
+    assert found == [server.answer] * 3 and len(server.requests) == 1 + 4
 
 
 def test_where_nothing_answers_the_rest_is_not_asked(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
