@@ -17,7 +17,7 @@ class Faults(ThreadingHTTPServer):
 
     Attributes:
         faults: what the next requests meet: a status such as `429` (with `retry_after`), `drop` (the connection), `half` (an
-            answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
+            answer that breaks off), `torn` (so does the connection), `wrong` (JSON that is no answer), `no_choice` (an answer that says nothing), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
             and then), `refuse` (content policy), `too_long`, `cut` (nothing said before the tokens were used up), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
         usage: what answers say of the tokens they took, if anything.
@@ -72,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "half":
             self._send(200, b'{"choices": [{"mess')
+        elif fault == "torn":
+            self._send(200, b'{"choices": [{"mess', {"Content-Length": "1000"})
+        elif fault == "no_choice":
+            self._send(200, json.dumps({"object": "chat.completion", "model": body["model"], "choices": []}).encode())
         elif fault == "wrong":
             self._send(200, b'{"hello": "world"}')
         elif fault == "nothing":

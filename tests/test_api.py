@@ -33,7 +33,7 @@ def test_an_answer_comes_with_what_it_cost(server: Faults) -> None:
     assert complete("openai/of-our-own", ASK, 32).usd is None
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "drop", "half"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "drop"])
 def test_what_may_pass_is_tried_again(server: Faults, fault: str) -> None:
     server.faults = [fault, fault]
     pauses: list[float] = []
@@ -106,8 +106,24 @@ def test_attempts_end(server: Faults) -> None:
 def test_an_attempt_whose_time_ran_out_is_made_once_more(server: Faults, fault: str) -> None:
     server.faults, late = [fault] * 3, list[str]()
     with pytest.raises(ApiError, match="no answer in time in 2 attempts"):
-        complete("openai/m", ASK, 32, sleep=lambda _: None, timeout_s=0.5, timed_out=lambda: late.append("late"))
+        complete("openai/m", ASK, 32, sleep=lambda _: None, timeout_s=0.5, lost=lambda: late.append("late"))
     assert len(server.requests) == 2 and late == ["late"] * 2
+
+
+@pytest.mark.parametrize("fault", ["half", "torn", "wrong", "nothing", "odd usage"])
+def test_an_answer_that_came_and_cannot_be_read_is_asked_for_once_more(server: Faults, fault: str) -> None:
+    server.faults, lost = [fault] * 3, list[str]()
+    server.usage = {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": "x"}}
+    with pytest.raises(ApiError, match="no whole answer in 2 attempts"):
+        complete("openai/m", ASK, 32, sleep=lambda _: None, lost=lambda: lost.append("lost"))
+    assert len(server.requests) == 2 and lost == ["lost"] * 2
+
+
+def test_an_answer_without_a_message_was_paid_for_and_is_not_asked_again(server: Faults) -> None:
+    server.faults, lost = ["no_choice"], list[str]()
+    with pytest.raises(ApiError, match="without a message"):
+        complete("openai/m", ASK, 32, lost=lambda: lost.append("lost"))
+    assert len(server.requests) == 1 and lost == ["lost"]
 
 
 @pytest.mark.parametrize("model", ["perplexity/m", "deepinfra/m", "hosted_vllm/m"])

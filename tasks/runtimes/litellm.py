@@ -33,8 +33,8 @@ class LiteLlmRuntime:
 
     Args:
         api_base: the address of an API that is not the provider's usual one.
-        max_usd: ask no more once the next request might cost more than what is left of this. An attempt whose time ran out counts as the
-            dearest answer: the provider may have written it all the same.
+        max_usd: ask no more once the next request might cost more than what is left of this. An attempt whose answer was lost, by time
+            that ran out or a body that cannot be read, counts as the dearest answer: the provider may have written it all the same.
         dearest: what the dearest of earlier requests like these cost, in dollars; 0 if there were none.
         answered: how many requests like these were answered before.
         keep: is given what need not be asked again, an answer or a refusal, as soon as it comes: by the thread that asked, one at a time,
@@ -112,7 +112,7 @@ class LiteLlmRuntime:
     def _ask(self, index: int, conversation: list[Message], max_tokens: int) -> ApiCompletion:
         where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}
         try:
-            reply = complete(self.model, conversation, max_tokens, sleep=self._pause, timed_out=self._lose, temperature=0, **where)
+            reply = complete(self.model, conversation, max_tokens, sleep=self._pause, lost=self._lose, temperature=0, **where)
         except (ContentRefused, TooLong) as error:
             done = _without_an_answer(index, error, refused=True)
         else:
