@@ -192,6 +192,25 @@ def test_an_evaluation_whose_last_requests_were_refused_goes_on_with_them(server
     assert len(server.requests) == total + 2 and metrics["performance"]["requests_failed"] == 1
 
 
+def test_rows_without_an_answer_are_asked_by_the_next_command_and_one_that_never_gets_one_ends_there(
+    server: Faults, dataset: Path, tmp_path: Path
+) -> None:
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    passing, lasting = rows["test"][1]["text"].strip(), rows["hard"][0]["text"].strip()
+    server.always, server.retry_after = {passing: "429", lasting: "500"}, "0"
+    config = EvaluateApiConfig(model="openai/gpt-4.1")
+    with pytest.raises(UserError, match=rf"gave no answer to 2 of {total} requests.*Run the same command again.*are kept"):
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    server.requests.clear()
+    server.always = {lasting: "500"}
+    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    asked = [body["messages"][-1]["content"].strip() for body in server.requests]
+    assert asked.count(passing) == 1 and asked.count(lasting) == len(asked) - 1 == api.ATTEMPTS
+    assert metrics["performance"]["requests_failed"] == 1 and metrics["performance"]["requests"] == total - 1
+    assert metrics["test"]["exact_match"]["value"] == 1.0 > metrics["hard"]["exact_match"]["value"]
+
+
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:
     config = EvaluateApiConfig(model="openai/gpt-4.1")
     elsewhere = config.model_copy(update={"api_base": "http://127.0.0.1:9/v1", "max_usd": 3.0})
