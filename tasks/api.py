@@ -46,6 +46,10 @@ class TooLong(RefusedRequest):
     """The model has no room for this request and its answer."""
 
 
+class Forbidden(RefusedRequest):
+    """Status 403: of the key, or of what this request says, where others are answered."""
+
+
 class ApiError(RuntimeError):
     """No answer came, for a reason that may pass; it was tried again until the attempts were used up."""
 
@@ -136,7 +140,8 @@ def complete(
         more: further arguments of `litellm.completion`, such as `response_format`.
 
     Raises:
-        UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`); to ask again would not help.
+        UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`), or one of them (`Forbidden`); to ask again would not
+            help.
         ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_LOST` that were lost, the server wants to be asked again in more
             than `LONGEST_RETRY_AFTER_S`, or the provider's content policy forbids an answer (`ContentRefused`).
     """
@@ -156,10 +161,13 @@ def complete(
         except Exception as error:
             reason = " ".join(settings.without_secrets(f"{type(error).__name__}: {error}").split())[:500]
             status = getattr(error, "status_code", None)
-            if isinstance(error, litellm.AuthenticationError) or status in (401, 403):
+            if isinstance(error, litellm.AuthenticationError) or status == 401:
                 raise UserError(field, model, f"the API refuses the key ({reason})", mend=key_mend(model)) from None
             if isinstance(error, litellm.ContentPolicyViolationError):
                 raise ContentRefused(f"{model} refuses to answer ({reason})") from None
+            if status == 403:
+                problem = f"the API refuses the key, or what is asked ({reason})"
+                raise Forbidden(field, model, problem, mend=key_mend(model), status=403) from None
             unreadable = _unreadable(error)
             passes = status is None or status in RETRIED or isinstance(error, litellm.APIConnectionError)
             if "response_format" in more and "response_format" in reason:  # llama-cpp-python's server says 500 to a format it does not know

@@ -71,6 +71,23 @@ def test_an_api_that_refuses_whatever_is_asked_is_no_fault_of_the_texts(server: 
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))
 
 
+def test_a_text_that_is_forbidden_by_status_403_fails_alone_and_a_key_that_is_fails_all(server: Faults) -> None:
+    server.always = {"rude": "moderated"}
+    rude = [{"role": "user", "content": "rude"}]
+    model = LiteLlmRuntime("openai/gpt-4.1")
+    found = {done.index: done for done in model.generate([ASK, rude, ASK], 32, 2)}
+    assert [found[i].text for i in range(3)] == [server.answer, "", server.answer] and found[1].refused and not model.refused_last
+    assert "flagged by moderation" in found[1].problem
+    for asked in ([rude, ASK], [rude] * 2 * GIVE_UP):
+        server.requests.clear()
+        with pytest.raises(UserError, match="refuses the key"):
+            list(LiteLlmRuntime("openai/gpt-4.1", answered=1).generate(asked, 32, 1))
+        assert len(server.requests) == 1
+    server.faults = ["", *["moderated"] * 50]  # the key was taken back
+    with pytest.raises(UserError, match=rf"no answer to {GIVE_UP} requests in a row"):
+        list(LiteLlmRuntime("openai/gpt-4.1").generate([ASK] * 50, 32, 1))
+
+
 def test_texts_that_are_forbidden_or_too_long_are_no_sign_that_nothing_answers(server: Faults) -> None:
     server.faults = ["refuse", "too_long"] * GIVE_UP
     model = LiteLlmRuntime("openai/m")

@@ -111,6 +111,16 @@ def test_a_refused_key_is_one_request_and_one_message(server: Faults, ask: Calla
     assert not holding(home, KEY) and not holding(home, KEY[3:])
 
 
+def test_a_request_that_is_moderated_is_one_that_is_not_answered(server: Faults, ask: Callable[..., Manifest]) -> None:
+    server.answer, server.faults = lesson, ["", "moderated"]
+    figures = ask(requests=3, concurrency=1).metrics
+    assert figures["requests"] == 2 and figures["rejected"]["no_answer"] == 1 and len(server.requests) == 3
+    server.faults = ["moderated"] * 50
+    with pytest.raises(UserError, match="refuses the key"):
+        ask(requests=9)
+    assert len(server.requests) == 4
+
+
 def test_a_teacher_that_is_not_there_is_one_message(
     ask: Callable[..., Manifest], server: Faults, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, TooLong, complete
+from tasks.api import ApiError, ContentRefused, Forbidden, RefusedRequest, Stopped, TooLong, complete
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
@@ -94,7 +94,7 @@ class LiteLlmRuntime:
                     except ApiError as error:
                         yield self._unanswered(index, error)
                     except UserError as error:
-                        if isinstance(error, RefusedRequest) and error.status in ONE_ROW and (self.answered or not self._in_a_row):
+                        if self._is_its_own_fault(error):
                             yield self._unanswered(index, error)
                         else:  # refused for one, refused for all
                             stop = stop or error
@@ -108,6 +108,13 @@ class LiteLlmRuntime:
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
+
+    def _is_its_own_fault(self, error: UserError) -> TypeGuard[RefusedRequest]:
+        """Whether a refusal is of one request and not of all: a key that was good before may be no more, so that 403 is only where this
+        asking had an answer."""
+        if isinstance(error, Forbidden):
+            return self._last_answered >= 0
+        return isinstance(error, RefusedRequest) and error.status in ONE_ROW and bool(self.answered or not self._in_a_row)
 
     def _ask(self, index: int, conversation: list[Message], max_tokens: int) -> ApiCompletion:
         where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, complete
+from tasks.api import ApiError, ContentRefused, Forbidden, RefusedRequest, Stopped, complete
 from tasks.core import progress
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
@@ -148,11 +148,11 @@ class Teacher:
                             asked.answers[request.hash] = answer = future.result()
                         except ContentRefused as error:
                             asked.unanswered[request.hash] = str(error)
-                        except ApiError as error:
+                        except (ApiError, Forbidden) as error:
                             failures += 1
                             asked.unanswered[request.hash] = str(error)
                             if not bought or failures >= FAILURES_IN_A_ROW:
-                                raise self._gone(str(error)) from None
+                                raise error if isinstance(error, Forbidden) else self._gone(str(error)) from None
                         else:
                             budget.spend(answer, request)
                             bought, failures = bought + 1, 0
