@@ -272,10 +272,10 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input."
+            help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input. If the first line is an object, all have to be."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input; JSONL if its name ends so.")] = None,
     model: ModelOption = "recommended",
 ) -> None:
     """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on.
@@ -295,9 +295,13 @@ def predict(
     if broken := next((text for text in texts or () if has_half_character(text)), ""):
         raise UserError("texts", broken.encode("utf-8", "backslashreplace").decode(), "is not UTF-8", mend="Set the terminal to UTF-8")
     lines = read_lines("--data", data) if data else sys.stdin.buffer
-    given, bad = ([Given(text) for text in texts], []) if texts else read_texts(lines)
+    jsonl = bool(data and data.suffix in (".json", ".jsonl"))
+    given, bad = ([Given(text) for text in texts], []) if texts else read_texts(lines, jsonl=jsonl)
     for line, problem in bad:
         print(f"line {line}: {printable(problem)}", file=sys.stderr)
+    if not given:
+        mend = 'Write a text on each line, or JSON such as {"text": "2 milk"}'
+        raise UserError("--data" if data else "standard input", str(data or ""), "has no line that can be answered", mend=mend)
     with ExitStack() as asking:
         with beside_answers(f"ask {model}"):
             asked = asking.enter_context(ask(found, [one.text for one in given]))

@@ -300,10 +300,14 @@ class Given:
         return dict(json.loads(self.row)) if self.row else {"text": self.text}
 
 
-def read_texts(lines: Iterable[bytes]) -> tuple[list[Given], list[tuple[int, str]]]:
+def read_texts(lines: Iterable[bytes], *, jsonl: bool = False) -> tuple[list[Given], list[tuple[int, str]]]:
     """What is given as JSONL, each line with a `text` and whatever else it has, or as plain lines; and the lines that cannot be used with
-    their problem."""
-    given, bad = list[Given](), []
+    their problem.
+
+    Args:
+        jsonl: whether all lines are objects; without it, they are if the first is one.
+    """
+    given, bad, first = list[Given](), [], True
     for number, packed in enumerate(lines, 1):
         try:
             line = packed.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -312,13 +316,14 @@ def read_texts(lines: Iterable[bytes]) -> tuple[list[Given], list[tuple[int, str
             continue
         if not line:
             continue
-        if not line.startswith("{"):
+        jsonl, first = jsonl or (first and line.startswith("{")), False
+        if not jsonl and not line.startswith("{"):
             given.append(Given(line))
             continue
         row, problem = parse_json(line)
         if problem or has_half_character(row):
             bad.append((number, problem or "has half a character"))
-        elif isinstance(row.get("text"), str):
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
             given.append(Given(row["text"], line.encode()))
         else:
             bad.append((number, "has no `text`"))
