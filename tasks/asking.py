@@ -35,6 +35,7 @@ from tasks.weights import check_gguf
 MAX_TOKENS = 96
 PARALLEL = 16
 NAMES = ("champion", "recommended")  # of models, whatever folders are called
+OTHERS = ("a .gguf file", "a Hugging Face folder", "a LiteLLM model id such as openai/gpt-4.1")  # that need no run
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ def find_model(settings: Settings, name: str) -> Found:
     try:
         folder = latest_report(settings)
     except UserError:
-        if name in NAMES or not is_model_id(name):
+        if name in NAMES:
             raise
+        if not is_model_id(name):
+            problem = "is no model that is known, and there is no run yet whose variants could be asked"
+            raise UserError("model", name, problem, allowed=list(OTHERS), mend="Run `cartwright run` first, or give one of these") from None
         return _behind_an_api(name, load_spec("ecommerce"), None, settings)
     report = read_report(folder)
     store = Store(settings.store_uri, settings.home)
@@ -94,13 +98,7 @@ def find_model(settings: Settings, name: str) -> Found:
             "model",
             name,
             "is no variant of the latest run",
-            allowed=[
-                *NAMES,
-                *variants,
-                "a .gguf file",
-                "a Hugging Face folder",
-                "a LiteLLM model id such as openai/gpt-4.1",
-            ],
+            allowed=[*NAMES, *variants, *OTHERS],
         )
     variant, spec = variants[wanted], load_spec(str(_present(dataset, settings)))
     few_shot = variant.get("few_shot", 0)

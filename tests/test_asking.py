@@ -230,6 +230,15 @@ def test_a_folder_does_not_stand_for_the_champion(tmp_path: Path, monkeypatch: p
         find_model(load_settings(), "champion")
 
 
+@pytest.mark.slow
+def test_a_model_nobody_knows_is_named_before_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    with pytest.raises(
+        UserError, match=r"model = 'foo': is no model .* no run yet .*Allowed: a \.gguf file, .*openai/gpt-4\.1\. Run `cart"
+    ):
+        find_model(load_settings(), "foo")
+
+
 def test_a_damaged_report_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARTWRIGHT_HOME", str(tmp_path))
     file = tmp_path / "reports" / "latest" / "report.json"
