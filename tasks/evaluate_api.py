@@ -98,7 +98,7 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
             raise UserError(f"{field}.model", config.model, "needs a key", mend=key_mend(config.model))
 
 
-@stage("evaluate_api", version=1, resumable=True, varies="a provider answers it, and how long that takes is part of it")
+@stage("evaluate_api", version=1, resumable=True, keeps=ANSWERS, varies="a provider answers it, and how long that takes is part of it")
 def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score a model on splits of `inputs["dataset"]`; goes on with the answers that an earlier attempt left in `out_dir`.
 
@@ -110,10 +110,18 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
 
     spec = load_spec(str(inputs["dataset"]))
     rows = {split: read_rows(inputs["dataset"] / f"{split}.jsonl") for split in config.splits}
-    answers = _read_answers(out_dir / ANSWERS)
-    todo = [(split, row) for split in rows for row in rows[split] if (split, row["id"]) not in answers]
+    every = [(split, row) for split in rows for row in rows[split]]
     how = EvaluateConfig(zero_shot=True, few_shot=config.few_shot)
-    asked = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in todo])
+    requests = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in every])
+    kept = _read_answers(out_dir / ANSWERS)
+    answers: Answers = {}
+    todo = []
+    for (split, row), request in zip(every, requests, strict=True):
+        answer, name = kept.get((split, row["id"])), checksum(request)
+        if answer and answer.get("request", name) == name:  # another if the row was damaged when it was asked; earlier versions wrote none
+            answers[split, row["id"]] = answer
+        else:
+            todo.append((split, row, request))
     before = _bought(answers)
     refused = [answer["problem"] for answer in answers.values() if answer.get("problem")]
     prices = [answer["usd"] or 0.0 for answer in before]
@@ -122,18 +130,19 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     with (out_dir / ANSWERS).open("a", encoding="utf-8") as file:
 
         def keep(done: ApiCompletion) -> None:
-            split, row = todo[done.index]
-            answer = {"split": split, "id": row["id"], "output": done.text} | _figures(done, config.parallel)
+            split, row, request = todo[done.index]
+            answer = {"split": split, "id": row["id"], "request": checksum(request), "output": done.text} | _figures(done, config.parallel)
             file.write(_line(answer))
             file.flush()
             answers[split, row["id"]] = answer
 
         model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0), answered=len(before), keep=keep)
         started = time.perf_counter()
+        asked = [request for _, _, request in todo]
         with closing(model.generate(asked, config.max_tokens, config.parallel)) as answering:
             for done in progress.track(answering, len(asked), config.model):
                 if math.isnan(done.total_s) and not done.refused:
-                    split, row = todo[done.index]
+                    split, row, _ = todo[done.index]
                     unanswered[split, row["id"]] = {"split": split, "id": row["id"], "problem": done.problem}
         wall_s = time.perf_counter() - started
     bought, failed = _bought(answers), [*refused, *model.failed]

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ import pytest
 from tasks import api
 from tasks.api import complete
 from tasks.config import load_config
-from tasks.core.manifests import checksum
+from tasks.core import stage as seam
+from tasks.core.artifacts import Store
+from tasks.core.child import StageError
+from tasks.core.manifests import Manifest, checksum
+from tasks.core.stage import Stage, StageConfig
 from tasks.domain.errors import UserError
 from tasks.domain.scoring import compact_json
 from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, _read_answers, api_variants, evaluate_api
@@ -226,6 +231,28 @@ def test_rows_without_an_answer_are_asked_by_the_next_command_and_one_that_never
     assert asked.count(passing) == 1 and asked.count(lasting) == len(asked) - 1 == api.ATTEMPTS
     assert metrics["performance"]["requests_failed"] == 1 and metrics["performance"]["requests"] == total - 1
     assert metrics["test"]["exact_match"]["value"] == 1.0 > metrics["hard"]["exact_match"]["value"]
+
+
+def test_answers_outlive_damage_to_the_rows_and_are_bought_again_where_another_text_was_asked(server: Faults, home: Path) -> None:
+    store = Store((home / "store").as_uri(), home)
+
+    def run(stage: Stage, config: StageConfig, **inputs: Manifest) -> Manifest:
+        return seam.run(replace(stage, isolated=False), config, inputs, store, home / "logs")[0]
+
+    data, config = load_config("smoke").data, EvaluateApiConfig(model="openai/gpt-4.1")
+    made = run(synthesize, data)
+    folder = store.path("synthesize", made.key)
+    rows = answer_rightly(server, folder)
+    file = folder / "test.jsonl"
+    damaged = [{**rows["test"][0], "text": "another text"}, *rows["test"][1:]]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in damaged), encoding="utf-8")
+    with pytest.raises(StageError, match="damaged meanwhile"):
+        run(evaluate_api, config, dataset=made)
+    assert [path.name for path in store.partial("evaluate_api", evaluate_api.key(config, {"dataset": made})).iterdir()] == [ANSWERS]
+    server.requests.clear()
+    metrics = run(evaluate_api, config, dataset=run(synthesize, data)).metrics
+    assert [body["messages"][-1]["content"].strip() for body in server.requests] == [rows["test"][0]["text"].strip()]
+    assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
 
 
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:
