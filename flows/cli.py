@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import webbrowser
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -211,22 +212,25 @@ def evaluate(
             "has no usable row",
             mend='Write lines such as {"text": "2 milk", "gold": {"intent": "add_to_cart", "product": "milk", "quantity": 2}}',
         )
-    with beside_answers(f"ask {model}"):
-        asked = ask(found, [row["text"] for row in rows])
-    figures = score(rows, asked.answers, found.spec)
-    figures.pop("correct")
-    figures |= {
-        "model": model,
-        "zero_shot": found.zero_shot,
-        "latency_p50_s": asked.latency_p50_s,
-        "usd_per_1k_requests": asked.usd_per_1k_requests,
-        "requests_failed": asked.failed,
-        "bad_lines": [{"line": line, "problem": problem} for line, problem in bad],
-        "wrong": wrong_answers(rows, asked.answers, found.spec),
-    }
-    if output:  # before anything is printed, which may be cut off: `| head`
-        output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
-    _print_figures(figures)
+    with ExitStack() as asking:
+        with beside_answers(f"ask {model}"):
+            asked = asking.enter_context(ask(found, [row["text"] for row in rows]))
+        figures = score(rows, asked.answers, found.spec)
+        figures.pop("correct")
+        figures |= {
+            "model": model,
+            "zero_shot": found.zero_shot,
+            "latency_p50_s": asked.latency_p50_s,
+            "usd_per_1k_requests": asked.usd_per_1k_requests,
+            "requests_failed": asked.failed,
+            "bad_lines": [{"line": line, "problem": problem} for line, problem in bad],
+            "wrong": wrong_answers(rows, asked.answers, found.spec),
+        }
+        if output:  # before anything is printed, which may be cut off: `| head`
+            output.write_text(json.dumps(figures, indent=2, ensure_ascii=False), encoding="utf-8")
+            asking.close()
+        _print_figures(figures)
+        sys.stdout.flush()
 
 
 def _check_output(path: Path) -> None:
@@ -271,10 +275,10 @@ def predict(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input."
+            help="What customers say. Without any, JSONL with a `text` on each line, or plain lines, are read from standard input. If the first line is an object, all have to be."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Read this file instead of standard input; JSONL if its name ends so.")] = None,
     model: ModelOption = "recommended",
 ) -> None:
     """Turn texts into JSONL answers on standard output; a bad line is reported and the rest goes on.
@@ -294,20 +298,26 @@ def predict(
     if broken := next((text for text in texts or () if has_half_character(text)), ""):
         raise UserError("texts", broken.encode("utf-8", "backslashreplace").decode(), "is not UTF-8", mend="Set the terminal to UTF-8")
     lines = read_lines("--data", data) if data else sys.stdin.buffer
-    given, bad = ([Given(text) for text in texts], []) if texts else read_texts(lines)
+    jsonl = bool(data and data.suffix in (".json", ".jsonl"))
+    given, bad = ([Given(text) for text in texts], []) if texts else read_texts(lines, jsonl=jsonl)
     for line, problem in bad:
         print(f"line {line}: {printable(problem)}", file=sys.stderr)
-    with beside_answers(f"ask {model}"):
-        asked = ask(found, [one.text for one in given])
-    for problem in asked.failed:
-        print(f"no answer: {printable(problem)}", file=sys.stderr)
-    for one, raw in zip(given, asked.answers, strict=True):
-        parsed = parse_answer(raw, found.spec)
-        answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
-        row = one.fields()
-        earlier = ("answer", "problem", "output") if "answer" in row else ()
-        kept = {name: value for name, value in row.items() if name not in earlier}
-        print(json.dumps({**kept, **answer}, ensure_ascii=False))
+    if not given:
+        mend = 'Write a text on each line, or JSON such as {"text": "2 milk"}'
+        raise UserError("--data" if data else "standard input", str(data or ""), "has no line that can be answered", mend=mend)
+    with ExitStack() as asking:
+        with beside_answers(f"ask {model}"):
+            asked = asking.enter_context(ask(found, [one.text for one in given]))
+        for problem in asked.failed:
+            print(f"no answer: {printable(problem)}", file=sys.stderr)
+        for one, raw in zip(given, asked.answers, strict=True):
+            parsed = parse_answer(raw, found.spec)
+            answer = {"answer": parsed.answer} if parsed.answer else {"answer": None, "problem": parsed.problem, "output": raw}
+            row = one.fields()
+            earlier = ("answer", "problem", "output") if "answer" in row else ()
+            kept = {name: value for name, value in row.items() if name not in earlier}
+            print(json.dumps({**kept, **answer}, ensure_ascii=False))
+        sys.stdout.flush()
 
 
 @app.command()

@@ -11,6 +11,7 @@ import math
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -20,10 +21,11 @@ from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 
 ATTEMPTS = 6
-ATTEMPTS_IN_TIME = 2  # whose time may run out: the server may go on with each of them, and is paid for it
+ATTEMPTS_LOST = 2  # whose time may run out, or whose answer may come unreadable: the server is paid for each of them all the same
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 LONGEST_RETRY_AFTER_S = 900.0  # what a server may ask for; to come before its time would be one more refusal
 LONGEST_ANSWER = 200_000  # characters that are read and kept of an answer; a hundred items of a teacher have some tens of thousands
+NO_ANSWER = ("LiteLLM: provider returned", "Empty or invalid response from LLM endpoint")  # LiteLLM's words for JSON that is no answer
 MOST_TOKENS = 2**53  # that an answer may say it took; a budget's sums are floats
 REQUEST_S = 120.0  # how long one answer may take
 # Providers that LiteLLM asks with one key and no other way. Of others it knows not all that works: logins of a cloud, several names of a
@@ -42,6 +44,10 @@ class RefusedRequest(UserError):
 
 class TooLong(RefusedRequest):
     """The model has no room for this request and its answer."""
+
+
+class Forbidden(RefusedRequest):
+    """Status 403: of the key, or of what this request says, where others are answered."""
 
 
 class ApiError(RuntimeError):
@@ -121,7 +127,7 @@ def complete(
     *,
     sleep: Callable[[float], None] = time.sleep,
     timeout_s: float = REQUEST_S,
-    timed_out: Callable[[], None] = lambda: None,
+    lost: Callable[[], None] = lambda: None,
     field: str = "model",
     **more: Any,
 ) -> Reply:
@@ -129,18 +135,19 @@ def complete(
 
     Args:
         timeout_s: how long one attempt may take.
-        timed_out: called for each attempt whose time ran out, which may have cost what an answer costs.
+        lost: called for each attempt whose time ran out or whose answer cannot be read, which may have cost what an answer costs.
         field: what an error calls the model.
         more: further arguments of `litellm.completion`, such as `response_format`.
 
     Raises:
-        UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`); to ask again would not help.
-        ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_IN_TIME` whose time ran out, the server wants to be asked again in more
+        UserError: the key is refused, or the request (`RefusedRequest`, `TooLong`), or one of them (`Forbidden`); to ask again would not
+            help.
+        ApiError: no answer after `ATTEMPTS` tries, or `ATTEMPTS_LOST` that were lost, the server wants to be asked again in more
             than `LONGEST_RETRY_AFTER_S`, or the provider's content policy forbids an answer (`ContentRefused`).
     """
     litellm = _litellm()
     more = _own_key(litellm, model, more.get("api_base")) | more
-    reason, late = "", 0
+    reason, losses = "", 0
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
         try:
@@ -154,24 +161,30 @@ def complete(
         except Exception as error:
             reason = " ".join(settings.without_secrets(f"{type(error).__name__}: {error}").split())[:500]
             status = getattr(error, "status_code", None)
-            if isinstance(error, litellm.AuthenticationError) or status in (401, 403):
+            if isinstance(error, litellm.AuthenticationError) or status == 401:
                 raise UserError(field, model, f"the API refuses the key ({reason})", mend=key_mend(model)) from None
             if isinstance(error, litellm.ContentPolicyViolationError):
                 raise ContentRefused(f"{model} refuses to answer ({reason})") from None
+            if status == 403:
+                problem = f"the API refuses the key, or what is asked ({reason})"
+                raise Forbidden(field, model, problem, mend=key_mend(model), status=403) from None
+            unreadable = _unreadable(error)
             passes = status is None or status in RETRIED or isinstance(error, litellm.APIConnectionError)
             if "response_format" in more and "response_format" in reason:  # llama-cpp-python's server says 500 to a format it does not know
                 passes = False
-            if not passes:
+            if not (passes or unreadable):
                 if isinstance(error, litellm.ContextWindowExceededError):
                     problem, mend = f"has no room for the request and its answer ({reason})", "Shorten the text, or allow fewer tokens"
                     raise TooLong(field, model, problem, mend=mend, status=int(status or 400)) from None
                 problem, mend = f"the API refuses the request ({reason})", "Correct the model's name or its address"
                 raise RefusedRequest(field, model, problem, mend=mend, status=int(status or 500)) from None
-            if isinstance(error, TimeoutError) or time.perf_counter() - started > 0.9 * timeout_s:  # a gateway's 504 may come at once
-                timed_out()
-                late += 1
-                if late == ATTEMPTS_IN_TIME:
-                    raise ApiError(f"{model} gave no answer in time in {late} attempts ({reason})") from None
+            late = isinstance(error, TimeoutError) or time.perf_counter() - started > 0.9 * timeout_s  # a gateway's 504 may come at once
+            if late or unreadable:
+                lost()
+                losses += 1
+                if losses == ATTEMPTS_LOST:
+                    lack = "no answer in time" if late else "no whole answer"
+                    raise ApiError(f"{model} gave {lack} in {losses} attempts ({reason})") from None
             pause = _pause(error, attempt)
             if pause > LONGEST_RETRY_AFTER_S:
                 raise ApiError(f"{model} wants to be left alone for {pause:.0f} s ({reason})") from None
@@ -182,6 +195,7 @@ def complete(
     try:
         return _reply(litellm, model, messages, response, time.perf_counter() - started)
     except (AttributeError, IndexError, TypeError) as error:  # it was paid for: not asked again
+        lost()
         raise ApiError(f"{model} gave an answer without a message ({type(error).__name__}: {error})") from None
 
 
@@ -203,6 +217,25 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def _unreadable(error: Exception) -> bool:
+    """Whether the server answered, and its answer broke off or is none. LiteLLM gives that a status, mostly 500, as if the server had."""
+    import httpx
+
+    causes, cause = list[BaseException](), error.__cause__ or error.__context__
+    while cause:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, httpx.HTTPStatusError) for cause in causes):
+        return False
+    readers = (frame.f_locals.get("self") for cause in causes for frame, _ in traceback.walk_tb(cause.__traceback__))
+    if any(isinstance(reader, httpx.Response) and reader.is_success for reader in readers):  # in the middle of its body, or at its JSON
+        return True
+    parsing = (ValueError, LookupError, TypeError, AttributeError)  # of JSON in which something is of another kind than LiteLLM expects
+    if getattr(error, "status_code", None) in (None, 500) and any(isinstance(c, parsing) and not isinstance(c, OSError) for c in causes):
+        return True
+    return any(words in str(error) for words in NO_ANSWER)
 
 
 def _litellm() -> Any:

@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ from tasks.weights import check_gguf
 MAX_TOKENS = 96
 PARALLEL = 16
 NAMES = ("champion", "recommended")  # of models, whatever folders are called
+OTHERS = ("a .gguf file", "a Hugging Face folder", "a LiteLLM model id such as openai/gpt-4.1")  # that need no run
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ def find_model(settings: Settings, name: str) -> Found:
     try:
         folder = latest_report(settings)
     except UserError:
-        if name in NAMES or not is_model_id(name):
+        if name in NAMES:
             raise
+        if not is_model_id(name):
+            problem = "is no model that is known, and there is no run yet whose variants could be asked"
+            raise UserError("model", name, problem, allowed=list(OTHERS), mend="Run `cartwright run` first, or give one of these") from None
         return _behind_an_api(name, load_spec("ecommerce"), None, settings)
     report = read_report(folder)
     store = Store(settings.store_uri, settings.home)
@@ -94,13 +98,7 @@ def find_model(settings: Settings, name: str) -> Found:
             "model",
             name,
             "is no variant of the latest run",
-            allowed=[
-                *NAMES,
-                *variants,
-                "a .gguf file",
-                "a Hugging Face folder",
-                "a LiteLLM model id such as openai/gpt-4.1",
-            ],
+            allowed=[*NAMES, *variants, *OTHERS],
         )
     variant, spec = variants[wanted], load_spec(str(_present(dataset, settings)))
     few_shot = variant.get("few_shot", 0)
@@ -182,13 +180,17 @@ class Asked:
     failed: tuple[str, ...]
 
 
-def ask(found: Found, texts: list[str]) -> Asked:
-    """Answer texts, `PARALLEL` at a time. Answers that an API was paid for are kept until all are there, see `_ask_api`."""
+@contextmanager
+def ask(found: Found, texts: list[str]) -> Iterator[Asked]:
+    """Answer texts, `PARALLEL` at a time. Answers that an API was paid for are kept until the block ends without an error: what is made of
+    them has to be written there, and flushed. See `_ask_api`."""
     rows = read_rows(found.dataset / "train.jsonl") if found.few_shot else []
     examples = prompt.pick_examples(rows, found.spec, found.few_shot)
     conversations = [prompt.messages(found.spec, text, zero_shot=found.zero_shot, examples=examples) for text in texts]
     if found.runtime == "litellm":
-        return _ask_api(found, conversations)
+        with _ask_api(found, conversations) as asked:
+            yield asked
+        return
     model = _loaded(found.runtime, Path(found.path), conversations[:1])
     answers = [""] * len(texts)
     latencies, failed = [], []
@@ -201,7 +203,7 @@ def ask(found: Found, texts: list[str]) -> Asked:
             failed.append(
                 f"text {completion.index + 1} has {completion.prompt_tokens:,} tokens; at most {runtimes.LONGEST_PROMPT:,} are read"
             )
-    return Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
+    yield Asked(answers, statistics.median(latencies) if latencies else 0.0, None, tuple(failed))
 
 
 def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversations: list[list[prompt.Message]]) -> LocalRuntime:
@@ -226,9 +228,11 @@ def _loaded(runtime: Literal["transformers", "llama_cpp"], path: Path, conversat
     return model
 
 
-def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
-    """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be: a command that
-    asks the same after a kill, a refusal or a lost network buys none of them again, and a later one asks anew."""
+@contextmanager
+def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Iterator[Asked]:
+    """Ask a model behind an API. Every answer is written down at once, and forgotten when all are there that there will be and the block has
+    ended: a command that asks the same after a kill, a refusal, a lost network or a full disk buys none of them again, and a later one
+    asks anew."""
     from tasks.runtimes.litellm import ApiCompletion, LiteLlmRuntime
 
     where = {"model": str(found.path), "api_base": found.api_base}
@@ -254,18 +258,19 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Asked:
                 lacking |= math.isnan(done.total_s) and not done.refused
         answers = [log.get(request) for request in requests]
         bought = [answer for request in dict.fromkeys(requests) if (answer := log.get(request)) and answer.tokens]
-        if not bought or not (lacking or model.refused_last):
+        failed = tuple(problem for request in requests if (problem := problems[request]))
+        if failed and not bought:
+            log.forget()  # refusals cost nothing
+            raise UserError("model", model.model, f"answered none of {len(requests)} requests. The first: {failed[0]}")
+        prices = [answer.usd for answer in bought if answer.usd is not None]
+        yield Asked(
+            [answer.text if answer else "" for answer in answers],
+            statistics.median(answer.seconds for answer in bought) if bought else 0.0,
+            sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
+            failed,
+        )
+        if not (lacking or model.refused_last):
             log.forget()
-    failed = tuple(problem for request in requests if (problem := problems[request]))
-    if failed and not bought:
-        raise UserError("model", model.model, f"answered none of {len(requests)} requests. The first: {failed[0]}")
-    prices = [answer.usd for answer in bought if answer.usd is not None]
-    return Asked(
-        [answer.text if answer else "" for answer in answers],
-        statistics.median(answer.seconds for answer in bought) if bought else 0.0,
-        sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
-        failed,
-    )
 
 
 def wrong_answers(rows: list[dict[str, Any]], answers: list[str], spec: Spec) -> list[dict[str, Any]]:
@@ -293,10 +298,14 @@ class Given:
         return dict(json.loads(self.row)) if self.row else {"text": self.text}
 
 
-def read_texts(lines: Iterable[bytes]) -> tuple[list[Given], list[tuple[int, str]]]:
+def read_texts(lines: Iterable[bytes], *, jsonl: bool = False) -> tuple[list[Given], list[tuple[int, str]]]:
     """What is given as JSONL, each line with a `text` and whatever else it has, or as plain lines; and the lines that cannot be used with
-    their problem."""
-    given, bad = list[Given](), []
+    their problem.
+
+    Args:
+        jsonl: whether all lines are objects; without it, they are if the first is one.
+    """
+    given, bad, first = list[Given](), [], True
     for number, packed in enumerate(lines, 1):
         try:
             line = packed.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -305,13 +314,14 @@ def read_texts(lines: Iterable[bytes]) -> tuple[list[Given], list[tuple[int, str
             continue
         if not line:
             continue
-        if not line.startswith("{"):
+        jsonl, first = jsonl or (first and line.startswith("{")), False
+        if not jsonl and not line.startswith("{"):
             given.append(Given(line))
             continue
         row, problem = parse_json(line)
         if problem or has_half_character(row):
             bad.append((number, problem or "has half a character"))
-        elif isinstance(row.get("text"), str):
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
             given.append(Given(row["text"], line.encode()))
         else:
             bad.append((number, "has no `text`"))

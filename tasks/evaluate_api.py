@@ -7,6 +7,7 @@ is written down at once: a stage that was killed, or stopped by its budget, buys
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tasks.runtimes.litellm import ApiCompletion
 
 ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price, the raw samples; and what was refused
+UNANSWERED = "unanswered.jsonl"  # rows that got no answer for a reason that may pass, in a command that had asked them all
 MOST_TOKENS = 256  # of an answer, unless a run says otherwise
 Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
 
@@ -96,39 +98,52 @@ def check(configs: Sequence[EvaluateApiConfig]) -> None:
             raise UserError(f"{field}.model", config.model, "needs a key", mend=key_mend(config.model))
 
 
-@stage("evaluate_api", version=2, resumable=True, varies="a provider answers it, and how long that takes is part of it")
+@stage("evaluate_api", version=2, resumable=True, keeps=ANSWERS, varies="a provider answers it, and how long that takes is part of it")
 def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score a model on splits of `inputs["dataset"]`; goes on with the answers that an earlier attempt left in `out_dir`.
 
     Raises:
-        UserError: the API refuses or does not answer, or the budget is used up. What was answered stays for the next attempt.
+        UserError: the API refuses or does not answer, or the budget is used up, or rows got no answer for the first time. What was
+            answered stays for the next attempt.
     """
     from tasks.runtimes.litellm import LiteLlmRuntime
 
     spec = load_spec(str(inputs["dataset"]))
     rows = {split: read_rows(inputs["dataset"] / f"{split}.jsonl") for split in config.splits}
-    answers = _read_answers(out_dir / ANSWERS)
-    todo = [(split, row) for split in rows for row in rows[split] if (split, row["id"]) not in answers]
+    every = [(split, row) for split in rows for row in rows[split]]
     how = EvaluateConfig(zero_shot=True, few_shot=config.few_shot)
-    asked = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in todo])
+    requests = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in every])
+    kept = _read_answers(out_dir / ANSWERS)
+    answers: Answers = {}
+    todo = []
+    for (split, row), request in zip(every, requests, strict=True):
+        answer, name = kept.get((split, row["id"])), checksum(request)
+        if answer and answer.get("request", name) == name:  # another if the row was damaged when it was asked; earlier versions wrote none
+            answers[split, row["id"]] = answer
+        else:
+            todo.append((split, row, request))
     before = _bought(answers)
     refused = [answer["problem"] for answer in answers.values() if answer.get("problem")]
     prices = [answer["usd"] or 0.0 for answer in before]
     left = None if config.max_usd is None else config.max_usd - sum(prices)
+    unanswered: Answers = {}
     with (out_dir / ANSWERS).open("a", encoding="utf-8") as file:
 
         def keep(done: ApiCompletion) -> None:
-            split, row = todo[done.index]
-            answer = {"split": split, "id": row["id"], "output": done.text} | _figures(done, config.parallel)
-            file.write(json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False) + "\n")
+            split, row, request = todo[done.index]
+            answer = {"split": split, "id": row["id"], "request": checksum(request), "output": done.text} | _figures(done, config.parallel)
+            file.write(_line(answer))
             file.flush()
             answers[split, row["id"]] = answer
 
         model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0), answered=len(before), keep=keep)
         started = time.perf_counter()
+        asked = [request for _, _, request in todo]
         with closing(model.generate(asked, config.max_tokens, config.parallel)) as answering:
-            for _ in progress.track(answering, len(asked), config.model):
-                pass
+            for done in progress.track(answering, len(asked), config.model):
+                if math.isnan(done.total_s) and not done.refused:
+                    split, row, _ = todo[done.index]
+                    unanswered[split, row["id"]] = {"split": split, "id": row["id"], "problem": done.problem}
         wall_s = time.perf_counter() - started
     bought, failed = _bought(answers), [*refused, *model.failed]
     if not bought:
@@ -137,6 +152,10 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     if model.refused_last and len(bought) > len(before):
         problem = f"refused requests after its last answer ({model.refused_last}), as where money is used up"
         raise UserError("model", config.model, problem, mend="Run again to ask them: what is refused then counts as wrong")
+    if new := _unanswered_anew(out_dir / UNANSWERED, unanswered):
+        problem = f"gave no answer to {len(new)} of {len(asked)} requests. The first: {new[0]}"
+        mend = "Run the same command again to ask these alone: answers that came are kept. What gets none then counts as wrong"
+        raise UserError("model", config.model, problem, mend=mend)
     results: dict[str, Any] = {}
     for split, found in rows.items():
         texts = [answers[split, row["id"]]["output"] if (split, row["id"]) in answers else "" for row in found]
@@ -168,6 +187,21 @@ def _figures(done: ApiCompletion, parallel: int) -> dict[str, Any]:
 def _bought(answers: Answers) -> list[dict[str, Any]]:
     """Those that took time and tokens: a refusal did not."""
     return [answer for answer in answers.values() if "seconds" in answer]
+
+
+def _unanswered_anew(path: Path, unanswered: Answers) -> list[str]:
+    """Why rows got no answer that an earlier command had not asked in vain already: those alone are worth another command, or a row that
+    never gets one would hold up all others for good."""
+    earlier = _read_answers(path)
+    new = {row: answer for row, answer in unanswered.items() if row not in earlier}
+    if new:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(_line(answer) for answer in new.values())
+    return [answer["problem"] for answer in new.values()]
+
+
+def _line(answer: dict[str, Any]) -> str:
+    return json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False) + "\n"
 
 
 def _read_answers(path: Path) -> Answers:

@@ -38,7 +38,7 @@ class TeacherConfig(StageConfig):
     concurrency: int = Field(4, ge=1, le=64, description="Requests at the same time")
     max_usd: float | None = Field(None, gt=0, description="Dollars that may be spent on these requests, answers of earlier runs included")
     max_tokens: int | None = Field(None, ge=1, description="Tokens, of questions and answers, that may be spent")
-    max_requests: int | None = Field(None, ge=1, description="Answers that may be bought; an attempt whose time ran out counts as one")
+    max_requests: int | None = Field(None, ge=1, description="Answers that may be bought; an attempt whose answer was lost counts as one")
     temperature: float = Field(1.0, ge=0, le=2)
     timeout_s: float = Field(120, gt=0, le=3600, description="How long one attempt of a request may take")
     api_base: str = Field(
@@ -165,7 +165,7 @@ def _judged(plan: Sequence[Request], asked: Asked, judge: Judge) -> tuple[dict[s
 def _summary(
     config: TeachConfig, asked: Asked, accepted: Mapping[str, Sequence[Any]], rejected: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    answers = asked.answers.values()  # what attempts whose time ran out may have cost is in the budget alone: a guess
+    answers = asked.answers.values()  # what attempts whose answer was lost may have cost is in the budget alone: a guess
     price = {} if has_price(config.model) else {"usd_reason": f"LiteLLM does not know the price of {config.model}"}
     return {
         "model": config.model,

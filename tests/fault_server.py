@@ -17,8 +17,8 @@ class Faults(ThreadingHTTPServer):
 
     Attributes:
         faults: what the next requests meet: a status such as `429` (with `retry_after`), `drop` (the connection), `half` (an
-            answer that breaks off), `wrong` (JSON that is no answer), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
-            and then), `refuse` (content policy), `too_long`, `cut` (nothing said before the tokens were used up), `no_format_422` (`response_format` is unknown, others are answered), or "".
+            answer that breaks off), `torn` (so does the connection), `wrong` (JSON that is no answer), `no_choice` (an answer that says nothing), `nothing` (an empty body), `slow` (silence), `drip` (a byte now
+            and then), `refuse` (content policy), `moderated` (so do some, by 403), `too_long`, `cut` (nothing said before the tokens were used up), `no_format_422` (`response_format` is unknown, others are answered), or "".
         always: after these, what every request meets that is for a model of this name, or whose customer says this.
         usage: what answers say of the tokens they took, if anything.
         answer: what is said, a text or made from the request's body.
@@ -72,6 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
         elif fault == "half":
             self._send(200, b'{"choices": [{"mess')
+        elif fault == "torn":
+            self._send(200, b'{"choices": [{"mess', {"Content-Length": "1000"})
+        elif fault == "no_choice":
+            self._send(200, json.dumps({"object": "chat.completion", "model": body["model"], "choices": []}).encode())
         elif fault == "wrong":
             self._send(200, b'{"hello": "world"}')
         elif fault == "nothing":
@@ -83,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "refuse":
             error = {"message": "content_policy_violation", "type": "invalid_request_error", "code": "content_policy_violation"}
             self._send(400, json.dumps({"error": error}).encode())
+        elif fault == "moderated":
+            self._send(403, json.dumps({"error": {"message": "Input flagged by moderation", "code": 403}}).encode())
         elif fault == "too_long":
             error = {"message": "This model's maximum context length is 8192 tokens.", "code": "context_length_exceeded"}
             self._send(400, json.dumps({"error": error}).encode())

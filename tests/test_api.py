@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_an_answer_comes_with_what_it_cost(server: Faults) -> None:
     assert complete("openai/of-our-own", ASK, 32).usd is None
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "drop", "half"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "drop"])
 def test_what_may_pass_is_tried_again(server: Faults, fault: str) -> None:
     server.faults = [fault, fault]
     pauses: list[float] = []
@@ -105,8 +106,24 @@ def test_attempts_end(server: Faults) -> None:
 def test_an_attempt_whose_time_ran_out_is_made_once_more(server: Faults, fault: str) -> None:
     server.faults, late = [fault] * 3, list[str]()
     with pytest.raises(ApiError, match="no answer in time in 2 attempts"):
-        complete("openai/m", ASK, 32, sleep=lambda _: None, timeout_s=0.5, timed_out=lambda: late.append("late"))
+        complete("openai/m", ASK, 32, sleep=lambda _: None, timeout_s=0.5, lost=lambda: late.append("late"))
     assert len(server.requests) == 2 and late == ["late"] * 2
+
+
+@pytest.mark.parametrize("fault", ["half", "torn", "wrong", "nothing", "odd usage"])
+def test_an_answer_that_came_and_cannot_be_read_is_asked_for_once_more(server: Faults, fault: str) -> None:
+    server.faults, lost = [fault] * 3, list[str]()
+    server.usage = {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": "x"}}
+    with pytest.raises(ApiError, match="no whole answer in 2 attempts"):
+        complete("openai/m", ASK, 32, sleep=lambda _: None, lost=lambda: lost.append("lost"))
+    assert len(server.requests) == 2 and lost == ["lost"] * 2
+
+
+def test_an_answer_without_a_message_was_paid_for_and_is_not_asked_again(server: Faults) -> None:
+    server.faults, lost = ["no_choice"], list[str]()
+    with pytest.raises(ApiError, match="without a message"):
+        complete("openai/m", ASK, 32, lost=lambda: lost.append("lost"))
+    assert len(server.requests) == 1 and lost == ["lost"]
 
 
 @pytest.mark.parametrize("model", ["perplexity/m", "deepinfra/m", "hosted_vllm/m"])
@@ -182,10 +199,33 @@ def test_an_evaluation_that_was_stopped_buys_no_answer_twice_and_one_that_ended_
     assert cartwright(*command).returncode == 0 and len(server.requests) == 7
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
+def test_answers_are_bought_once_until_what_was_made_of_them_is_written(
+    server: Faults, tmp_path: Path, cartwright: Callable[..., subprocess.CompletedProcess[str]], home: Path
+) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{n} milk", "gold": {"intent": "view_cart"}}) for n in range(3)), encoding="utf-8")
+    asked = ("--data", str(data), "--model", "openai/gpt-4.1")
+    for _ in range(2):
+        failed = cartwright("evaluate", *asked, "--output", "/dev/full")
+        assert failed.returncode == 2 and "No space left" in failed.stderr and len(server.requests) == 3
+    variables = {**os.environ, "CARTWRIGHT_HOME": str(home)}
+    for command in ("evaluate", "predict"):
+        with Path("/dev/full").open("w") as full:
+            line = [sys.executable, "-m", "flows.cli", command, *asked]
+            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=variables, check=False)
+        assert done.returncode and "No space left" in done.stderr and len(server.requests) == 3
+    done = cartwright("predict", *asked)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3 == len(server.requests)
+    assert not list((home / "api").iterdir())
+
+
 def asked_of(server: Faults, home: Path, *texts: str) -> Asked:
     """Answers of a model behind an API to texts, as `evaluate` and `predict` get them."""
     spec = load_spec("ecommerce")
-    return ask(Found("openai/gpt-4.1", "litellm", spec, spec.path, zero_shot=True, answers=home / "api"), list(texts))
+    with ask(Found("openai/gpt-4.1", "litellm", spec, spec.path, zero_shot=True, answers=home / "api"), list(texts)) as asked:
+        return asked
 
 
 def test_a_text_that_comes_again_is_bought_once(server: Faults, home: Path) -> None:

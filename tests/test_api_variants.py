@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ import pytest
 from tasks import api
 from tasks.api import complete
 from tasks.config import load_config
-from tasks.core.manifests import checksum
+from tasks.core import stage as seam
+from tasks.core.artifacts import Store
+from tasks.core.child import StageError
+from tasks.core.manifests import Manifest, checksum
+from tasks.core.stage import Stage, StageConfig
 from tasks.domain.errors import UserError
 from tasks.domain.scoring import compact_json
 from tasks.evaluate_api import ANSWERS, EvaluateApiConfig, _read_answers, api_variants, evaluate_api
@@ -70,6 +76,23 @@ def test_an_api_that_refuses_whatever_is_asked_is_no_fault_of_the_texts(server: 
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))
 
 
+def test_a_text_that_is_forbidden_by_status_403_fails_alone_and_a_key_that_is_fails_all(server: Faults) -> None:
+    server.always = {"rude": "moderated"}
+    rude = [{"role": "user", "content": "rude"}]
+    model = LiteLlmRuntime("openai/gpt-4.1")
+    found = {done.index: done for done in model.generate([ASK, rude, ASK], 32, 2)}
+    assert [found[i].text for i in range(3)] == [server.answer, "", server.answer] and found[1].refused and not model.refused_last
+    assert "flagged by moderation" in found[1].problem
+    for asked in ([rude, ASK], [rude] * 2 * GIVE_UP):
+        server.requests.clear()
+        with pytest.raises(UserError, match="refuses the key"):
+            list(LiteLlmRuntime("openai/gpt-4.1", answered=1).generate(asked, 32, 1))
+        assert len(server.requests) == 1
+    server.faults = ["", *["moderated"] * 50]  # the key was taken back
+    with pytest.raises(UserError, match=rf"no answer to {GIVE_UP} requests in a row"):
+        list(LiteLlmRuntime("openai/gpt-4.1").generate([ASK] * 50, 32, 1))
+
+
 def test_texts_that_are_forbidden_or_too_long_are_no_sign_that_nothing_answers(server: Faults) -> None:
     server.faults = ["refuse", "too_long"] * GIVE_UP
     model = LiteLlmRuntime("openai/m")
@@ -96,6 +119,19 @@ def test_the_budget_ends_the_asking_and_what_was_paid_for_is_kept(server: Faults
             found.append(completion.text)
     assert found == [server.answer] * 5 and len(server.requests) == 5
     assert model.usd == pytest.approx(5 * price)
+
+
+@pytest.mark.slow
+def test_an_attempt_whose_time_ran_out_counts_in_the_budget(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    price = complete("openai/gpt-4.1", ASK, 32).usd
+    assert price
+    monkeypatch.setattr("tasks.runtimes.litellm.complete", functools.partial(complete, timeout_s=1))
+    server.faults = ["", "slow"]
+    found = []
+    with pytest.raises(UserError, match="is used up"):
+        for completion in LiteLlmRuntime("openai/gpt-4.1", max_usd=4.5 * price).generate([ASK] * 20, 32, 1):
+            found.append(completion.text)
+    assert found == [server.answer] * 3 and len(server.requests) == 1 + 4
 
 
 def test_where_nothing_answers_the_rest_is_not_asked(server: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +212,47 @@ def test_an_evaluation_whose_last_requests_were_refused_goes_on_with_them(server
         evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     assert len(server.requests) == total + 2 and metrics["performance"]["requests_failed"] == 1
+
+
+def test_rows_without_an_answer_are_asked_by_the_next_command_and_one_that_never_gets_one_ends_there(
+    server: Faults, dataset: Path, tmp_path: Path
+) -> None:
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    passing, lasting = rows["test"][1]["text"].strip(), rows["hard"][0]["text"].strip()
+    server.always, server.retry_after = {passing: "429", lasting: "500"}, "0"
+    config = EvaluateApiConfig(model="openai/gpt-4.1")
+    with pytest.raises(UserError, match=rf"gave no answer to 2 of {total} requests.*Run the same command again.*are kept"):
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    server.requests.clear()
+    server.always = {lasting: "500"}
+    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    asked = [body["messages"][-1]["content"].strip() for body in server.requests]
+    assert asked.count(passing) == 1 and asked.count(lasting) == len(asked) - 1 == api.ATTEMPTS
+    assert metrics["performance"]["requests_failed"] == 1 and metrics["performance"]["requests"] == total - 1
+    assert metrics["test"]["exact_match"]["value"] == 1.0 > metrics["hard"]["exact_match"]["value"]
+
+
+def test_answers_outlive_damage_to_the_rows_and_are_bought_again_where_another_text_was_asked(server: Faults, home: Path) -> None:
+    store = Store((home / "store").as_uri(), home)
+
+    def run(stage: Stage, config: StageConfig, **inputs: Manifest) -> Manifest:
+        return seam.run(replace(stage, isolated=False), config, inputs, store, home / "logs")[0]
+
+    data, config = load_config("smoke").data, EvaluateApiConfig(model="openai/gpt-4.1")
+    made = run(synthesize, data)
+    folder = store.path("synthesize", made.key)
+    rows = answer_rightly(server, folder)
+    file = folder / "test.jsonl"
+    damaged = [{**rows["test"][0], "text": "another text"}, *rows["test"][1:]]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in damaged), encoding="utf-8")
+    with pytest.raises(StageError, match="damaged meanwhile"):
+        run(evaluate_api, config, dataset=made)
+    assert [path.name for path in store.partial("evaluate_api", evaluate_api.key(config, {"dataset": made})).iterdir()] == [ANSWERS]
+    server.requests.clear()
+    metrics = run(evaluate_api, config, dataset=run(synthesize, data)).metrics
+    assert [body["messages"][-1]["content"].strip() for body in server.requests] == [rows["test"][0]["text"].strip()]
+    assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
 
 
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:

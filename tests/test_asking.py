@@ -99,6 +99,33 @@ def test_a_line_that_is_nested_too_deeply_is_named_whatever_is_left_of_the_stack
     assert len(texts) == 1 and bad == [(number, problem) for number in range(2, len(depths) + 1)]
 
 
+def test_what_is_no_object_of_a_jsonl_is_named_and_not_taken_for_a_text() -> None:
+    others = [b'"hello"', b"[1,2]", b"null", b"7", b"two milk", b'{"text": 5}']
+    good, named = b'{"text": "one"}', [2, 3, 4, 5, 6, 7]
+    for lines, jsonl, first in (([b"", *others, good], True, ""), ([good, *others, good], False, "one")):
+        texts, bad = read_texts(lines, jsonl=jsonl)
+        assert [given.text for given in texts] == [*[first] * bool(first), "one"] and [number for number, _ in bad] == named
+    assert "has no `text`" in bad[0][1] and "is not JSON" in bad[4][1]
+    texts, bad = read_texts([b"two milk", *others[:3]])
+    assert [given.text for given in texts] == ["two milk", '"hello"', "[1,2]", "null"] and not bad  # plain lines are what they are
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_no_other_program_reads_as_json_is_not_json(tmp_path: Path, number: str) -> None:
+    line = f'{{"text": "a", "x": [{number}], "gold": {{"intent": "view_cart"}}}}'
+    assert read_texts([line.encode()]) == ([], [(1, f"is not JSON ({number} is no number)")])
+    assert read(tmp_path, line, GOOD)[1] == [(1, f"is not JSON ({number} is no number)")]
+    assert read_texts([b'{"text": "a", "x": 1.5e3}'])[0][0].fields()["x"] == 1500
+
+
+@pytest.mark.parametrize("lines", ["", "[1]\nnull\n"])
+def test_input_of_which_nothing_can_be_answered_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    monkeypatch.setattr("tasks.asking.find_model", lambda *_: Found(Path(), "llama_cpp", SPEC, Path()))
+    (tmp_path / "texts.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=r"--data = '.*texts.jsonl': has no line that can be answered"):
+        predict(data=tmp_path / "texts.jsonl")
+
+
 def test_what_nobody_reads_of_a_small_file_takes_no_memory(tmp_path: Path) -> None:
     more = f', "id": [[]], "more": [{"[]," * 20_000}[]]}}\n'
     path = tmp_path / "mine.jsonl"
@@ -211,7 +238,7 @@ def test_what_a_runtime_refuses_is_one_error(tiny_gguf: Path, tmp_path: Path, co
     changes = {"a template that is none": (b"{% for", b"{% fro"), "an architecture nobody knows": (b"llama", b"lllll")}
     file.write_bytes(good.replace(*changes[content]) if content in changes else good[: len(good) // 2])
     with pytest.raises(UserError, match=r"model = '.*mine\.gguf': cannot be asked with llama_cpp \(.+\)\. See that it is whole"):
-        ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"])
+        ask(Found(file, "llama_cpp", SPEC, SPEC.path), ["2 milk"]).__enter__()
 
 
 def test_a_folder_that_holds_no_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
@@ -224,6 +251,15 @@ def test_a_folder_does_not_stand_for_the_champion(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="has no report"):
         find_model(load_settings(), "champion")
+
+
+@pytest.mark.slow
+def test_a_model_nobody_knows_is_named_before_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    with pytest.raises(
+        UserError, match=r"model = 'foo': is no model .* no run yet .*Allowed: a \.gguf file, .*openai/gpt-4\.1\. Run `cart"
+    ):
+        find_model(load_settings(), "foo")
 
 
 def test_a_damaged_report_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

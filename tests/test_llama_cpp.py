@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.asking import Found, ask
+from tasks.asking import Asked, Found, ask
 from tasks.core.settings import installed_llama_cpp
 from tasks.domain.spec import load_spec
 from tasks.quantize_gguf import ConvertGgufConfig, convert_config, convert_gguf
@@ -133,12 +133,17 @@ def test_a_text_that_is_too_long_gets_no_answer_and_the_others_theirs(tiny_gguf:
     spec = load_spec("ecommerce")
     path = tiny_gguf if runtime == "llama_cpp" else tiny_gguf.parents[1] / "hf"
     found = Found(path, runtime, spec, spec.path)
-    asked = ask(found, [QUESTIONS[0], "please " * 30_000, QUESTIONS[1]])
+
+    def asked_of(*texts: str) -> Asked:
+        with ask(found, list(texts)) as asked:
+            return asked
+
+    asked = asked_of(QUESTIONS[0], "please " * 30_000, QUESTIONS[1])
     assert asked.answers[1] == "" and len(asked.failed) == 1 and "text 2 has" in asked.failed[0] and "at most 2,048" in asked.failed[0]
-    alone = [ask(found, [text]).answers[0] for text in QUESTIONS[:2]]
+    alone = [asked_of(text).answers[0] for text in QUESTIONS[:2]]
     assert all(alone) and [asked.answers[0], asked.answers[2]] == alone
     assert asked.latency_p50_s > 0
-    assert ask(found, ["please " * 30_000]).answers == [""]
+    assert asked_of("please " * 30_000).answers == [""]
 
 
 @pytest.mark.fast

@@ -111,6 +111,16 @@ def test_a_refused_key_is_one_request_and_one_message(server: Faults, ask: Calla
     assert not holding(home, KEY) and not holding(home, KEY[3:])
 
 
+def test_a_request_that_is_moderated_is_one_that_is_not_answered(server: Faults, ask: Callable[..., Manifest]) -> None:
+    server.answer, server.faults = lesson, ["", "moderated"]
+    figures = ask(requests=3, concurrency=1).metrics
+    assert figures["requests"] == 2 and figures["rejected"]["no_answer"] == 1 and len(server.requests) == 3
+    server.faults = ["moderated"] * 50
+    with pytest.raises(UserError, match="refuses the key"):
+        ask(requests=9)
+    assert len(server.requests) == 4
+
+
 def test_a_teacher_that_is_not_there_is_one_message(
     ask: Callable[..., Manifest], server: Faults, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,11 +171,12 @@ def test_a_budget_stops_cleanly_and_says_so(
     assert larger["requests_from_log"] == bought and larger["requests"] == len(server.requests) > bought
 
 
+@pytest.mark.parametrize("fault", ["slow", "half"])
 @pytest.mark.parametrize("budget", [{"max_requests": 3}, {"max_tokens": 50}, {"max_usd": 0.00019}])
-def test_an_attempt_whose_time_ran_out_may_have_been_paid_for(
-    server: Faults, ask: Callable[..., Manifest], budget: dict[str, float]
+def test_an_attempt_whose_answer_was_lost_may_have_been_paid_for(
+    server: Faults, ask: Callable[..., Manifest], budget: dict[str, float], fault: str
 ) -> None:
-    server.answer, server.faults = lesson, ["", "slow"]
+    server.answer, server.faults = lesson, ["", fault]
     figures = ask(DATA.model_copy(update={"teacher": "openai/gpt-4.1"}), timeout_s=1, **budget).metrics
     assert figures["requests"] == 2 and len(server.requests) == 3 and next(iter(budget)) in figures["stopped"]
     assert figures["tokens"] == 30 and figures["usd"] == pytest.approx(120e-6)  # of the answers that came

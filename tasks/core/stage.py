@@ -58,6 +58,8 @@ class Stage:
         libraries: those whose version changes the result; part of the key.
         measures: the result depends on the machine, so its class is part of the key.
         resumable: an interrupted attempt's files are kept in `out_dir` for the next one.
+        keeps: a file of a resumable stage that is kept even where an input turns out to be damaged, since each of its lines says what it
+            was made of; empty if there is none.
         isolated: runs in a child process of its own.
         varies: why its artefact is not the same bytes each time it is made from the same inputs, by the same versions, on the same kind
             of machine with as many cores; empty if it is. The report and the tests go by it.
@@ -74,6 +76,7 @@ class Stage:
     isolated: bool = True
     preloaded: bool = False
     varies: str = ""
+    keeps: str = ""
 
     @property
     def config_type(self) -> type[StageConfig]:
@@ -102,11 +105,12 @@ def stage(
     isolated: bool = True,
     preloaded: bool = False,
     varies: str = "",
+    keeps: str = "",
 ) -> Callable[[StageFunction], Stage]:
     """Turn a plain stage function into a `Stage`; the function stays reachable as `.function`."""
 
     def wrap(function: StageFunction) -> Stage:
-        return Stage(name, version, function, libraries, measures, resumable, isolated, preloaded, varies)
+        return Stage(name, version, function, libraries, measures, resumable, isolated, preloaded, varies, keeps)
 
     return wrap
 
@@ -195,12 +199,15 @@ def _compute(
 
 
 def _check_inputs(stage: Stage, inputs: Mapping[str, Manifest], folders: Mapping[str, Path], out_dir: Path) -> None:
-    """Whether what a stage read still is what was found whole, which may be long ago. If not, what it made of it goes.
+    """Whether what a stage read still is what was found whole, which may be long ago. If not, what it made of it goes, but for what
+    it `keeps`.
 
     Raises:
         child.StageError: something was damaged meanwhile.
     """
     for name, folder in folders.items():
         if damage := damage_of(folder, inputs[name], only_touched=True):
-            shutil.rmtree(out_dir, ignore_errors=True)
+            for path in list(out_dir.iterdir()) if stage.keeps else [out_dir]:
+                if path.name != stage.keeps:
+                    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
             raise child.StageError(f"Stage {stage.name} failed: its input was damaged meanwhile: {damage}. Run again: it is made anew")

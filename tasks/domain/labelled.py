@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -112,12 +113,19 @@ def parse_json(line: str | bytes) -> tuple[Any, str | None]:
     if len(line) > LONGEST_LINE:
         return None, f"is longer than {LONGEST_LINE} characters"
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=_finite, parse_float=_finite)
     except ValueError as error:
         return None, f"is not JSON ({error})"
     except RecursionError:
         return None, "is nested too deeply"
     return (None, "is nested too deeply") if is_deeper(value, DEEPEST) else (value, None)
+
+
+def _finite(written: str) -> float:
+    """A number that JSON can write again: Python also reads `NaN`, `Infinity` and `1e999`, and writes what no other program reads."""
+    if not math.isfinite(value := float(written)):
+        raise ValueError(f"{written[:SHOWN]} is no number")
+    return value
 
 
 def is_deeper(value: Any, levels: int) -> bool:

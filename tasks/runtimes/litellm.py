@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, TooLong, complete
+from tasks.api import ApiError, ContentRefused, Forbidden, RefusedRequest, Stopped, TooLong, complete
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
 from tasks.runtimes import Completion
@@ -33,7 +33,8 @@ class LiteLlmRuntime:
 
     Args:
         api_base: the address of an API that is not the provider's usual one.
-        max_usd: ask no more once the next request might cost more than what is left of this.
+        max_usd: ask no more once the next request might cost more than what is left of this. An attempt whose answer was lost, by time
+            that ran out or a body that cannot be read, counts as the dearest answer: the provider may have written it all the same.
         dearest: what the dearest of earlier requests like these cost, in dollars; 0 if there were none.
         answered: how many requests like these were answered before.
         keep: is given what need not be asked again, an answer or a refusal, as soon as it comes: by the thread that asked, one at a time,
@@ -59,7 +60,7 @@ class LiteLlmRuntime:
         self.failed: list[str] = []
         self._in_a_row = 0
         self._last_answered, self._refused = -1, dict[int, str]()
-        self._dearest = dearest
+        self._dearest, self._lost = dearest, 0
         self._stop = threading.Event()
         self._keep, self._keeping = keep, threading.Lock()
 
@@ -93,7 +94,7 @@ class LiteLlmRuntime:
                     except ApiError as error:
                         yield self._unanswered(index, error)
                     except UserError as error:
-                        if isinstance(error, RefusedRequest) and error.status in ONE_ROW and (self.answered or not self._in_a_row):
+                        if self._is_its_own_fault(error):
                             yield self._unanswered(index, error)
                         else:  # refused for one, refused for all
                             stop = stop or error
@@ -108,10 +109,17 @@ class LiteLlmRuntime:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
 
+    def _is_its_own_fault(self, error: UserError) -> TypeGuard[RefusedRequest]:
+        """Whether a refusal is of one request and not of all: a key that was good before may be no more, so that 403 is only where this
+        asking had an answer."""
+        if isinstance(error, Forbidden):
+            return self._last_answered >= 0
+        return isinstance(error, RefusedRequest) and error.status in ONE_ROW and bool(self.answered or not self._in_a_row)
+
     def _ask(self, index: int, conversation: list[Message], max_tokens: int) -> ApiCompletion:
         where: dict[str, Any] = {"api_base": self.api_base} if self.api_base else {}
         try:
-            reply = complete(self.model, conversation, max_tokens, sleep=self._pause, temperature=0, **where)
+            reply = complete(self.model, conversation, max_tokens, sleep=self._pause, lost=self._lose, temperature=0, **where)
         except (ContentRefused, TooLong) as error:
             done = _without_an_answer(index, error, refused=True)
         else:
@@ -122,6 +130,10 @@ class LiteLlmRuntime:
         with self._keeping:
             self._keep(done)
         return done
+
+    def _lose(self) -> None:
+        with self._keeping:
+            self._lost += 1
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -152,7 +164,7 @@ class LiteLlmRuntime:
         return next((problem for index, problem in self._refused.items() if index > self._last_answered), "")
 
     def _overspent(self, on_the_way: int) -> UserError | None:
-        if self.max_usd is None or (self.usd or 0.0) + (on_the_way + 1) * self._dearest <= self.max_usd:
+        if self.max_usd is None or (self.usd or 0.0) + (self._lost + on_the_way + 1) * self._dearest <= self.max_usd:
             return None
         return UserError(
             "api.max_usd", None, f"is used up: one more request to {self.model} might cost more than is left", mend="Raise it and run again"

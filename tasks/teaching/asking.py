@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.api import ApiError, ContentRefused, RefusedRequest, Stopped, complete
+from tasks.api import ApiError, ContentRefused, Forbidden, RefusedRequest, Stopped, complete
 from tasks.core import progress
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
@@ -54,8 +54,8 @@ class Request:
 
 @dataclass
 class Budget:
-    """What may be spent, and what was. Answers of an earlier run that are used again count: they were paid for; its attempts whose time ran
-    out are forgotten.
+    """What may be spent, and what was. Answers of an earlier run that are used again count: they were paid for; its attempts whose
+    answer was lost are forgotten.
 
     Nobody knows what an answer will cost, so the dearest so far, for each token it was allowed, stands for those that are still awaited:
     a request that is allowed twice as many tokens is expected to cost twice as much. The first answer is bought unseen.
@@ -78,7 +78,7 @@ class Budget:
         self.dearest_tokens = max(self.dearest_tokens, answer.tokens / request.allowed)
 
     def charge(self, request: Request) -> None:
-        """Count an attempt whose time ran out as the answer that was expected: the provider may have written it all the same."""
+        """Count an attempt whose answer was lost as the one that was expected: the provider may have written it all the same."""
         self.requests += 1
         self.tokens += round(request.allowed * self.dearest_tokens)
         self.usd += request.allowed * self.dearest_usd
@@ -118,7 +118,7 @@ class Teacher:
         self.model, self._log, self._timeout_s, self._access = model, log, timeout_s, access
         self._structured = True
         self._stop = threading.Event()
-        self._late = deque[Request]()  # each once for an attempt whose time ran out, until the budget is charged with it
+        self._lost = deque[Request]()  # each once for an attempt whose answer was lost, until the budget is charged with it
 
     def ask_all(self, plan: Sequence[Request], budget: Budget, concurrency: int) -> Asked:
         """Ask what the log does not hold, in the plan's order, until it ends or the budget does.
@@ -148,16 +148,16 @@ class Teacher:
                             asked.answers[request.hash] = answer = future.result()
                         except ContentRefused as error:
                             asked.unanswered[request.hash] = str(error)
-                        except ApiError as error:
+                        except (ApiError, Forbidden) as error:
                             failures += 1
                             asked.unanswered[request.hash] = str(error)
                             if not bought or failures >= FAILURES_IN_A_ROW:
-                                raise self._gone(str(error)) from None
+                                raise error if isinstance(error, Forbidden) else self._gone(str(error)) from None
                         else:
                             budget.spend(answer, request)
                             bought, failures = bought + 1, 0
-                    while self._late:
-                        budget.charge(self._late.popleft())
+                    while self._lost:
+                        budget.charge(self._lost.popleft())
                     progress.advance(len(asked.answers) + len(asked.unanswered), len(plan), "requests")
             finally:
                 self._stop.set()  # whoever waits for another attempt does not delay the end
@@ -192,7 +192,7 @@ class Teacher:
             list(request.messages),
             sleep=self._pause,
             timeout_s=self._timeout_s,
-            timed_out=lambda: self._late.append(request),
+            lost=lambda: self._lost.append(request),
             field=FIELD,
             **wanted,
             **self._access,
