@@ -215,6 +215,16 @@ def _introduction(ablation: Ablation, outcomes: Sequence[Outcome]) -> str:
         sentences.append("An arm with * has other validation rows than the first, so its figures compare less well.")
     elif counted:
         sentences.append(f"All arms have the same {counted.pop()} validation rows.")
+    if (
+        len(
+            {
+                canonical_json([o.arm.config.base_model.model_dump(mode="json"), o.arm.config.vocabulary.model_dump(mode="json")])
+                for o in outcomes
+            }
+        )
+        > 1
+    ):
+        sentences.append("Arms differ in base model or vocabulary: a loss per token says nothing between those, exact match does.")
     return " ".join(filter(None, sentences))
 
 

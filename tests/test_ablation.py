@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,11 @@ def test_the_table_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> None
     rank.dataset = manifest("synthesize", {"counts": {"validation": 24}}, validation="b")
     text = table(ablation, [baseline, rank])
     assert cells(text, "rank 8*")[3] == "62.5% (50.0% to 75.0%)" and cells(text, "baseline")[3] == ""
-    assert "other validation rows" in text and "same 24" not in text
+    assert "other validation rows" in text and "same 24" not in text and "vocabulary" not in text
+
+    smaller = rank.arm.config.vocabulary.model_copy(update={"tokens": 1024})
+    rank.arm = replace(rank.arm, config=rank.arm.config.model_copy(update={"vocabulary": smaller}))
+    assert "a loss per token says nothing between those" in table(ablation, [baseline, rank])
 
 
 def runs(home: Path) -> dict[str, dict[str, Any]]:
