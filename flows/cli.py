@@ -117,7 +117,8 @@ def run(
 
 
 def _say_where(settings: environment.Settings, folder: Path) -> None:
-    from tasks.asking import find_model
+    from tasks.asking import path_of
+    from tasks.core.artifacts import Store
     from tasks.overhead import since
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -136,9 +137,10 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     print(
         f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
     )
-    if report["recommendation"]["cpu"]:
-        print(f"Model: {find_model(settings, 'recommended').path}")
     print(f"Report: {folder / 'report.html'}")
+    recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
+    if recommended and (path := path_of(recommended, Store(settings.store_uri, settings.home))).exists():  # it may be with a worker
+        print(f"Model: {path}")
     if (after := since(report)) > 1:
         print(f"After the report had counted the time: {after:.1f} s for its pages, MLflow, and the end of Prefect's server.")
     print("Dashboards on what was just done:")

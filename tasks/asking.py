@@ -105,12 +105,7 @@ def find_model(settings: Settings, name: str) -> Found:
     if variant["format"] == "api":
         behind = _behind_an_api(variant["model"], spec, dataset, settings)
         return replace(behind, few_shot=few_shot, **_measured(report, variant["model"]))
-    if variant["name"] == MIXED:
-        kind = "search_gguf"
-    else:
-        others = "base_model" if variant["role"] == "base" else "merge"
-        kind = {"gguf": "quantize_gguf", "gptq": "quantize_gptq", "awq": "quantize_awq"}.get(variant["format"], others)
-    manifest, damage = store.look_up(kind, variant["key"])
+    manifest, damage = store.look_up(_kind_of(variant), variant["key"])
     if not manifest:
         raise UserError(
             "model",
@@ -118,9 +113,21 @@ def find_model(settings: Settings, name: str) -> Found:
             damage or f"is no longer in {shown_uri(settings.store_uri)}",
             mend="Run `cartwright run` again: it rebuilds what is missing",
         )
-    folder = store.path(kind, variant["key"])
-    path = folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
-    return Found(path, variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base", few_shot=few_shot)
+    return Found(path_of(variant, store), variant["runtime"], spec, dataset, zero_shot=variant["role"] == "base", few_shot=few_shot)
+
+
+def path_of(variant: Mapping[str, Any], store: Store) -> Path:
+    """Where a variant of a report is on this machine, if it is here: a GGUF file, or a folder of transformers."""
+    folder = store.path(_kind_of(variant), variant["key"])
+    return folder / MODEL_FILE if variant["runtime"] == "llama_cpp" else folder
+
+
+def _kind_of(variant: Mapping[str, Any]) -> str:
+    """The stage that made a variant."""
+    if variant["name"] == MIXED:
+        return "search_gguf"
+    others = "base_model" if variant["role"] == "base" else "merge"
+    return {"gguf": "quantize_gguf", "gptq": "quantize_gptq", "awq": "quantize_awq"}.get(variant["format"], others)
 
 
 def _dataset_of(report: Mapping[str, Any], store: Store) -> Path:

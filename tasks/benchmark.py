@@ -83,7 +83,7 @@ class BenchmarkConfig(StageConfig):
 
 @stage(
     "benchmark",
-    version=9,
+    version=10,
     libraries=("torch", "transformers", "gptqmodel", "llama-cpp-python", "codecarbon"),
     measures=True,
     varies=MEASURED,

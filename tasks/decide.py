@@ -85,7 +85,7 @@ def decide(config: DecideConfig, inputs: Mapping[str, Path], out_dir: Path) -> d
             variant["notes"].append(f"not recommended{for_cpu}: {why}")
     decision = {
         "variants": variants,
-        "pareto": pareto_front(variants),
+        "pareto": pareto_front(variants, config.at_a_time),
         "recommendation": recommendation,
         "measurement": measurement(variants),
         "paper": compare_with_paper(usable(variants), [v for v in variants if v["role"] == "api"], recommendation["cpu"]),
@@ -208,14 +208,17 @@ def beside_ready_made(
     return f"{figures}: {'' if worth else 'not '}{WORTH_SEARCHING:.0%} smaller or faster at equal accuracy"
 
 
-def pareto_front(variants: list[dict[str, Any]]) -> list[str]:
-    """Variants that no other on the same device beats in accuracy, speed and memory (a GPU's own) at once, and in one of them strictly."""
+def pareto_front(variants: list[dict[str, Any]], at_a_time: int | None = None) -> list[str]:
+    """Variants that no other on the same device beats in accuracy, speed and memory (a GPU's own) at once, and in one of them strictly.
+
+    With so many requests under way; what was not measured there, as the base model, is on no front.
+    """
 
     def figures(v: dict[str, Any]) -> tuple[float, float, float]:
         memory = v["performance"].get("vram_mb") if v["device"] == "cuda" else None  # the memory of its host is mostly CUDA's own
-        return v["quality"]["exact_match"]["value"], v["performance"]["requests_s"], -(memory or v["performance"]["rss_mb"])
+        return v["quality"]["exact_match"]["value"], requests_s(v, at_a_time), -(memory or v["performance"]["rss_mb"])
 
-    found = usable(variants)
+    found = [v for v in usable(variants) if at_a_time in (None, 1) or str(at_a_time) in v["performance"]["requests_s_by_load"]]
     return [
         v["name"] for v in found if not any(other["device"] == v["device"] and _dominates(figures(other), figures(v)) for other in found)
     ]

@@ -36,7 +36,7 @@ def gate_rows_config(data: SynthesizeConfig, registry: RegisterConfig) -> GateRo
     return GateRowsConfig.model_validate(data.model_dump() | rows | {"own_sha256": registry.own_rows_sha256})
 
 
-@stage("gate_rows", version=1, libraries=("rapidfuzz", "scikit-learn"))
+@stage("gate_rows", version=2, libraries=("rapidfuzz", "scikit-learn"))
 def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `test.jsonl` and `hard.jsonl` of unseen products and, where the team has rows of its own, `own.jsonl`.
 

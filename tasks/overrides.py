@@ -13,7 +13,7 @@ from tasks.core.settings import shown_uri
 from tasks.domain.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
-_SECRET = re.compile(r"key|token(?!s)|secret|passw|credential", re.IGNORECASE)  # in a field's name; numbers of tokens are none
+_SECRET = re.compile(r"(?<![a-z])(api)?(keys?|token|secrets?|passw[a-z]*|credentials?)(?![a-z])", re.IGNORECASE)  # in a field's name
 HIDDEN = "***"
 
 
@@ -68,8 +68,9 @@ def explained(error: ValidationError, root: type[BaseModel]) -> UserError:
         model = _model_at(root, location[:-1])
         names = list(model.model_fields) if model else None
         name = ".".join(location)
-        mend = "Give keys by the environment, or a teacher's by teacher.secret_block" if _SECRET.search(name) else ""
-        return UserError(name, shown(name, first["input"]), "is an unknown field", allowed=names, mend=mend)
+        given = shown(name, first["input"])
+        mend = "Give keys by the environment, or a teacher's by teacher.secret_block" if given == HIDDEN else ""
+        return UserError(name, given, "is an unknown field", allowed=names, mend=mend)
     if first["type"] == "missing":
         return UserError(".".join(location), None, "is not given", mend=f"Give it, as in `{location[-1]}: ...`")
     allowed = context.get("expected")
@@ -87,7 +88,9 @@ def explained(error: ValidationError, root: type[BaseModel]) -> UserError:
 
 def shown(name: str, given: Any) -> Any:
     """What was given for a field as an error may say it: without keys, and without users and passwords of addresses."""
-    if _SECRET.search(name):
+    if (found := _SECRET.search(name)) and (
+        not isinstance(given, int | float) or found[2].lower().startswith("pass")
+    ):  # no key is a number
         return HIDDEN
     if isinstance(given, Mapping):
         return {part: shown(str(part), value) for part, value in given.items()}
@@ -96,7 +99,7 @@ def shown(name: str, given: Any) -> Any:
     if not isinstance(given, str):
         return given
     address = shown_uri(given.partition("?")[0]) if "://" in given else given  # what may be wrong with it is that it holds a key
-    return re.sub(r"[^\s/:@'\"]+:[^\s/@]+@", f"{HIDDEN}@", address)  # an address without its scheme
+    return re.sub(r"[^\s/:@'\"]+:[^\s/@]+@", f"{HIDDEN}@", address) if "@" in address else address  # one without its scheme
 
 
 def _as_list(given: object) -> str:

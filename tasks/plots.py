@@ -42,11 +42,15 @@ def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
     key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
            "figures. Star: recommended. A triangle on the lower edge lies below the axis. A cross was found unusable.")  # fmt: skip
+    at_a_time = (report.get("recommendation") or {}).get("constraints", {}).get("at_a_time") or 1
+    speed, under_way = (
+        ("performance.requests_s", "") if at_a_time == 1 else (f"performance.requests_s_by_load.{at_a_time}", f", {at_a_time} at a time")
+    )
     return [
         save("accuracy_memory", f"Upper left is better. {key}",
               _scatter("Exact match against memory", report, "performance.rss_mb", "Memory (RSS), MB", -1)),
         save("accuracy_speed", f"Upper right is better. {key}",
-              _scatter("Exact match against speed", report, "performance.requests_s", "Requests per second", 1)),
+              _scatter("Exact match against speed", report, speed, f"Requests per second{under_way}", 1)),
         save("latency", "Further left is better. Line: the median; box: half of the requests; whiskers: 5 to 95 of 100; dot: 99 of 100.",
               _latencies("Latency of one request, ms", report)),
         save("divergence", "Lower left is better: fewer bits, and token probabilities nearer to the 16-bit model's. A cross was found unusable.",

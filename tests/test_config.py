@@ -263,6 +263,10 @@ def test_no_error_shows_a_key_that_was_given_in_the_wrong_place(
 def test_an_unknown_field_that_is_no_secret_is_shown_as_it_was_given() -> None:
     with pytest.raises(UserError, match=r"teacher\.max_tokns = 500: is an unknown field"):
         load_config("smoke", {"teacher.max_tokns": 500})
+    with pytest.raises(UserError, match=r"vocabulary\.token = 512: is an unknown field. Allowed: tokens"):
+        load_config("smoke", {"vocabulary.token": 512})
+    with pytest.raises(UserError, match=r"train\.tokenizer = 'mine': is an unknown field"):
+        load_config("smoke", {"train.tokenizer": "mine"})
     with pytest.raises(UserError, match=r"api\.0\.tokens = 500: is an unknown field"):
         load_config("smoke", {"api": [{"model": "openai/m", "tokens": 500}]})
 

@@ -183,6 +183,7 @@ def test_the_number_of_requests_under_way_decides_whose_speed_and_latency_count(
     loaded = [at_16("tuned-fp16", 4.0, 4000.0), at_16("gguf-Q8_0", 24.0, 700.0), at_16("gguf-Q4_K_M", 20.0, 600.0)]
     limits = DecideConfig(max_accuracy_loss=0.01, at_a_time=16)
     choice = recommend(loaded, limits)
+    assert pareto_front([*loaded, VARIANTS[0]], 16) == ["gguf-Q8_0", "gguf-Q4_K_M"]
     assert choice["cpu"] == "gguf-Q8_0" and recommend(loaded, DecideConfig(max_accuracy_loss=0.01))["cpu"] == "gguf-Q4_K_M"
     assert "answers 24.0 requests/s with 16 requests under way, 6.0 times as many" in choice["why"]
     assert "Runner-up: gguf-Q4_K_M with 20.0 requests/s" in choice["why"]
