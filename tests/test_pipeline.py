@@ -78,6 +78,7 @@ def test_the_end_says_where_to_look(finished: Finished) -> None:
     page = next(line.removeprefix("Report: ") for line in out.splitlines() if line.startswith("Report: "))
     assert Path(page).is_file() and (home / "reports" / "latest" / "report.html").samefile(page)
     assert re.search(r"^Recommendation: (gguf|gptq)-\S+ answers", out, re.MULTILINE) and "Gate: promote" in out
+    assert Path(next(line.removeprefix("Model: ") for line in out.splitlines() if line.startswith("Model: "))).is_file()
     assert f"PREFECT_HOME={home / 'prefect'}" in out and "mlflow ui" in out
     noise = ("Warning", "INFO", "Loading", "torchao", "GPT-QModel", "Traceback")
     assert not [word for word in noise if word in out]
