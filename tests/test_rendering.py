@@ -229,8 +229,8 @@ def test_what_is_recommended_for_a_cpu_comes_before_what_is_for_a_gpu_and_only_l
     report["recommendation"]["gpu"] = next(v["name"] for v in report["variants"] if v["format"] == "gptq")
     render(report, tmp_path)
     page = read(tmp_path, "report.md")
-    assert page.index("gguf-Q5\\_K\\_M in four figures") < page.index(f"{report['recommendation']['gpu']} in four figures")
-    assert "Constraints: max\\_loss\\_points: 1, max\\_rss\\_mb: 512\n" in page
+    assert page.index("gguf-Q5_K_M in four figures") < page.index(f"{report['recommendation']['gpu']} in four figures")
+    assert "Constraints: max_loss_points: 1, max_rss_mb: 512\n" in page
 
 
 def test_the_verdict_comes_first(rendered: Path) -> None:
