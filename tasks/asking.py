@@ -252,12 +252,15 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Iterato
         names = list(todo)
 
         def keep(done: ApiCompletion) -> None:
+            if math.isnan(done.total_s) and not done.refused:
+                return  # it is asked again by a command that asks the same
             seconds = 0.0 if done.refused else done.total_s
             answer = Answer(done.text, done.prompt_tokens, done.completion_tokens, done.usd, seconds, done.problem)
             log.add(names[done.index], answer, {})
 
         problems = {request: answer.problem for request, answer in known.items()}
-        model = LiteLlmRuntime(str(found.path), found.api_base, answered=sum(answer.tokens > 0 for answer in known.values()), keep=keep)
+        before = sum(answer.tokens > 0 for answer in known.values())
+        model = LiteLlmRuntime(str(found.path), found.api_base, answered=before, keep=keep)
         lacking = False
         with closing(model.generate(list(todo.values()), found.max_tokens, max(1, min(PARALLEL, len(todo))))) as answering:
             for done in progress.track(answering, len(todo), model.model):
@@ -276,7 +279,7 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Iterato
             sum(prices) * 1000 / len(bought) if bought and len(prices) == len(bought) else None,
             failed,
         )
-        if not (lacking or model.refused_last):
+        if not (lacking or (model.in_doubt and model.answered > before)):
             log.forget()
 
 

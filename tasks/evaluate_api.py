@@ -31,8 +31,7 @@ from tasks.variants import Variant
 if TYPE_CHECKING:
     from tasks.runtimes.litellm import ApiCompletion
 
-ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price, the raw samples; and what was refused
-UNANSWERED = "unanswered.jsonl"  # rows that got no answer for a reason that may pass, in a command that had asked them all
+ANSWERS = "answers.jsonl"  # every answer with its time, tokens and price, the raw samples; and what got none
 MOST_TOKENS = 256  # of an answer, unless a run says otherwise
 Answers = dict[tuple[str, str], dict[str, Any]]  # by split and id of the row
 
@@ -103,8 +102,8 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     """Score a model on splits of `inputs["dataset"]`; goes on with the answers that an earlier attempt left in `out_dir`.
 
     Raises:
-        UserError: the API refuses or does not answer, or the budget is used up, or rows got no answer for the first time. What was
-            answered stays for the next attempt.
+        UserError: the API refuses or does not answer, or stopped to before the end, or the budget is used up. What was answered stays for
+            the next attempt.
     """
     from tasks.runtimes.litellm import LiteLlmRuntime
 
@@ -113,54 +112,55 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
     every = [(split, row) for split in rows for row in rows[split]]
     how = EvaluateConfig(zero_shot=True, few_shot=config.few_shot)
     requests = conversations(how, inputs["dataset"], spec, [row["text"] for _, row in every])
-    kept = _read_answers(out_dir / ANSWERS)
+    kept, paid = _read_answers(out_dir / ANSWERS)
     answers: Answers = {}
     todo = []
     for (split, row), request in zip(every, requests, strict=True):
-        answer, name = kept.get((split, row["id"])), checksum(request)
-        if answer and answer.get("request", name) == name:  # another if the row was damaged when it was asked; earlier versions wrote none
+        answer, name = kept.get((split, row["id"]), {}), checksum(request)
+        is_its_own = answer.get("request") == name  # not if the row was damaged when it was asked
+        if is_its_own and not answer.get("in_doubt"):
             answers[split, row["id"]] = answer
         else:
-            todo.append((split, row, request))
+            todo.append((split, row, request, is_its_own))
     before = _bought(answers)
     refused = [answer["problem"] for answer in answers.values() if answer.get("problem")]
-    prices = [answer["usd"] or 0.0 for answer in before]
+    prices = [usd or 0.0 for usd in paid]
     left = None if config.max_usd is None else config.max_usd - sum(prices)
-    unanswered: Answers = {}
     with (out_dir / ANSWERS).open("a", encoding="utf-8") as file:
 
-        def keep(done: ApiCompletion) -> None:
-            split, row, request = todo[done.index]
+        def keep(done: ApiCompletion, in_doubt: bool = False) -> None:
+            split, row, request, _ = todo[done.index]
             answer = {"split": split, "id": row["id"], "request": checksum(request), "output": done.text} | _figures(done, config.parallel)
-            file.write(_line(answer))
+            file.write(_line(answer | ({"in_doubt": True} if in_doubt else {})))
             file.flush()
             answers[split, row["id"]] = answer
+            paid.extend(_price(answer))
 
         model = LiteLlmRuntime(config.model, config.api_base, left, dearest=max(prices, default=0.0), answered=len(before), keep=keep)
         started = time.perf_counter()
-        asked = [request for _, _, request in todo]
+        asked = [request for _, _, request, _ in todo]
         with closing(model.generate(asked, config.max_tokens, config.parallel)) as answering:
-            for done in progress.track(answering, len(asked), config.model):
-                if math.isnan(done.total_s) and not done.refused:
-                    split, row, _ = todo[done.index]
-                    unanswered[split, row["id"]] = {"split": split, "id": row["id"], "problem": done.problem}
-        wall_s = time.perf_counter() - started
+            for _ in progress.track(answering, len(asked), config.model):
+                pass
+        wall_s = time.perf_counter() - started - model.paused_s
+        in_doubt = [done for done in model.in_doubt if not todo[done.index][-1]]  # what was in doubt before counts as wrong
+        for done in in_doubt:
+            keep(done, in_doubt=True)
     bought, failed = _bought(answers), [*refused, *model.failed]
     if not bought:
         (out_dir / ANSWERS).unlink()  # refusals cost nothing, and another server at that address may not refuse
         raise UserError("model", config.model, f"answered none of {len(failed)} requests. The first: {failed[0]}")
-    if model.refused_last and len(bought) > len(before):
-        problem = f"refused requests after its last answer ({model.refused_last}), as where money is used up"
-        raise UserError("model", config.model, problem, mend="Run again to ask them: what is refused then counts as wrong")
-    if new := _unanswered_anew(out_dir / UNANSWERED, unanswered):
-        problem = f"gave no answer to {len(new)} of {len(asked)} requests. The first: {new[0]}"
-        mend = "Run the same command again to ask these alone: answers that came are kept. What gets none then counts as wrong"
+    if in_doubt:
+        last = f"the last {len(in_doubt)} of {len(asked)} requests"
+        problem = f"gave no answer to {last}, as where it is gone or the money is used up. The first: {in_doubt[0].problem}"
+        mend = "Run again to ask these alone: answers that came are kept. What gets none then counts as wrong"
         raise UserError("model", config.model, problem, mend=mend)
     results: dict[str, Any] = {}
     for split, found in rows.items():
         texts = [answers[split, row["id"]]["output"] if (split, row["id"]) in answers else "" for row in found]
         results[split] = score_and_keep(found, texts, spec, out_dir / f"{split}.jsonl")
     performance = _performance(bought) | {
+        "usd": None if None in paid else sum(usd or 0.0 for usd in paid),
         "requests_s_batched": len(bought) / wall_s if not before else None,
         "requests_s_batched_reason": "asking was interrupted and taken up again" if before else None,
         **_parallel(bought),
@@ -171,9 +171,9 @@ def evaluate_api(config: EvaluateApiConfig, inputs: Mapping[str, Path], out_dir:
 
 
 def _figures(done: ApiCompletion, parallel: int) -> dict[str, Any]:
-    """What else is kept of an answer; of a refusal, its reason alone."""
+    """What else is kept of an answer; where there is none, its reason alone."""
     problem = {"problem": done.problem} if done.problem else {}
-    if done.refused:
+    if math.isnan(done.total_s):
         return problem
     return problem | {
         "seconds": done.total_s,
@@ -189,24 +189,20 @@ def _bought(answers: Answers) -> list[dict[str, Any]]:
     return [answer for answer in answers.values() if "seconds" in answer]
 
 
-def _unanswered_anew(path: Path, unanswered: Answers) -> list[str]:
-    """Why rows got no answer that an earlier command had not asked in vain already: those alone are worth another command, or a row that
-    never gets one would hold up all others for good."""
-    earlier = _read_answers(path)
-    new = {row: answer for row, answer in unanswered.items() if row not in earlier}
-    if new:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(answer) for answer in new.values())
-    return [answer["problem"] for answer in new.values()]
-
-
 def _line(answer: dict[str, Any]) -> str:
     return json.dumps({**answer, "sha256": checksum(answer)}, ensure_ascii=False) + "\n"
 
 
-def _read_answers(path: Path) -> Answers:
-    """What an earlier attempt was answered. Lines that a kill cut short, or that something changed since, are dropped from the file."""
+def _price(answer: dict[str, Any]) -> list[float | None]:
+    """What an answer cost, None if nobody knows; nothing for a refusal."""
+    return [answer["usd"]] if "usd" in answer else []
+
+
+def _read_answers(path: Path) -> tuple[Answers, list[float | None]]:
+    """What an earlier attempt was answered, and the price of each answer, of rows that were damaged then too: a row may have several. Lines that
+    a kill cut short, or that something changed since, are dropped from the file."""
     found: Answers = {}
+    paid: list[float | None] = []
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     whole = []
     for line in lines[:-1]:  # what stands after the last line break was cut short
@@ -215,6 +211,7 @@ def _read_answers(path: Path) -> Answers:
             if answer.pop("sha256") != checksum(answer):
                 continue
             found[answer["split"], answer["id"]] = answer
+            paid.extend(_price(answer))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         whole.append(line + b"\n")
@@ -222,7 +219,7 @@ def _read_answers(path: Path) -> Answers:
         new = path.with_suffix(".new")  # answers cost money: a kill while they are written must not lose them
         new.write_bytes(b"".join(whole))
         new.replace(path)
-    return found
+    return found, paid
 
 
 def _parallel(answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -237,7 +234,6 @@ def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The part of `performance` that can be known of an API. Requests without an answer have no time and no price."""
     seconds = [answer["seconds"] for answer in answers]
     prices = [answer["usd"] for answer in answers]
-    usd = None if None in prices else sum(prices)
     return {
         "device": "api",
         "latency_ms": percentiles(seconds),
@@ -245,6 +241,5 @@ def _performance(answers: list[dict[str, Any]]) -> dict[str, Any]:
         "completion_tokens": statistics.mean(answer["completion_tokens"] for answer in answers),
         "prompt_tokens": statistics.mean(answer["prompt_tokens"] for answer in answers),
         "requests": sum(not answer.get("problem") for answer in answers),
-        "usd": usd,
-        "usd_per_1k_requests": None if usd is None else usd * 1000 / len(answers),
+        "usd_per_1k_requests": None if None in prices else sum(prices) * 1000 / len(answers),
     }

@@ -185,5 +185,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
         monkeypatch.setenv("OPENAI_API_BASE", f"http://127.0.0.1:{running.server_port}/v1")
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        monkeypatch.setattr("tasks.runtimes.litellm.SECOND_PASS_AFTER_S", 0.0)
         yield running
         running.shutdown()

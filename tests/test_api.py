@@ -274,6 +274,29 @@ def test_answers_before_the_money_was_used_up_are_kept(server: Faults, home: Pat
     assert len(server.requests) == 4 and not list((home / "api").iterdir())
 
 
+def test_a_text_that_is_always_forbidden_ends_no_later_command(server: Faults, home: Path) -> None:
+    server.always = {"19 milk": "moderated"}
+    texts = [f"{number} milk" for number in range(20)]
+    for requests in (20, 21):  # the key may have been refused; then it was the text
+        asked = asked_of(server, home, *texts)
+        assert asked.answers == [*[server.answer] * 19, ""] and len(asked.failed) == 1 and len(server.requests) == requests
+    assert not list((home / "api").iterdir())
+
+
+def test_a_text_without_an_answer_is_asked_once_more_at_the_end_and_by_the_next_command(
+    server: Faults, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.api.ATTEMPTS", 1)
+    server.faults = ["", "500"]
+    assert asked_of(server, home, "1 milk", "2 milk", "3 milk").answers == [server.answer] * 3
+    assert len(server.requests) == 4 and not list((home / "api").iterdir())
+    server.requests.clear()
+    server.always = {"2 milk": "500"}
+    for requests in (4, 6):
+        asked = asked_of(server, home, "1 milk", "2 milk", "3 milk")
+        assert asked.answers == [server.answer, "", server.answer] and len(asked.failed) == 1 and len(server.requests) == requests
+
+
 def test_a_model_that_refuses_all_texts_is_one_message(server: Faults, home: Path) -> None:
     server.always = {"gpt-4.1": "too_long"}
     with pytest.raises(UserError, match=r"answered none of 2 requests.*maximum context length"):

@@ -61,7 +61,7 @@ def test_a_request_that_is_too_long_fails_alone(server: Faults, fault: str) -> N
     found = {c.index: c for c in model.generate([ASK, *[long] * 3, ASK], 32, 2)}
     assert [found[i].text for i in range(5)] == [server.answer, "", "", "", server.answer]
     assert len(model.failed) == 3 and all(found[i].refused and found[i].problem for i in (1, 2, 3))
-    assert not model.refused_last and not any("Correct the model's name" in problem for problem in model.failed)
+    assert not model.in_doubt and not any("Correct the model's name" in problem for problem in model.failed)
 
 
 def test_an_api_that_refuses_whatever_is_asked_is_no_fault_of_the_texts(server: Faults) -> None:
@@ -81,16 +81,18 @@ def test_a_text_that_is_forbidden_by_status_403_fails_alone_and_a_key_that_is_fa
     rude = [{"role": "user", "content": "rude"}]
     model = LiteLlmRuntime("openai/gpt-4.1")
     found = {done.index: done for done in model.generate([ASK, rude, ASK], 32, 2)}
-    assert [found[i].text for i in range(3)] == [server.answer, "", server.answer] and found[1].refused and not model.refused_last
+    assert [found[i].text for i in range(3)] == [server.answer, "", server.answer] and found[1].refused and not model.in_doubt
     assert "flagged by moderation" in found[1].problem
-    for asked in ([rude, ASK], [rude] * 2 * GIVE_UP):
-        server.requests.clear()
-        with pytest.raises(UserError, match="refuses the key"):
-            list(LiteLlmRuntime("openai/gpt-4.1", answered=1).generate(asked, 32, 1))
-        assert len(server.requests) == 1
-    server.faults = ["", *["moderated"] * 50]  # the key was taken back
-    with pytest.raises(UserError, match=rf"no answer to {GIVE_UP} requests in a row"):
-        list(LiteLlmRuntime("openai/gpt-4.1").generate([ASK] * 50, 32, 1))
+    kept: list[int] = []
+    model = LiteLlmRuntime("openai/gpt-4.1", answered=1, keep=lambda done: kept.append(done.index))  # others were answered earlier
+    assert [done.text for done in model.generate([rude, ASK, rude], 32, 1)] == ["", server.answer, ""]
+    assert kept == [1, 0] and [done.index for done in model.in_doubt] == [2]  # the key may have been taken back before the last
+    with pytest.raises(UserError, match="refuses the key"):
+        list(LiteLlmRuntime("openai/gpt-4.1").generate([rude, ASK], 32, 1))
+    for faults, answered in ((["", *["moderated"] * 50], 0), (["moderated"] * 50, 1)):  # the key was taken back
+        server.faults = faults
+        with pytest.raises(UserError, match=rf"no answer to {GIVE_UP} requests in a row .*refuses the key.*OPENAI_API_KEY"):
+            list(LiteLlmRuntime("openai/gpt-4.1", answered=answered).generate([ASK] * 50, 32, 1))
 
 
 def test_texts_that_are_forbidden_or_too_long_are_no_sign_that_nothing_answers(server: Faults) -> None:
@@ -141,7 +143,22 @@ def test_where_nothing_answers_the_rest_is_not_asked(server: Faults, monkeypatch
         list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 2))
     assert len(server.requests) <= GIVE_UP + 2
     server.faults = ["500"] * (GIVE_UP - 1)
-    assert len(list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))) == 50  # an answer begins the count anew
+    server.requests.clear()
+    found = list(LiteLlmRuntime("openai/m").generate([ASK] * 50, 32, 1))
+    assert {done.text for done in found} == {server.answer} and len(found) == 50  # an answer begins the count anew
+    assert len(server.requests) == 50 + GIVE_UP - 1  # those without one are asked once more
+
+
+@pytest.mark.slow
+def test_requests_that_never_get_an_answer_are_no_sign_that_nothing_answers_where_others_do_meanwhile(
+    server: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 2)
+    bad = [[{"role": "user", "content": f"bad {number}"}] for number in range(GIVE_UP)]
+    server.always, server.retry_after = {asked[0]["content"]: "500" for asked in bad}, "1"
+    model = LiteLlmRuntime("openai/m")
+    answered = [done.index for done in model.generate([ASK, *bad, *[ASK] * 20], 32, GIVE_UP + 1) if done.text]
+    assert len(answered) == 21 and len(model.failed) == GIVE_UP and not model.in_doubt
 
 
 @pytest.fixture
@@ -208,29 +225,81 @@ def test_an_evaluation_whose_last_requests_were_refused_goes_on_with_them(server
     total = sum(map(len, rows.values()))
     config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1)
     server.faults = [""] * (total - 2) + ["400"] * 3  # the money is used up, and for one of them it was the text
-    with pytest.raises(UserError, match=r"refused requests after its last answer.*Run again"):
+    with pytest.raises(UserError, match=rf"no answer to the last 2 of {total} requests.*Run again.*are kept"):
         evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     assert len(server.requests) == total + 2 and metrics["performance"]["requests_failed"] == 1
 
 
-def test_rows_without_an_answer_are_asked_by_the_next_command_and_one_that_never_gets_one_ends_there(
-    server: Faults, dataset: Path, tmp_path: Path
+def test_rows_without_an_answer_are_asked_once_more_at_the_end_and_what_gets_none_again_counts_as_wrong(
+    server: Faults, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 1)
     rows = answer_rightly(server, dataset)
     total = sum(map(len, rows.values()))
-    passing, lasting = rows["test"][1]["text"].strip(), rows["hard"][0]["text"].strip()
-    server.always, server.retry_after = {passing: "429", lasting: "500"}, "0"
-    config = EvaluateApiConfig(model="openai/gpt-4.1")
-    with pytest.raises(UserError, match=rf"gave no answer to 2 of {total} requests.*Run the same command again.*are kept"):
+    lasting = {row["text"].strip() for row in rows["test"][1 : 2 * GIVE_UP + 3 : 2]}  # at the end they are more than give up at the start
+    server.always, server.faults = dict.fromkeys(lasting, "500"), ["500"]
+    metrics = evaluate_api.function(EvaluateApiConfig(model="openai/gpt-4.1", parallel=1), {"dataset": dataset}, tmp_path)
+    assert len(lasting) > GIVE_UP and len(server.requests) == total + len(lasting) + 1
+    assert metrics["performance"]["requests_failed"] == len(lasting) and metrics["performance"]["requests"] == total - len(lasting)
+    assert metrics["test"]["exact_match"]["value"] == pytest.approx(1 - len(lasting) / len(rows["test"]))
+    assert metrics["hard"]["exact_match"]["value"] == 1.0
+
+
+def test_a_request_that_is_forbidden_by_status_403_holds_up_no_other(
+    server: Faults, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 1)
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    forbidden = {row["text"].strip() for row in [*rows["test"][1 : 2 * GIVE_UP + 3 : 2], rows["hard"][-1]]}
+    server.always, server.faults = dict.fromkeys(forbidden, "moderated"), ["500"]
+    config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1, splits=("hard", "test"))
+    metrics = evaluate_api.function(config, {"dataset": dataset}, made(tmp_path, "at once"))
+    assert len(server.requests) == total + 1 and metrics["performance"]["requests_failed"] == len(forbidden)
+    config = config.model_copy(update={"splits": SPLITS})  # the last is forbidden: it may be the key
+    folder = made(tmp_path, "later")
+    with pytest.raises(UserError, match=rf"no answer to the last 1 of {total} requests.*flagged by moderation"):
+        evaluate_api.function(config, {"dataset": dataset}, folder)
+    server.requests.clear()
+    metrics = evaluate_api.function(config, {"dataset": dataset}, folder)
+    assert len(server.requests) == 1 and metrics["performance"]["requests_failed"] == len(forbidden)
+
+
+def made(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+def test_of_an_api_that_is_gone_before_the_end_no_row_counts_as_wrong(
+    server: Faults, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 1)
+    rows = answer_rightly(server, dataset)
+    total = sum(map(len, rows.values()))
+    config = EvaluateApiConfig(model="openai/gpt-4.1", parallel=1)
+    server.faults = [*[""] * (total - 20), *["500"] * 100]
+    with pytest.raises(UserError, match=rf"no answer to {GIVE_UP} requests in a row"):
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    server.faults = [*[""] * 17, "401"]
+    with pytest.raises(UserError, match="refuses the key"):  # as after a kill: nothing is known of those that are left
+        evaluate_api.function(config, {"dataset": dataset}, tmp_path)
+    server.faults = ["500"] * 100
+    with pytest.raises(UserError, match=r"no answer to the last 3 of 3 requests"):
         evaluate_api.function(config, {"dataset": dataset}, tmp_path)
     server.requests.clear()
-    server.always = {lasting: "500"}
-    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)
-    asked = [body["messages"][-1]["content"].strip() for body in server.requests]
-    assert asked.count(passing) == 1 and asked.count(lasting) == len(asked) - 1 == api.ATTEMPTS
-    assert metrics["performance"]["requests_failed"] == 1 and metrics["performance"]["requests"] == total - 1
-    assert metrics["test"]["exact_match"]["value"] == 1.0 > metrics["hard"]["exact_match"]["value"]
+    server.faults = ["", "", "500", "500"]
+    metrics = evaluate_api.function(config, {"dataset": dataset}, tmp_path)  # and one that never gets an answer ends here
+    assert len(server.requests) == 4 and metrics["performance"]["requests_failed"] == 1
+
+
+def test_an_answer_that_does_not_say_what_was_asked_is_bought_again(server: Faults, dataset: Path, tmp_path: Path) -> None:
+    rows = answer_rightly(server, dataset)
+    row = rows["test"][0]
+    answer = {"split": "test", "id": row["id"], "output": "{}", "seconds": 1.0, "prompt_tokens": 1, "completion_tokens": 1, "usd": 0.0}
+    (tmp_path / ANSWERS).write_text(json.dumps({**answer, "sha256": checksum(answer)}) + "\n")
+    metrics = evaluate_api.function(EvaluateApiConfig(model="openai/gpt-4.1"), {"dataset": dataset}, tmp_path)
+    assert len(server.requests) == sum(map(len, rows.values())) and metrics["test"]["exact_match"]["value"] == 1.0
 
 
 def test_answers_outlive_damage_to_the_rows_and_are_bought_again_where_another_text_was_asked(server: Faults, home: Path) -> None:
@@ -250,9 +319,16 @@ def test_answers_outlive_damage_to_the_rows_and_are_bought_again_where_another_t
         run(evaluate_api, config, dataset=made)
     assert [path.name for path in store.partial("evaluate_api", evaluate_api.key(config, {"dataset": made})).iterdir()] == [ANSWERS]
     server.requests.clear()
-    metrics = run(evaluate_api, config, dataset=run(synthesize, data)).metrics
+    made = run(synthesize, data)
+    total = sum(map(len, rows.values()))
+    with pytest.raises(UserError, match="is used up"):  # what was bought of the damaged row was paid for too
+        run(evaluate_api, config.model_copy(update={"max_usd": (total + 0.5) * 60e-6}), dataset=made)
+    assert not server.requests
+    metrics = run(evaluate_api, config, dataset=made).metrics
     assert [body["messages"][-1]["content"].strip() for body in server.requests] == [rows["test"][0]["text"].strip()]
     assert metrics["test"]["exact_match"]["value"] == metrics["hard"]["exact_match"]["value"] == 1.0
+    performance = metrics["performance"]
+    assert performance["usd"] == pytest.approx((total + 1) * 60e-6) and performance["usd_per_1k_requests"] == pytest.approx(0.06)
 
 
 def test_the_key_of_an_evaluation_has_the_model_and_not_the_address() -> None:
@@ -343,5 +419,5 @@ def test_an_answer_that_a_kill_cut_short_or_a_disk_changed_costs_no_other(tmp_pa
     lines[4] = lines[4].replace("ž".encode(), b"z")
     lines[5] = b"[" * 100_000 + b"\n"
     path.write_bytes(b"".join(lines) + '{"split": "te\u017e'.encode()[:-1])
-    assert [name for _, name in _read_answers(path)] == ["a", "c"]
+    assert [name for _, name in _read_answers(path)[0]] == ["a", "c"]
     assert path.read_bytes() == lines[0] + lines[2] and list(tmp_path.iterdir()) == [path]

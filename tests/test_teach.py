@@ -25,6 +25,7 @@ from tasks.evaluate_api import EvaluateApiConfig
 from tasks.evaluate_api import check as check_apis
 from tasks.synthesize import read_rows, synthesize
 from tasks.teach import TeacherConfig, check_teacher, teach, teach_config
+from tasks.teaching.asking import FAILURES_IN_A_ROW
 from tests.conftest import REPOSITORY
 from tests.fault_server import KEY, Faults
 from tests.lessons import DATA, TEACHER, holding, lesson, log_of
@@ -115,10 +116,13 @@ def test_a_request_that_is_moderated_is_one_that_is_not_answered(server: Faults,
     server.answer, server.faults = lesson, ["", "moderated"]
     figures = ask(requests=3, concurrency=1).metrics
     assert figures["requests"] == 2 and figures["rejected"]["no_answer"] == 1 and len(server.requests) == 3
-    server.faults = ["moderated"] * 50
+    server.faults = ["moderated"]  # it always will be
+    figures = ask(requests=5, concurrency=1).metrics
+    assert figures["requests"] == 4 and figures["rejected"]["no_answer"] == 1 and len(server.requests) == 6
+    server.faults = ["moderated"] * 50  # the key was taken back
     with pytest.raises(UserError, match="refuses the key"):
         ask(requests=9)
-    assert len(server.requests) == 4
+    assert len(server.requests) == 6 + FAILURES_IN_A_ROW
 
 
 def test_a_teacher_that_is_not_there_is_one_message(
@@ -149,6 +153,17 @@ def test_one_request_without_an_answer_does_not_stop_the_others(server: Faults, 
     server.answer, server.faults, server.retry_after = lesson, ["", *["503"] * 6], "0"
     figures = ask().metrics
     assert figures["requests"] == 7 and figures["rejected"]["no_answer"] == 1
+
+
+def test_one_that_never_gets_an_answer_does_not_stop_those_that_are_asked_for_later(
+    server: Faults, ask: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "ATTEMPTS", 1)
+    server.answer, server.faults = lesson, ["", "503"]
+    assert ask(requests=3, concurrency=1).metrics["requests"] == 2
+    server.faults = ["503"]
+    figures = ask(requests=5, concurrency=1).metrics
+    assert figures["requests"] == 4 and figures["rejected"]["no_answer"] == 1
 
 
 def test_a_request_that_content_policy_forbids_fails_alone(server: Faults, ask: Callable[..., Manifest]) -> None:

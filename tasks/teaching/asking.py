@@ -151,7 +151,8 @@ class Teacher:
                         except (ApiError, Forbidden) as error:
                             failures += 1
                             asked.unanswered[request.hash] = str(error)
-                            if not bought or failures >= FAILURES_IN_A_ROW:
+                            answered = bought or (asked.from_log and (left or isinstance(error, Forbidden)))  # else it may be gone
+                            if not answered or failures >= FAILURES_IN_A_ROW:
                                 raise error if isinstance(error, Forbidden) else self._gone(str(error)) from None
                         else:
                             budget.spend(answer, request)
