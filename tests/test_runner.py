@@ -83,7 +83,8 @@ def test_what_fails_each_time_is_not_called_nothing_to_compute(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], states: list[str], failed: list[str], said: str
 ) -> None:
     report = {
-        "stages": [{"state": state} for state in states], "failed_stages": failed, "wall_s": 9.1, "recommendation": {"why": "good"},
+        "stages": [{"state": state} for state in states], "failed_stages": failed, "wall_s": 9.1, "variants": [],
+        "recommendation": {"cpu": None, "why": "good"},
         "gate": {"verdict": "hold", "checks": []}, "overhead": {"wall_s": 0},
     }  # fmt: skip
     (tmp_path / "report.json").write_text(json.dumps(report))
