@@ -42,7 +42,7 @@ def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
     """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
     key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
            "figures. Star: recommended. A triangle on the lower edge lies below the axis. A cross was found unusable.")  # fmt: skip
-    at_a_time = (report.get("recommendation") or {}).get("constraints", {}).get("at_a_time") or 1
+    at_a_time = ((report.get("recommendation") or {}).get("constraints") or {}).get("at_a_time") or 1
     speed, under_way = (
         ("performance.requests_s", "") if at_a_time == 1 else (f"performance.requests_s_by_load.{at_a_time}", f", {at_a_time} at a time")
     )
