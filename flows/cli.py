@@ -9,9 +9,8 @@ import shlex
 import sys
 import webbrowser
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,16 +35,6 @@ ModelOption = Annotated[
         help="`champion`, `recommended`, a variant of the latest run such as gguf-Q8_0, a .gguf file, a Hugging Face folder, or a LiteLLM model id such as openai/gpt-4.1.",
     ),
 ]
-
-
-class Execution(StrEnum):
-    local = "local"
-    pools = "pools"
-
-
-class Machine(StrEnum):
-    cpu = "cpu"
-    gpu = "gpu"
 
 
 def main() -> None:
@@ -76,9 +65,9 @@ def run(
         ),
     ] = [],  # noqa: B006 - typer copies it
     execution: Annotated[
-        Execution, typer.Option(help="Where stages run: in this process, or on the workers of pools (see `cartwright up`).")
-    ] = Execution.local,
-    accelerator: Annotated[Machine, typer.Option(help="With pools: where training and what is made for GPUs run.")] = Machine.cpu,
+        Literal["local", "pools"], typer.Option(help="Where stages run: in this process, or on the workers of pools (see `cartwright up`).")
+    ] = "local",
+    accelerator: Annotated[Literal["cpu", "gpu"], typer.Option(help="With pools: where training and what is made for GPUs run.")] = "cpu",
     show_config: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
 ) -> None:
     """Run the pipeline: data, fine-tuning, quantization, measurement, choice, registration, report.
@@ -95,7 +84,7 @@ def run(
         return
     settings = environment.load_settings()
     environment.check_home(settings)
-    if execution is Execution.pools and not settings.prefect_api_url:
+    if execution == "pools" and not settings.prefect_api_url:
         raise UserError(
             "PREFECT_API_URL",
             "",
@@ -112,7 +101,7 @@ def run(
     with prefect_api(settings, check), goes_on():
         from flows.retrain import retrain
 
-        folder = retrain(profile=profile, overrides=overrides, execution=execution.value, accelerator=accelerator.value)
+        folder = retrain(profile=profile, overrides=overrides, execution=execution, accelerator=accelerator)
     _say_where(settings, folder)
 
 
@@ -134,9 +123,7 @@ def _say_where(settings: environment.Settings, folder: Path) -> None:
     if failed:
         print(f"{len(failed)} failed: {', '.join(failed)}")
     print(f"Recommendation: {report['recommendation']['why']}")
-    print(
-        f"Gate: {report['gate']['verdict']} ({'; '.join(str(check if isinstance(check, str) else check['name']) for check in report['gate']['checks'])})"
-    )
+    print(f"Gate: {report['gate']['verdict']} ({'; '.join(check['name'] for check in report['gate']['checks'])})")
     print(f"Report: {folder / 'report.html'}")
     recommended = next((v for v in report["variants"] if v["name"] == report["recommendation"]["cpu"]), None)
     if recommended and (path := path_of(recommended, Store(settings.store_uri, settings.home))).exists():  # it may be with a worker

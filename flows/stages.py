@@ -235,11 +235,11 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
     for number in range(config.benchmark.runs):
         again = f", run {number + 1}" if number else ""
         for variant in variants:
+            if variant.role == "base" and number:
+                continue
             # The base model reads long instructions with every request, and its speed is nobody's choice: it is measured once, in what
             # is quickest here.
             few = {"requests": 12, "batched_requests": 12, "repeats": 1, "warmup": 1, "loads": ()} if variant.role == "base" else {}
-            if variant.role == "base" and number:
-                continue
             run = MOST_RUNS * config.benchmark.session + number
             settings = how(variant) | kernel_of(config, variant) | few | {"dtype": variant.dtype, "run": run}
             measured = config.benchmark.model_copy(update=settings)
@@ -251,18 +251,16 @@ def measurements(config: RunConfig, variants: list[Variant]) -> Iterator[tuple[s
                 continue
             if config.benchmark.llama_bench:
                 same = {name: getattr(measured, name) for name in ("prefill_tokens", "decode_tokens", "repeats", "run")}
-                yield (
-                    f"llama-bench:{variant.name}:{number}",
-                    llama_bench,
-                    LlamaBenchConfig(**same),
-                    f"llama-bench {variant.name}{again}",
-                    variant,
-                )
-            for name, wanted in (("constrained", config.constrained), ("mapped", config.benchmark.mapped_too)):
+                theirs = LlamaBenchConfig(**same)
+                yield f"llama-bench:{variant.name}:{number}", llama_bench, theirs, f"llama-bench {variant.name}{again}", variant
+            beside = (
+                ("constrained-benchmark", "constrained", "constrained", config.constrained),
+                ("mapped", "mapped", "mmap", config.benchmark.mapped_too),
+            )
+            for name, word, field, wanted in beside:
                 if wanted and not number:
-                    other = measured.model_copy(update={"mmap": True} if name == "mapped" else {"constrained": True})
-                    key = "mapped" if name == "mapped" else "constrained-benchmark"
-                    yield f"{key}:{variant.name}", benchmark, other, f"benchmark {variant.name}, {name}", variant
+                    other = measured.model_copy(update={field: True})
+                    yield f"{name}:{variant.name}", benchmark, other, f"benchmark {variant.name}, {word}", variant
 
 
 @flow(name="check")

@@ -6,9 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,12 +16,6 @@ from tasks.core import settings as environment
 from tasks.domain.errors import UserError
 
 app = typer.Typer()
-
-
-class PoolKind(StrEnum):
-    process = "process"
-    docker = "docker"
-    kubernetes = "kubernetes"
 
 
 PrefectPort = Annotated[int, typer.Option(min=1024, max=65535, help="Port of the Prefect server.")]
@@ -65,8 +58,9 @@ def down() -> None:
 @app.command()
 def deploy(
     kind: Annotated[
-        PoolKind, typer.Option("--pools", help="How workers start runs: as processes of their host, or as containers.")
-    ] = PoolKind.process,
+        Literal["process", "docker", "kubernetes"],
+        typer.Option("--pools", help="How workers start runs: as processes of their host, or as containers."),
+    ] = "process",
 ) -> None:
     """Tell the Prefect server of PREFECT_API_URL about pools, deployments and schedules. `up` does it for its own server. Twice is harmless."""
     from flows.automations import install
@@ -74,13 +68,11 @@ def deploy(
 
     api = prefect_api()
     variables = {**environment.child_environment(), "CARTWRIGHT_SOURCE": environment.source_on_workers(SOURCE)}
-    Server(api, variables).deploy(kind.value)
+    Server(api, variables).deploy(kind)
     print(install(api))
-    start = (
-        "cartwright worker cpu-pool" if kind is PoolKind.process else f"prefect worker start --pool cpu-pool --type {kind.value} --limit 1"
-    )
+    start = "cartwright worker cpu-pool" if kind == "process" else f"prefect worker start --pool cpu-pool --type {kind} --limit 1"
     print(f"Deployed to {api}. Workers: {start}, and so for orchestrator and gpu-pool.")
-    if kind is not PoolKind.process and (needed := environment.given_credentials()):  # everyone reads a pool's variables in the UI
+    if kind != "process" and (needed := environment.given_credentials()):  # everyone reads a pool's variables in the UI
         print(f"Containers get no password from here. Give them {', '.join(needed)} by their image or as a secret of their host.")
 
 

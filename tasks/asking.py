@@ -17,6 +17,7 @@ from tasks import runtimes
 from tasks.api import is_model_id
 from tasks.core import hardware, progress
 from tasks.core.artifacts import Store
+from tasks.core.manifests import checksum
 from tasks.core.settings import Settings, shown_uri
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
@@ -28,7 +29,7 @@ from tasks.quantize_gguf import MODEL_FILE
 from tasks.report import latest_report, read_report
 from tasks.runtimes import LocalRuntime, RuntimeName
 from tasks.synthesize import read_rows
-from tasks.teaching.log import Answer, AnswerLog, request_hash
+from tasks.teaching.log import Answer, AnswerLog
 from tasks.variants import MIXED
 from tasks.weights import check_gguf
 
@@ -243,8 +244,8 @@ def _ask_api(found: Found, conversations: list[list[prompt.Message]]) -> Iterato
     from tasks.runtimes.litellm import ApiCompletion, LiteLlmRuntime
 
     where = {"model": str(found.path), "api_base": found.api_base}
-    requests = [request_hash({**where, "messages": asked, "max_tokens": found.max_tokens}) for asked in conversations]
-    with AnswerLog(found.answers / f"{request_hash(where)[:16]}.jsonl", requests) as log:
+    requests = [checksum({**where, "messages": asked, "max_tokens": found.max_tokens}) for asked in conversations]
+    with AnswerLog(found.answers / f"{checksum(where)[:16]}.jsonl", requests) as log:
         known = {request: answer for request in requests if (answer := log.get(request))}
         todo = {request: asked for request, asked in zip(requests, conversations, strict=True) if request not in known}
         if earlier := sum(request in known for request in requests):

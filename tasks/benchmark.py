@@ -28,7 +28,7 @@ from tasks.core.stage import MEASURED, StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.spec import load_spec
 from tasks.evaluate import conversations, load_variant
-from tasks.runtimes import LONGEST_PROMPT, Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
+from tasks.runtimes import LONGEST_PROMPT, Dtype, GptqKernel, LocalRuntime, RuntimeName
 from tasks.synthesize import in_turns, read_rows
 
 SAMPLES = "samples.json"
@@ -101,7 +101,7 @@ def benchmark(config: BenchmarkConfig, inputs: Mapping[str, Path], out_dir: Path
     others = hardware.Disturbance()
     runtimes.import_libraries(config.runtime, inputs["model"])
     started = time.perf_counter()
-    model = load_variant(config, inputs["model"], spec, config.mmap, config.kernel)
+    model = load_variant(config, inputs["model"], spec, config.mmap)
     load_s = time.perf_counter() - started
     gpu = power.first_gpu(model.device, settings.visible_gpus() or "")
 
@@ -184,7 +184,7 @@ def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
         runs: metrics and folder of each.
 
     Returns:
-        The figures of `benchmark`, `latency_ms_by_load` (percentiles for each number of requests at a time above one), `runs`, and of `spread_of` (largest - smallest) / median over the runs; None for one run.
+        The figures of `benchmark`, with one at a time in `requests_s_by_load`; `latency_ms_by_load`, percentiles for each number of requests at a time; `runs`; and of `spread_of` (largest - smallest) / median over the runs; None for one run.
     """
     metrics = [found for found, _ in runs]
     samples: dict[str, list[float]] = {}
@@ -198,7 +198,8 @@ def pooled(runs: Sequence[tuple[Mapping[str, Any], Path]]) -> dict[str, Any]:
     return {
         **median,
         **percentiles_of_all,
-        "latency_ms_by_load": {load: by_load[load] for load in sorted(by_load, key=int)},
+        "requests_s_by_load": {"1": median["requests_s"], **median["requests_s_by_load"]},
+        "latency_ms_by_load": {"1": percentiles_of_all["latency_ms"], **{load: by_load[load] for load in sorted(by_load, key=int)}},
         "runs": len(runs),
         "spread": {name: _spread([found[name] for found in metrics]) for name in SPREAD_OF} if len(runs) > 1 else None,
     }
@@ -227,7 +228,7 @@ def _at_a_time(model: LocalRuntime, asked: list[list[prompt.Message]], load: int
     return len(answered) / (time.perf_counter() - started), [completion.total_s for completion in answered]
 
 
-def _one(model: Runtime, conversation: list[prompt.Message], max_tokens: int) -> dict[str, float]:
+def _one(model: LocalRuntime, conversation: list[prompt.Message], max_tokens: int) -> dict[str, float]:
     started = time.perf_counter()
     completion = next(iter(model.generate([conversation], max_tokens, 1)))
     if math.isnan(completion.total_s):
@@ -250,13 +251,13 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _memory_mb(model: Runtime, gpu: power.Gpu | None) -> dict[str, float]:
+def _memory_mb(model: LocalRuntime, gpu: power.Gpu | None) -> dict[str, float]:
     """What memory is taken now, of the host and, as far as it is known, of the GPU."""
     on_gpu = {"vram_mb": gpu.memory_mb() if gpu else None, "torch_peak_mb": _torch_peak_mb(model)}
     return {**hardware.memory_mb(), **{name: found for name, found in on_gpu.items() if found is not None}}
 
 
-def _torch_peak_mb(model: Runtime) -> float | None:
+def _torch_peak_mb(model: LocalRuntime) -> float | None:
     if model.device != "cuda":
         return None
     import torch

@@ -13,11 +13,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tasks.core.manifests import Manifest
+from tasks.core.rows import keep_sample, rows_of
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.scoring import compact_json
 from tasks.domain.spec import load_spec
 from tasks.domain.utterances import Names, words_of
-from tasks.leakage import rows_of
 from tasks.plot_files import Plot, read_plots, write_plots
 from tasks.templating import fill
 
@@ -71,13 +71,10 @@ class DataCard:
         self._sample(split, row)
 
     def _sample(self, split: str, row: Mapping[str, Any]) -> None:
-        """Reservoir sampling (Vitter 1985, algorithm R)."""
         cell = row["gold"]["intent"], row["language"]
         self._met[cell] += 1
-        kept = self._samples.setdefault(cell, [])
-        place = len(kept) if len(kept) < SAMPLES else self._rng.randrange(self._met[cell])
-        if place < SAMPLES:
-            kept[place : place + 1] = [{"split": split, **{name: row[name] for name in ("text", "gold", "origin", "noise")}}]
+        shown = {"split": split, **{name: row[name] for name in ("text", "gold", "origin", "noise")}}
+        keep_sample(self._samples.setdefault(cell, []), shown, self._met[cell], SAMPLES, self._rng)
 
     def counts(self) -> Json:
         """Figures by split: what becomes the metrics of `synthesize`."""

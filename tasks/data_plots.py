@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from tasks.data_card import BIN
 from tasks.plot_files import Plot
-from tasks.plot_style import FORMATS, GRID, INK, LEGEND, PAPER, new_figure, save, short
+from tasks.plot_style import FORMATS, GRID, INK, LEGEND, PAPER, new_figure, plain, save, short
 
 COLOURS = [colour for colour, _ in FORMATS.values()]  # told apart with every common colour vision deficiency
 DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
@@ -49,7 +49,7 @@ def _heatmap(axes: Axes, card: Mapping[str, Any], name: str, labels: Sequence[st
     splits = list(card["counts"])
     counts = [[card[name].get(split, {}).get(label, 0) for split in splits] for label in labels]
     values = 100 * np.array(counts, dtype=float) / np.array([max(1, card["counts"][split]) for split in splits])
-    _plain(axes)
+    plain(axes)
     top = 1.3 * values.max(initial=1)  # less than the whole scale, so that equal shares are not all glaring
     axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=top, edgecolors=PAPER, linewidth=1.5)
     for (row, column), value in np.ndenumerate(values):
@@ -62,7 +62,7 @@ def _heatmap(axes: Axes, card: Mapping[str, Any], name: str, labels: Sequence[st
 
 
 def _lengths(axes: Axes, figure: Figure, card: Mapping[str, Any]) -> None:
-    _plain(axes)
+    plain(axes)
     for (split, bins), colour, dashes in zip(card["length_bins"].items(), COLOURS, DASHES, strict=False):
         starts = np.arange(0, max(map(int, bins)) + BIN, BIN)
         shares = [100 * bins.get(str(start), 0) / card["counts"][split] for start in starts]
@@ -71,12 +71,3 @@ def _lengths(axes: Axes, figure: Figure, card: Mapping[str, Any]) -> None:
     axes.set(xlabel="Length of a text, characters", ylabel="% of the split", xlim=(0, None), ylim=(0, None))
     axes.grid(True, color=GRID, linewidth=0.7)
     figure.legend(handles=handles, **LEGEND)
-
-
-def _plain(axes: Axes) -> None:
-    axes.set_facecolor(PAPER)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelcolor=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks import runtimes
 from tasks.core import hardware, progress
+from tasks.core.rows import keep_sample, rows_of
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain import prompt
 from tasks.domain.errors import UserError
@@ -218,13 +219,9 @@ def text_columns(config: DriftConfig, spec: Spec, dataset: Path, recent: list[st
 def _training(dataset: Path, most: int, seed: int) -> tuple[list[str], Counter[str]]:
     """A random sample of the texts of `train`, and in how many of its rows each word is."""
     draw, kept, rows_with = Random(f"{seed}/training"), list[str](), Counter[str]()
-    with (dataset / "train.jsonl").open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            text = json.loads(line)["text"]
-            rows_with.update(set(words_of(text)))
-            place = len(kept) if len(kept) < most else draw.randrange(number + 1)
-            if place < most:
-                kept[place : place + 1] = [text]
+    for met, row in enumerate(rows_of(dataset / "train.jsonl"), 1):
+        rows_with.update(set(words_of(row["text"])))
+        keep_sample(kept, row["text"], met, most, draw)
     return kept, rows_with
 
 
@@ -239,8 +236,7 @@ def _unknown(words: Sequence[str], rows_with: Counter[str], own: int) -> float:
 def held_out(dataset: Path, most: int, seed: int) -> list[str]:
     """Texts of rows that were not trained on, with the intents as often as in `train`: evaluation splits have all equally often."""
     rows = [row for split in HELD_OUT for row in read_rows(dataset / f"{split}.jsonl")]
-    with (dataset / "train.jsonl").open(encoding="utf-8") as file:
-        trained = Counter(json.loads(line)["gold"]["intent"] for line in file)
+    trained = Counter(row["gold"]["intent"] for row in rows_of(dataset / "train.jsonl"))
     Random(f"{seed}/held out").shuffle(rows)
     by_intent: dict[str, list[str]] = {}
     for row in rows:

@@ -59,7 +59,6 @@ def draw(columns: Sequence[Column]) -> list[Plot]:
         if not column.reference or not column.recent:
             continue
         figure, axes = new_figure(column.title, 2.9)
-        axes.tick_params(labelsize=9)
         caption = _curves(axes, column) if column.kind == "number" else _bars(axes, column)
         plots.append(save(f"drift_{column.name}", caption, figure))
     return plots

@@ -17,7 +17,7 @@ from tasks.domain.grammar import answer_grammar
 from tasks.domain.scoring import score
 from tasks.domain.spec import Spec, load_spec
 from tasks.quantize_gguf import MODEL_FILE
-from tasks.runtimes import Dtype, GptqKernel, LocalRuntime, Runtime, RuntimeName
+from tasks.runtimes import Dtype, GptqKernel, LocalRuntime, RuntimeName
 from tasks.synthesize import read_rows
 
 if TYPE_CHECKING:
@@ -40,15 +40,13 @@ class EvaluateConfig(StageConfig):
     kernel: GptqKernel | None = Field(None, description="GPTQModel's kernel for GPTQ variants; null takes what it thinks best")
 
 
-def load_variant(
-    config: EvaluateConfig | BenchmarkConfig, folder: Path, spec: Spec, mmap: bool = False, kernel: GptqKernel | None = None
-) -> LocalRuntime:
+def load_variant(config: EvaluateConfig | BenchmarkConfig, folder: Path, spec: Spec, mmap: bool = False) -> LocalRuntime:
     """Load an artefact of `merge`, `base_model`, or one of the quantizing stages in its runtime."""
     if config.runtime == "litellm":
         raise ValueError("a model behind an API is not loaded")
     path = folder / MODEL_FILE if config.runtime == "llama_cpp" else folder
     grammar = answer_grammar(spec) if config.constrained else None
-    return runtimes.load(config.runtime, path, hardware.cores(), config.dtype, grammar, mmap, kernel)
+    return runtimes.load(config.runtime, path, hardware.cores(), config.dtype, grammar, mmap, config.kernel)
 
 
 def conversations(config: EvaluateConfig | BenchmarkConfig, dataset: Path, spec: Spec, texts: list[str]) -> list[list[prompt.Message]]:
@@ -57,7 +55,7 @@ def conversations(config: EvaluateConfig | BenchmarkConfig, dataset: Path, spec:
     return [prompt.messages(spec, text, zero_shot=config.zero_shot, examples=examples) for text in texts]
 
 
-def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, parallel: int, note: str) -> list[str]:
+def answer(model: LocalRuntime, asked: list[list[prompt.Message]], max_tokens: int, parallel: int, note: str) -> list[str]:
     """The raw answers to conversations, in their order."""
     answers = [""] * len(asked)
     for completion in progress.track(model.generate(asked, max_tokens, parallel), len(asked), note):
@@ -69,7 +67,7 @@ def answer(model: Runtime, asked: list[list[prompt.Message]], max_tokens: int, p
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Score `inputs["model"]` on splits of `inputs["dataset"]`; writes every answer to `<split>.jsonl`."""
     spec = load_spec(str(inputs["dataset"]))
-    model = load_variant(config, inputs["model"], spec, kernel=config.kernel)
+    model = load_variant(config, inputs["model"], spec)
     results: dict[str, Any] = {"dtype": getattr(model, "dtype", None)}
     for split in config.splits:
         rows = read_rows(inputs["dataset"] / f"{split}.jsonl")

@@ -139,7 +139,7 @@ def _opened(
     if config.runtime == "llama_cpp":
         file, *others = (inputs[name] / MODEL_FILE for name in ("model", "tuned", "base"))
         comparison = compare(gguf_weights(file), *map(gguf_weights, others))
-        return runtimes.load("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file, inputs)
+        return runtimes.load("llama_cpp", file, hardware.cores()), comparison, lambda: _in_transformers(file)
     model: Any = runtimes.load("transformers", inputs["model"], hardware.cores(), kernel=config.kernel)
     if config.folded:
         return model, None, None
@@ -148,7 +148,7 @@ def _opened(
     return model, comparison, lambda: _unquantized(inputs)
 
 
-def _in_transformers(file: Path, inputs: Mapping[str, Path]) -> LocalRuntime:
+def _in_transformers(file: Path) -> LocalRuntime:
     from tasks.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(file.parent, hardware.cores(), "float32", gguf_file=file.name)

@@ -215,7 +215,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out_dir: Path) 
         "epochs": config.epochs,
         "steps": total_steps,
         "tokens": tokens,
-        "tokens_per_s": round(tokens * (1 if not resumed_from else 0) / outcome.metrics["train_runtime"], 1) or None,
+        "tokens_per_s": None if resumed_from else round(tokens / outcome.metrics["train_runtime"], 1),
         "resumed_from_step": int(resumed_from.name.split("-")[1]) if resumed_from else None,
         "trainable_params": trainable,
         "final_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from tasks.core.markdown import escape_markdown
+from tasks.core.rows import rows_of
 from tasks.core.stage import StageConfig
 from tasks.paired import paired_interval
 
@@ -67,7 +67,7 @@ def compare(rows: Path, mine: Path, theirs: Path, config: RegisterConfig) -> lis
     for split in ("test", "hard", "own"):
         if not (rows / f"{split}.jsonl").exists():
             continue
-        asked, right, was_right = (_read(folder / f"{split}.jsonl") for folder in (rows, mine, theirs))
+        asked, right, was_right = ([*rows_of(folder / f"{split}.jsonl")] for folder in (rows, mine, theirs))
         mine_right, theirs_right = [row["correct"] for row in right], [row["correct"] for row in was_right]
         margin = config.margin if split == "test" else config.group_margin
         checks.append(not_inferior(split, mine_right, theirs_right, margin))
@@ -78,11 +78,6 @@ def compare(rows: Path, mine: Path, theirs: Path, config: RegisterConfig) -> lis
             mine_here, theirs_here = ([found[number] for number in chosen] for found in (mine_right, theirs_right))
             checks.append(not_inferior(f"test, {language}", mine_here, theirs_here, config.group_margin))
     return checks
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def verdict_of(checks: Iterable[Mapping[str, Any]]) -> Verdict:

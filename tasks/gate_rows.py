@@ -12,12 +12,13 @@ from typing import Any
 from pydantic import Field
 
 from tasks.core import progress
+from tasks.core.rows import rows_of
 from tasks.core.stage import stage
 from tasks.domain.labelled import read_labelled
 from tasks.domain.spec import Spec
 from tasks.domain.utterances import Split
 from tasks.gate import RegisterConfig
-from tasks.leakage import Admission, NearDuplicates, batched, rows_of
+from tasks.leakage import Admission, NearDuplicates, batched
 from tasks.own_files import paths_in
 from tasks.synthesize import BLOCK, SynthesizeConfig, check_domain, distinct_rows, make_generator
 
@@ -36,7 +37,7 @@ def gate_rows_config(data: SynthesizeConfig, registry: RegisterConfig) -> GateRo
     return GateRowsConfig.model_validate(data.model_dump() | rows | {"own_sha256": registry.own_rows_sha256})
 
 
-@stage("gate_rows", version=2, libraries=("rapidfuzz", "scikit-learn"))
+@stage("gate_rows", version=3, libraries=("rapidfuzz", "scikit-learn"))
 def gate_rows(config: GateRowsConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Write `test.jsonl` and `hard.jsonl` of unseen products and, where the team has rows of its own, `own.jsonl`.
 

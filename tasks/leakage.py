@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import sqlite3
 import unicodedata
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.core.rows import rows_of
 from tasks.domain.scoring import normalise
 from tasks.domain.utterances import Split
 
@@ -189,12 +189,6 @@ def _shared(row: Mapping[str, Any], split: str, users: dict[str, dict[str, str]]
         user = users[kind].get(value, split) if split == "train" else users[kind].setdefault(value, split)
         if value and user != split and (kind == "product" or "hard" in (user, split)):
             yield f"{kind} {value} of {user}"
-
-
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, one after the other."""
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -9,7 +9,8 @@ LLAMA_3_2_1B = 1236  # millions of weights of the paper's model
 
 
 def _claim(text: str, paper: str, ours: str | None, comparable: bool, note: str) -> dict[str, Any]:
-    return {"claim": text, "paper": paper, "ours": ours, "comparable": comparable, "note": note}
+    claim = {"claim": text, "paper": paper, "ours": ours, "comparable": comparable, "note": note}
+    return claim if ours else claim | {"ours_reason": "no such variants were measured here"}
 
 
 def _gpt_4_1(apis: list[dict[str, Any]]) -> dict[str, Any]:

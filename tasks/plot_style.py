@@ -24,13 +24,20 @@ LEGEND: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "frameon": 
 
 def new_figure(title: str, height_in: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.0, height_in), dpi=100, layout="constrained", facecolor=PAPER)
-    axes = figure.add_subplot(facecolor=PAPER, axisbelow=True)
+    axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    plain(axes)
+    return figure, axes
+
+
+def plain(axes: Axes) -> None:
+    """No frame and no ticks; the grid behind what is drawn."""
+    axes.set_facecolor(PAPER)
+    axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelcolor=INK, labelsize=9)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    return figure, axes
 
 
 def short(label: object) -> str:

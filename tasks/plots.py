@@ -21,6 +21,7 @@ from tasks.plot_style import FORMATS, GRID, INK, LEGEND, MUTED, PAPER, new_figur
 RING: dict[str, Any] = {"marker": "o", "markersize": 12, "markerfacecolor": "none", "markeredgewidth": 1.1}
 LEADER = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 5}
 RADII = (10, 16, 24, 34, 46, 60, 76, 94, 114)  # points between a marker and its label; from the third on, with a line
+OTHER = (MUTED, "X")  # colour and marker of a format that is none of ours
 WINDOW = 0.25  # this far below the best exact match, a variant must not squeeze the useful ones into one line
 
 
@@ -39,7 +40,7 @@ class _Point(NamedTuple):
 
 
 def draw_plots(report: Mapping[str, Any]) -> list[Plot]:
-    """Draw every plot of a report (the report contract of DESIGN.md); one without any figure says "not measured"."""
+    """Draw every plot of a report (see `tasks/report.py`); one without any figure says "not measured"."""
     key = ("Bars: 95% interval. Line (on a GPU: dashed): none is better in both figures. Ring: Pareto front over all "
            "figures. Star: recommended. A triangle on the lower edge lies below the axis. A cross was found unusable.")  # fmt: skip
     at_a_time = ((report.get("recommendation") or {}).get("constraints") or {}).get("at_a_time") or 1
@@ -89,14 +90,18 @@ def _scatter(title: str, report: Mapping[str, Any], path: str, xlabel: str, bett
         axes.plot([p.x for p in front], [p.y for p in front], dashes, color=MUTED, linewidth=1.1, zorder=1)
     for point in points:
         _draw_point(axes, point, edge)
+    _label_points(figure, points, fronts, edge, Line2D([], [], label="Pareto front", color=INK, linestyle="none", **RING))
+    return figure
+
+
+def _label_points(figure: Figure, points: Sequence[_Point], fronts: Sequence[list[_Point]], edge: float, *more: Line2D) -> None:
+    """The legend, with `more` behind the formats, and each point's name."""
     used = [name for name in FORMATS if any(p.format == name for p in points)]
     handles = [Line2D([], [], color=FORMATS[n][0], marker=FORMATS[n][1], linestyle="none", label=n) for n in used]
-    handles.append(Line2D([], [], label="Pareto front", color=INK, linestyle="none", **RING))
-    figure.legend(handles=handles, **LEGEND)
+    figure.legend(handles=[*handles, *more], **LEGEND)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the labels are placed for this layout; another pass would move the axes
     _place_labels(figure, points, fronts, edge)
-    return figure
 
 
 def _points(report: Mapping[str, Any], path: str) -> Iterator[_Point]:
@@ -131,7 +136,7 @@ def _floor(values: Sequence[float]) -> float:
 
 
 def _draw_point(axes: Axes, point: _Point, edge: float) -> None:
-    colour, marker = FORMATS.get(point.format, (MUTED, "X"))
+    colour, _ = FORMATS.get(point.format, OTHER)
     y, below = max(point.y, edge), point.y < edge
     if not below:
         around = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]  # an earlier version rounded beyond the point
@@ -139,7 +144,13 @@ def _draw_point(axes: Axes, point: _Point, edge: float) -> None:
                       ecolor=colour, elinewidth=1, capsize=2, alpha=0.7)  # fmt: skip
     if point.pareto:
         axes.plot([point.x], [y], color=INK, **RING)
-    shape, edge_colour = ("v" if below else marker, PAPER) if point.sound else ("x", colour)
+    _draw_marker(axes, point, y, "v" if below else "")
+
+
+def _draw_marker(axes: Axes, point: _Point, y: float, instead: str = "") -> None:
+    """The marker of the point's format, or another; a cross where it was found unusable."""
+    colour, marker = FORMATS.get(point.format, OTHER)
+    shape, edge_colour = (instead or marker, PAPER) if point.sound else ("x", colour)
     axes.plot([point.x], [y], shape, color=colour, markersize=7, markeredgecolor=edge_colour, zorder=3)
 
 
@@ -249,28 +260,14 @@ def _divergence(title: str, report: Mapping[str, Any]) -> Figure:
             y = max(y, 1e-7)  # of a format that changes nothing it is zero, which a logarithmic axis has no place for
             points.append(_Point(_label(variant, report), x, y, y, y, str(variant.get("format")), False, False, False,
                                  _is_recommended(variant, report), _is_sound(variant)))  # fmt: skip
-            colour, marker = FORMATS.get(str(variant.get("format")), (MUTED, "X"))
-            axes.plot(
-                [x],
-                [y],
-                marker if points[-1].sound else "x",
-                color=colour,
-                markersize=7,
-                markeredgecolor=PAPER if points[-1].sound else colour,
-                zorder=3,
-            )
+            _draw_marker(axes, points[-1], y)
     if not points:
         return _not_measured(figure)
     axes.set(xlabel="Bits per weight", ylabel="Mean KL divergence, nats", yscale="log")
     _scale_x(axes, [p.x for p in points])
     axes.set_ylim(min(p.y for p in points) / 2.5, max(p.y for p in points) * 2.5)
     axes.grid(True, color=GRID, linewidth=0.7)
-    used = [name for name in FORMATS if any(p.format == name for p in points)]
-    handles = [Line2D([], [], color=FORMATS[n][0], marker=FORMATS[n][1], linestyle="none", label=n) for n in used]
-    figure.legend(handles=handles, **LEGEND)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    _place_labels(figure, points, [], 0.0)
+    _label_points(figure, points, [], 0.0)
     return figure
 
 

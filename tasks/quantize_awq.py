@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from tasks.calibration import calibration_examples
 from tasks.core import hardware, progress
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.domain.errors import UserError
-from tasks.quantize_gptq import choose_group_size
+from tasks.quantize_gptq import choose_group_size, layer_sizes
 from tasks.weights import folder_weights
 
 ROWS = 64
@@ -54,8 +53,7 @@ def check_outputs(folder: Path) -> None:
 @stage("quantize_awq", version=1, libraries=("torch", "transformers", "gptqmodel"), preloaded=True)
 def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
-    model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
-    group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]], "awq.group_size")
+    group_size = choose_group_size(config.group_size, layer_sizes(inputs["model"], "awq"), "awq.group_size")
     check_outputs(inputs["model"])
     import torch
     from gptqmodel import BACKEND, GPTQModel
@@ -75,9 +73,11 @@ def quantize_awq(config: QuantizeAwqConfig, inputs: Mapping[str, Path], out_dir:
         dtype=torch.float16,  # the layers that hold the result take no float32
     )
 
+    layers = model.model.config.num_hidden_layers
+
     def layer_complete(layer_idx: int, submodule_finalized: bool) -> None:
         if not submodule_finalized:  # told once more, by another thread, when it is packed
-            progress.advance(layer_idx + 1, model_config["num_hidden_layers"], "blocks")
+            progress.advance(layer_idx + 1, layers, "blocks")
 
     model.layer_callback = layer_complete
     with TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes a folder `logs` wherever it is

@@ -12,7 +12,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn
 
 from tasks.base_model import NAME_CLASSES, name_no_code
 from tasks.core import hardware, progress, settings
@@ -24,7 +24,6 @@ from tasks.importance import as_parameter
 from tasks.weights import open_gguf
 
 GgufFormat = Literal["F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_1", "Q5_0", "Q4_K_M", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"]
-GGUF_FORMATS: tuple[str, ...] = get_args(GgufFormat)
 UNWEIGHTED = ("F16", "Q8_0")  # formats which an importance matrix changes nothing of
 MODEL_FILE = "model.gguf"
 TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\] ")  # how llama.cpp (llama-quant.cpp) begins what it says of a tensor, before it quantizes it

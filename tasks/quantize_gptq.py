@@ -53,6 +53,21 @@ def choose_group_size(wanted: int, dimensions: list[int], field: str = "gptq.gro
     )
 
 
+def layer_sizes(model: Path, kind: str) -> list[int]:
+    """Hidden and feed-forward size, which group sizes must divide.
+
+    Raises:
+        UserError: the model's configuration does not say both, as that of GPT-2.
+    """
+    known = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    try:
+        return [known["hidden_size"], known["intermediate_size"]]
+    except KeyError as missing:
+        problem = f"is a type of model whose config.json does not say {missing}, which group sizes must divide"
+        mend = f"Leave {kind.upper()} out for this model: --set {kind}=[]"
+        raise UserError(kind, known.get("model_type"), problem, mend=mend) from None
+
+
 @stage("quantize_gptq", version=6, libraries=("torch", "transformers", "optimum", "gptqmodel"), preloaded=True)
 def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Quantize `inputs["model"]`, calibrated on templated rows of `inputs["dataset"]`'s training split."""
@@ -63,8 +78,8 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
     set_seed(config.seed)
     torch.set_num_threads(hardware.cores())
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"], trust_remote_code=False)
-    model_config = json.loads((inputs["model"] / "config.json").read_text(encoding="utf-8"))
-    group_size = choose_group_size(config.group_size, [model_config["hidden_size"], model_config["intermediate_size"]])
+    sizes = layer_sizes(inputs["model"], "gptq")
+    group_size = choose_group_size(config.group_size, sizes)
     examples = calibration_examples(inputs["dataset"], tokenizer, config.calibration_rows, config.seed)
     # As ids: optimum's own tokenization would put a second BOS before what has one.
     calibration = [{"input_ids": [ids], "attention_mask": [[1] * len(ids)]} for ids in examples]
@@ -107,7 +122,7 @@ def quantize_gptq(config: QuantizeGptqConfig, inputs: Mapping[str, Path], out_di
         "group_size": group_size,
         "calibration_rows": len(examples),
         "calibration_tokens": sum(map(len, examples)),
-        "widest_layer": max(model_config["hidden_size"], model_config["intermediate_size"]),
+        "widest_layer": max(sizes),
         "size_mb": round(weights / 1e6, 3),
     }
 

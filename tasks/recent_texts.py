@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from tasks.core.rows import keep_sample
 from tasks.domain.errors import UserError
 from tasks.domain.labelled import has_half_character, parse_json
 
@@ -66,7 +67,7 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
 
     Args:
         uri: any fsspec URI or path; `*` stands for any part of a name, files that end in .gz, .bz2, .xz or .zst are unpacked.
-        most: texts to keep, a random sample of them all (reservoir sampling, Vitter 1985, algorithm R).
+        most: texts to keep, a random sample of them all.
 
     Raises:
         UserError: there is no such file, it cannot be read, one has more than `MOST_BYTES`, one needs more than
@@ -83,9 +84,7 @@ def read_texts(uri: str, most: int, seed: int = 0) -> RecentTexts:
                 found.add_bad(BadLine(name, number, problem))
             elif text:
                 found.usable += 1
-                place = len(found.texts) if len(found.texts) < most else draw.randrange(found.usable)
-                if place < most:
-                    found.texts[place : place + 1] = [text]
+                keep_sample(found.texts, text, found.usable, most, draw)
     found.sha256 = digest.hexdigest()
     if not found.usable:
         first = "; ".join(f"line {bad.line} {bad.problem}" for bad in found.bad[:SHOWN]) or "it is empty"

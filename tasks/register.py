@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from tasks.core.manifests import Manifest
 from tasks.core.registry import Registry
 from tasks.core.runner import Runner
 from tasks.core.tracking import Tracker
-from tasks.decide import recommended_cpu
+from tasks.decide import decided, recommended_cpu
 from tasks.gate import RegisterConfig
 from tasks.quantize_gguf import MODEL_FILE
 from tasks.registered import problem_of
@@ -89,11 +88,6 @@ def log_variants(
             logged[variant["name"]] = tracker.log_model(run_id, variant["name"], manifest.digest, artifacts, variant["runtime"])
         tracker.client.set_terminated(run_id)
     return logged
-
-
-def decided(store: Store, decision: Manifest) -> dict[str, Any]:
-    """What `decide` wrote."""
-    return json.loads((store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
 
 
 def judge_recommended(run: Runner, config: RegisterConfig, decision: Manifest, compared: Comparison | str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ VERDICTS = {
 def render(report: Json, out_dir: Path, card: Path | None = None, drawn: Path | None = None) -> None:
     """Write `report.json`, `report.html`, `report.md` and one PNG per plot into `out_dir`, which is made if need be.
 
-    `report` follows the report contract of DESIGN.md: rates are shares (0 to 1), sizes MB, times ms or s as named.
+    `report` is what `tasks/report.py` writes: rates are shares (0 to 1), sizes MB, times ms or s as named.
     Any figure may be None or absent; a sibling `<name>_reason`, or the variant's `notes`, then tells why.
     `card` is the folder of the data card (`tasks/data_card.py`), which is copied beside the report and shown in it; `drawn`
     that of the plots (`tasks/report_plots.py`), which are drawn now if there is none.
@@ -166,10 +166,8 @@ class Table(NamedTuple):
     rows: Sequence[Row]
 
 
-def _check(check: Any) -> str:
+def _check(check: Json) -> str:
     """A check of the gate in words."""
-    if not isinstance(check, dict):
-        return _text(check)
     passed = {True: "passed", False: "failed", None: "cannot tell"}[check.get("passed")]
     return f"{passed} · {_text(check.get('name'))}"
 
@@ -211,7 +209,7 @@ class _Page:
         heads = {"by_language": "Language", "by_intent": "Intent", "slot_f1": "Slot, F1"}
         counted = {"counts": "Split", "languages": "Language", "intents": "Intent", "noise": "Noise", "origins": "Origin",
                    "rejected": "Reason for rejection"}  # fmt: skip
-        stages = [{**stage, "key": (stage.get("key") or "")[:12] or None} for stage in report.get("stages") or []]
+        stages = [{**stage, "key": (stage.get("key") or "")[:12]} for stage in report.get("stages") or []]
         return {
             "report": report,
             "choices": self._facts(self.choice, [Column("CPU", "cpu"), Column("GPU", "gpu")]),
@@ -285,11 +283,11 @@ class _Page:
         return Table("Variant", kept, rows)
 
     def _measured(self) -> Table:
-        """How speed and memory were measured, with a column for each number of requests at a time."""
+        """How speed and memory were measured, with a column for each number of requests at a time above one."""
         shown = [v for v in self.variants if v.get("performance") and v.get("role") not in ("base", "api")]
-        loads = {int(load) for v in shown for load in _labels(v["performance"].get("requests_s_by_load"))}
+        loads = {int(load) for v in shown for load in _labels(v["performance"].get("requests_s_by_load"))} - {1}
         columns = [Column(f"{load} at a time", f"performance.requests_s_by_load.{load}", "number", "Requests/s") for load in sorted(loads)]
-        waits = {int(load) for v in shown for load in _labels(v["performance"].get("latency_ms_by_load"))}
+        waits = {int(load) for v in shown for load in _labels(v["performance"].get("latency_ms_by_load"))} - {1}
         columns += [Column(f"Latency p95, {load} at a time, ms", f"performance.latency_ms_by_load.{load}.p95") for load in sorted(waits)]
         return self._variants([*MEASURED_COLUMNS[:6], *columns, *MEASURED_COLUMNS[6:]], shown)
 
@@ -306,7 +304,10 @@ class _Page:
     def _breakdown(self, head: str, key: str) -> Table:
         shown = self.recommended + [v for v in self.variants if v.get("role") in ("base", "api") and not v.get("error")]
         labels = dict.fromkeys(label for v in shown for label in _labels(_look(v, ["quality", key])[0]))
-        rows = [Row(label, [self._cell(v, ["quality", key, label], "percent") for v in shown]) for label in labels]
+        rows = [
+            Row(label, [self._cell(v, ["quality", key, label], "percent", "neither labels nor answers have it") for v in shown])
+            for label in labels
+        ]
         return Table(head, [Column(_text(v.get("name")), "") for v in shown], rows)
 
     def _counts(self, head: str, data: Json, key: str) -> Table:
@@ -322,8 +323,6 @@ class _Page:
 
     def _not_run(self) -> list[str]:
         lines = [_text(line) for line in self.report.get("not_run") or []]
-        if not any(str(v.get("device")).startswith(("cuda", "gpu")) for v in self.variants):
-            lines.append("No variant was measured on a GPU.")
         lines += [f"{v.get('name')} failed: {_text(v['error'])}" for v in self.variants if v.get("error")]
         for column in VARIANT_COLUMNS + FIDELITY_COLUMNS:
             found = [_look(v, column.path) for v in self.variants if not v.get("error")]

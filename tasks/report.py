@@ -20,6 +20,7 @@ from tasks.core.runner import Runner
 from tasks.core.settings import Settings
 from tasks.core.source import git_state
 from tasks.core.tracking import Tracker
+from tasks.decide import decided
 from tasks.domain.errors import UserError
 from tasks.gate import in_markdown
 from tasks.overhead import overhead
@@ -47,7 +48,7 @@ def write_report(
     Returns:
         The folder, and whether no stage of the run computed anything.
     """
-    decided = json.loads((run.store.fetch(decision) / "decision.json").read_text(encoding="utf-8"))
+    found = decided(run.store, decision)
     finished = datetime.now(UTC)
     ended_well = [stage for stage in run.stages if stage["state"] != "failed"]
     report = {
@@ -60,15 +61,15 @@ def write_report(
         "started": started,
         "finished": finished.isoformat(timespec="seconds"),
         "wall_s": round((finished - datetime.fromisoformat(started)).total_seconds(), 1),
-        "environment": {**hardware.environment(), "measured_on": measured_on(decided["variants"])},
+        "environment": {**hardware.environment(), "measured_on": measured_on(found["variants"])},
         "stages": ended_well,
         "failed_stages": [stage["name"] for stage in run.stages if stage["state"] == "failed"],
         "dataset": {"sha256": dataset.digest, **dataset.metrics, "named_by_own_rows": card.metrics["named_by_own_rows"]},
         "training": training_facts(adapter, config),
-        **decided,
-        "reproducibility": reproducibility(ended_well, decided["variants"]),
-        "gate": gate,
-        "not_run": not_run(decided["variants"]),
+        **found,
+        "reproducibility": reproducibility(ended_well, found["variants"]),
+        "gate": gate | {f"{name}_reason": why for name, why in NOT_IN_GATE.items() if gate.get(name) is None},
+        "not_run": not_run(found["variants"]),
         "sbom": SBOM,
     }
     folder = run.settings.reports / run.run_id
@@ -130,14 +131,18 @@ def _variant_row(variant: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+NOT_IN_GATE = {"champion": "there was none", "challenger": "none was recommended", "delta": "not compared", "low": "not compared"}
+
+
 def training_facts(adapter: Manifest, config: RunConfig) -> dict[str, Any]:
     """The `training` of the report."""
     names = ("examples", "epochs", "tokens", "tokens_per_s", "trainable_params", "final_loss", "validation_loss", "precision", "steps")
     facts = {name: adapter.metrics.get(name) for name in names}
     if facts["tokens_per_s"] is None:
         facts["tokens_per_s_reason"] = "training was interrupted and taken up again, so its speed was not measured as a whole"
-    vocabulary = {"vocabulary": config.vocabulary.tokens} if config.vocabulary.tokens else {}
-    return {"base_model": config.base_model.source, **vocabulary, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
+    vocabulary = config.vocabulary.tokens or "all"
+    about = {"base_model": config.base_model.source, "vocabulary": vocabulary}
+    return {**about, **facts, "wall_s": adapter.wall_s, "peak_rss_mb": adapter.peak_rss_mb}
 
 
 def not_run(variants: Iterable[Mapping[str, Any]]) -> list[str]:

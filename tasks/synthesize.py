@@ -14,11 +14,12 @@ from pydantic import Field, field_validator
 
 from tasks.core import progress
 from tasks.core.manifests import describe_files, digest_of
+from tasks.core.rows import rows_of
 from tasks.core.stage import Seed, StageConfig, stage
 from tasks.data_card import GENERATOR, TEACHER_PATTERN, DataCard, origin_kind
 from tasks.domain.bank import load_bank
 from tasks.domain.errors import UserError
-from tasks.domain.labelled import read_training, reason_of
+from tasks.domain.labelled import ROWS_READ_BY, read_training, reason_of
 from tasks.domain.noise import KINDS
 from tasks.domain.scoring import text_contains_slots
 from tasks.domain.spec import AnswerStyle, PromptStyle, Spec, domain_path, line_of, load_spec
@@ -75,6 +76,9 @@ class SynthesizeConfig(StageConfig):
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise ValueError(f"unknown noise {unknown[0]!r}. Allowed: {', '.join(KINDS)}")
         return kinds
+
+    def in_key(self) -> dict[str, Any]:
+        return super().in_key() | ({"rows_read_by": ROWS_READ_BY} if self.extra_sha256 else {})
 
     def rows(self, split: Split) -> int:
         return {"train": self.train_rows, "validation": self.validation_rows, "test": self.test_rows, "hard": self.hard_rows}[split]
@@ -225,8 +229,7 @@ def extra_rows(paths: Iterable[Path], spec: Spec, admission: Admission, kind: st
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one split."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(rows_of(path))
 
 
 def in_turns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

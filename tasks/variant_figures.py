@@ -77,6 +77,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         "device": performance["device"],
         "threads": performance["threads"],
         "kernel": performance["kernel"],
+        "kernel_reason": "llama.cpp has no such classes" if variant.runtime == "llama_cpp" else None,
         "size_mb": sum(weights) / 1e6,
         "sha256": model["digest"],
         "key": model["key"],
@@ -258,7 +259,7 @@ def _price(performance: Mapping[str, Any], config: DecideConfig) -> dict[str, An
             "usd_per_1k_requests": None,
             "usd_per_1k_requests_reason": "decide.machine_usd_per_hour, what the machine costs, is not set",
         }
-    by_load = performance["requests_s_by_load"] | {"None": performance["requests_s_batched"], "1": performance["requests_s"]}
-    if (each_second := by_load.get(str(config.at_a_time))) is None:  # the base model is asked fewer
-        return {"usd_per_1k_requests": None, "usd_per_1k_requests_reason": f"not measured with {config.at_a_time} requests at a time"}
+    load = config.at_a_time or performance["parallel"]
+    if (each_second := performance["requests_s_by_load"].get(str(load))) is None:  # the base model is asked fewer
+        return {"usd_per_1k_requests": None, "usd_per_1k_requests_reason": f"not measured with {load} requests at a time"}
     return {"usd_per_1k_requests": config.machine_usd_per_hour / 3600 * 1000 / each_second}

@@ -178,6 +178,7 @@ def test_a_model_behind_an_api_is_evaluated_like_any_other(
     figures = json.loads(out.read_text())
     assert figures["exact_match"]["value"] == 0.5 and figures["usd_per_1k_requests"] > 0
     assert figures["confusion"]["out_of_scope"] == {"add_to_cart": 1} and figures["bad_lines"][0]["line"] == 3
+    assert "by language" in done.stdout and "'bye'" in done.stdout  # the worst rows
     assert "dollars for 1,000 requests" in done.stdout and "out_of_scope -> add_to_cart" in done.stdout
     assert "Intents and their slots" in server.requests[0]["messages"][0]["content"]  # it was not fine-tuned: the long instructions
 

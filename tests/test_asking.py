@@ -68,6 +68,13 @@ def test_a_field_that_is_null_is_one_that_is_not_there(tmp_path: Path) -> None:
     assert [row["line"] for row in read_training(tmp_path / "mine.jsonl", SPEC)[0]] == [1, 2]
 
 
+def test_a_whole_number_that_is_written_with_a_point_is_one(tmp_path: Path) -> None:
+    """pandas writes a column of integers so where some rows have none."""
+    rows, bad = read(tmp_path, {**GOOD, "gold": {**GOOD["gold"], "quantity": 2.0}}, {**GOOD, "gold": {**GOOD["gold"], "quantity": 2.5}})
+    assert str(rows[0]["gold"]["quantity"]) == "2"
+    assert [problem for _, problem in bad] == ["`gold.quantity` is 2.5. Allowed: an integer"]
+
+
 def test_of_many_intents_a_message_names_the_first(tmp_path: Path) -> None:
     many = SPEC.model_copy(update={"intents": {f"intent_{number}": Intent() for number in range(40)}})
     path = tmp_path / "mine.jsonl"
@@ -226,7 +233,8 @@ def test_answers_are_counted_by_slot_source_and_confusion(tmp_path: Path) -> Non
     result = score(rows, answers, SPEC)
     assert result["by_slot"]["product"] == pytest.approx({"value": 1 / 3, "low": 0.0615, "high": 0.7923, "n": 3}, abs=1e-3)
     assert result["by_slot"]["quantity"]["n"] == 2 and "order_id" not in result["by_slot"]
-    assert {name: part["n"] for name, part in result["by_source"].items()} == {"chat": 1, "mail": 1, "?": 1}
+    assert result["slot_f1"]["product"] == 0.5  # one of four values that either has is in both
+    assert {name: (part["value"], part["n"]) for name, part in result["by_source"].items()} == {"chat": (0, 1), "mail": (0, 1), "?": (0, 1)}
     assert result["confusion"] == {"add_to_cart": {"add_to_cart": 1, "unparseable": 1}, "view_cart": {"search_product": 1}}
     worst = wrong_answers(rows, answers, SPEC)
     assert [item["line"] for item in worst] == [2, 3, 1] and worst[0]["problem"] == "no_json" and worst[0]["source"] == "mail"

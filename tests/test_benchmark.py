@@ -57,9 +57,15 @@ def test_runs_together_give_medians_percentiles_of_all_requests_and_how_far_they
         run_of(tmp_path / "2", 8.0, [0.1, 0.1]),
     ]
     found = pooled(runs)
-    assert found["requests_s"] == 10.0 and found["requests_s_by_load"] == {"4": 10.0} and found["threads"] == 2 and found["device"] == "cpu"
+    assert (
+        found["requests_s"] == 10.0
+        and found["requests_s_by_load"] == {"1": 10.0, "4": 10.0}
+        and found["threads"] == 2
+        and found["device"] == "cpu"
+    )
     assert found["latency_ms"]["p50"] == pytest.approx(100) and found["latency_ms"]["p99"] > 250  # of all six
-    assert list(found["latency_ms_by_load"]) == ["4", "16"] and found["latency_ms_by_load"]["16"]["p50"] == pytest.approx(1600)
+    assert list(found["latency_ms_by_load"]) == ["1", "4", "16"] and found["latency_ms_by_load"]["1"] == found["latency_ms"]
+    assert found["latency_ms_by_load"]["16"]["p50"] == pytest.approx(1600)
     assert found["tpot_ms"]["p50"] == pytest.approx(22.5) and found["ttft_ms"]["p95"] == pytest.approx(10)
     assert found["runs"] == 3 and found["spread"]["requests_s"] == pytest.approx(0.4) and found["spread"]["decode_tok_s"] == 0
     assert found["others_cores"] == 0.5  # the worst, not the median
@@ -92,12 +98,17 @@ def test_what_this_process_and_its_children_do_themselves_is_their_own() -> None
 
 
 def test_a_machine_that_was_not_quiet_is_called_so() -> None:
-    def variant(name: str, others: float) -> dict[str, Any]:
-        return {"name": name, "role": "candidate", "performance": {"others_cores": others, "stolen_cores": 0.01}}
+    def variant(name: str, others: float, stolen: float = 0.01, apart: float | None = None) -> dict[str, Any]:
+        spread = None if apart is None else {"requests_s": apart}
+        return {"name": name, "role": "candidate", "performance": {"others_cores": others, "stolen_cores": stolen, "spread": spread}}
 
     quiet = measurement([variant("a", 0.0), variant("b", QUIET / 2)])
     busy = measurement([variant("a", 0.7), variant("b", 0.0)])
     assert quiet and quiet["quiet"] and busy and not busy["quiet"] and busy["most_disturbed"] == "a"
+    stolen = measurement([variant("a", 0.0), variant("b", 0.0, stolen=0.5)])
+    assert stolen and not stolen["quiet"] and stolen["most_disturbed"] == "b"
+    repeated = measurement([variant("a", 0.0, apart=0.1), variant("b", 0.0, apart=0.4), variant("c", 0.0, apart=0.2)])
+    assert repeated and (repeated["spread"], repeated["least_steady"]) == (0.4, "b") and quiet["spread"] is None
     assert measurement([]) is None
 
 

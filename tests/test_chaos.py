@@ -42,10 +42,13 @@ def sql(world: World, *statements: str) -> None:
 def test_faults_on_a_small_pipeline_lose_nothing(small: World) -> None:
     """One of every kind that is about neither MLflow's server nor a teacher; `make chaos` draws from all."""
     names = [fault.name for fault in FAULTS if not fault.prefect and "MLflow" not in fault.name and "teacher is" not in fault.name]
+    struck = run = 0
     for number, name in enumerate(names):
         if small.mounting or name != "the store is read-only":
             found = cycle(small, number, name)
             assert not found.problems, f"{found}\n{found.output}"
+            struck, run = struck + found.struck, run + 1
+    assert struck > run / 2  # a moment is a time: it can be over
 
 
 @pytest.mark.slow

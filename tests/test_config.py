@@ -21,7 +21,7 @@ from flows.cli import dashboards, main
 from flows.doctor import checks_of, machine_facts
 from tasks.asking import find_model
 from tasks.base_model import OFFLINE, TINY, BaseModelConfig, base_model, check_unchanged, offline_gguf, resolve
-from tasks.config import PROFILES, check_room, disk_needed, load_config, profiles
+from tasks.config import PROFILES, check_room, disk_needed, dump, load_config, profiles
 from tasks.config import resolve as resolve_run
 from tasks.core import hardware
 from tasks.core import stage as seam
@@ -29,7 +29,7 @@ from tasks.core.artifacts import Store
 from tasks.core.settings import given_credentials, load_settings
 from tasks.domain.errors import UserError
 from tasks.overrides import parse_overrides
-from tasks.quantize_gptq import choose_group_size
+from tasks.quantize_gptq import choose_group_size, layer_sizes
 
 pytestmark = pytest.mark.fast
 Cartwright = Callable[..., subprocess.CompletedProcess[str]]
@@ -174,6 +174,15 @@ def test_so_does_an_api_that_cannot_be_asked(
     home: Path, api: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     test_bad_input_stops_before_any_work(home, ["--set", f"api={api}"], message, monkeypatch, capsys)
+
+
+def test_the_configuration_can_be_shown_before_anything_is_made(cartwright: Cartwright, home: Path) -> None:
+    shown = cartwright("run", "--profile", "smoke", "--set", "train.epochs=2", "--show-config")
+    assert shown.returncode == 0 and not home.exists()
+    assert (
+        shown.stdout == dump(resolve_run(load_config("smoke", {"train.epochs": 2}))) + "\n"
+        and json.loads(shown.stdout)["train"]["epochs"] == 2
+    )
 
 
 def test_so_does_the_command_itself(cartwright: Cartwright, home: Path) -> None:
@@ -531,6 +540,13 @@ def test_group_size_divides_the_dimensions() -> None:
     assert choose_group_size(32, [576, 1536]) == 32
     with pytest.raises(UserError, match=r"gptq.group_size = 128: does not divide.*Allowed: 64, 32, 16"):
         choose_group_size(128, [576, 1536])
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_model_that_does_not_say_its_sizes_is_one_message(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "hidden_size": 64}')
+    with pytest.raises(UserError, match=rf"{kind} = 'gpt2': .*does not say 'intermediate_size'.*--set {kind}=\[\]"):
+        layer_sizes(tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq"])

@@ -230,7 +230,7 @@ def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
     for seed in range(200):
         segments = [
             Segment("Bitte legen Sie "),
-            Segment("12", protected=True),
+            Segment("SOMMER-12", protected=True),
             Segment(" "),
             Segment("grüne Äpfel", "product"),
             Segment(", danke schön."),
@@ -239,7 +239,7 @@ def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
         KINDS[kind](segments, Random(seed))
         text = "".join(segment.text for segment in segments)
         changed += text != before
-        assert any(segment.protected and segment.text == "12" for segment in segments)
+        assert [segment.text.upper() for segment in segments if segment.protected] == ["SOMMER-12"]
     assert changed > 100
 
 
@@ -247,7 +247,9 @@ def test_noise_changes_the_label_with_the_text_and_no_number(kind: str) -> None:
 def test_seed_changes_rows_but_no_split() -> None:
     a, b = make_generator(SMALL), make_generator(SMALL.model_copy(update={"seed": 8}))
     assert [a.row("train", i)["text"] for i in range(20)] != [b.row("train", i)["text"] for i in range(20)]
-    assert {a.row("hard", i)["origin"] for i in range(500)} & {b.row("hard", i)["origin"] for i in range(500)}
+    trained = [b.row("train", i) for i in range(3000)]
+    assert not {a.row("hard", i)["origin"] for i in range(500)} & {row["origin"] for row in trained}
+    assert not {row["product"] for row in trained} & {a.row("test", i)["product"] for i in range(500)} - {None}
 
 
 # --- broken files ------------------------------------------------------------------------------------------------

@@ -293,6 +293,8 @@ def test_texts_of_the_same_generator_have_not_drifted(shop: Shop, tmp_path: Path
     columns = {column["name"]: column for column in found["columns"]}
     assert set(columns) == {"language", "characters", "words", "unknown_words", "unparseable", "confidence", "intent"}
     assert columns["confidence"]["distance"] is not None and 0 < columns["confidence"]["recent"]["mean"] < 1
+    rows = shop.dataset.metrics["counts"]["train"]
+    assert found["visible_from"] == pytest.approx(visible_from(rows, 200, 0.01 / 6))  # six are compared, and share what may go wrong
     assert columns["intent"]["drift"] is None and any("Intents" in reason for reason in found["reasons"])  # it answers nonsense
     assert all(text not in json.dumps(found["columns"]) for text in texts_like_training(200) if len(text) > 20)
     assert found["samples"] == [] and "drift_confidence" not in (found["out"] / "drift.html").read_text()
@@ -319,16 +321,12 @@ def test_the_reasons_name_what_has_changed(shop: Shop, tmp_path: Path) -> None:
 
 def test_new_words_are_named_when_several_texts_have_them(shop: Shop, tmp_path: Path) -> None:
     usual = texts_like_training(60)
-    found = check(
-        shop,
-        write(
-            tmp_path / "new.jsonl", [f"{text} vjetrenjača" for text in usual[:6]] + [f"{text} Mirjanić" for text in usual[6:8]] + usual[8:]
-        ),
-    )
-    assert (
-        found["new_words"][0] == {"word": "vjetrenjača", "texts": 6}
-        and "mirjanić" not in (found["out"] / "drift.json").read_text().casefold()
-    )
+    five, four = [f"{text} vjetrenjača" for text in usual[:5]], [f"{text} Mirjanić" for text in usual[5:9]]
+    pasted = [f"{usual[9]} Novaković"] * 9  # of one text
+    found = check(shop, write(tmp_path / "new.jsonl", [*five, *four, *pasted, *usual[10:]]))
+    assert {"word": "vjetrenjača", "texts": 5} in found["new_words"]
+    written = (found["out"] / "drift.json").read_text().casefold()
+    assert "vjetrenjača" in written and "mirjanić" not in written and "novaković" not in written
 
 
 def test_too_few_texts_are_inconclusive_and_bad_lines_are_kept(shop: Shop, tmp_path: Path) -> None:
@@ -411,6 +409,7 @@ def test_a_check_is_published_everywhere_and_promotes_nothing(shop: Shop, cartwr
 @pytest.mark.slow
 def test_what_cannot_be_checked_is_one_message_and_starts_nothing(cartwright: Cartwright, home: Path, tmp_path: Path) -> None:
     texts = str(write(tmp_path / "some.jsonl", ["my cart"]))
+    assert cartwright("drift", CARTWRIGHT_TEXTS="/no.jsonl").stderr.startswith("Error: texts = '/no.jsonl': does not exist")
     for arguments, message in (
         (("--texts", texts), f"model = 'shop-intent': has no champion in sqlite:///{home}/mlflow.db. Run `cartwright run` first"),
         (("--texts", str(tmp_path / "no.jsonl")), f"texts = '{tmp_path}/no.jsonl': does not exist"),

@@ -27,9 +27,11 @@ from tasks.fidelity import (
     ASKED,
     LOGITS,
     Asked,
+    Divergence,
     FidelityConfig,
     ReferenceLogitsConfig,
     _not_made_by_rounding,
+    _verdict,
     divergence,
     fidelity,
     judge,
@@ -241,7 +243,7 @@ def test_the_dequantized_file_runs_in_transformers(world: World) -> None:
 
     model = world.quantized("Q8_0")
     rows, _ = world.asked()
-    elsewhere = _in_transformers(world.path(model) / MODEL_FILE, {})
+    elsewhere = _in_transformers(world.path(model) / MODEL_FILE)
     here = LlamaCppRuntime(world.path(model) / MODEL_FILE, 1)
     logits = [[runtime.completion_logits(row.prompt, row.completion) for row in rows] for runtime in (elsewhere, here)]
     assert divergence(logits[0], logits[1], rows).mean_kld < 1e-2
@@ -365,7 +367,7 @@ def _decision(folder: Path, verdict: str, right: list[bool]) -> dict[str, Any]:
             )
         )
         dtypes = {"evaluate": None, "benchmark": None} if candidate else {"evaluate": "bfloat16", "benchmark": "float16"}
-        performance = {"device": "cpu", "threads": 2, "kernel": None, "dtype": dtypes["benchmark"], "requests_s": speed, "requests_s_batched": speed, "rss_mb": 9 - speed, "peak_rss_mb": 9.0, "private_mb": 8 - speed, "others_cores": 0.0, "stolen_cores": 0.0}  # fmt: skip
+        performance = {"device": "cpu", "threads": 2, "kernel": None, "dtype": dtypes["benchmark"], "requests_s": speed, "requests_s_batched": speed, "requests_s_by_load": {}, "rss_mb": 9 - speed, "peak_rss_mb": 9.0, "private_mb": 8 - speed, "others_cores": 0.0, "stolen_cores": 0.0}  # fmt: skip
         inputs[f"model:{name}"] = _artefact(folder / f"m{name}", "merge", {})
         rows = right if name == "gguf-Q4_1" else [True] * 60
         inputs[f"evaluate:{name}"] = _artefact(
@@ -377,6 +379,16 @@ def _decision(folder: Path, verdict: str, right: list[bool]) -> dict[str, Any]:
     inputs["fidelity:gguf-Q4_1"] = _artefact(folder / "f", "fidelity", {"verdict": verdict, "why": "Because."})
     decide.function(DecideConfig(variants=tuple(variants)), inputs, folder)
     return json.loads((folder / "decision.json").read_text())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("agreement", "retained", "verdict"),
+    [(0.95, 0.5, "ok"), (0.949, 0.5, "degraded"), (0.95, 0.499, "erased")],
+)
+def test_where_the_verdicts_begin(agreement: float, retained: float, verdict: str) -> None:
+    """95% of next tokens and half of the fine-tuning, as the README says."""
+    assert _verdict(Divergence(0.1, 0.2, agreement, 1.0, 1.0), Comparison(0.1, retained), 9, 9, None)[0] == verdict
 
 
 @pytest.mark.fast

@@ -157,7 +157,7 @@ def test_specification(folder: Path, data: bytes) -> None:
     if isinstance(spec, UserError):
         return
     assert len(set(spec.intent_codes.values())) == len(spec.intents) and answer_grammar(spec)
-    assert all(spec.slot_codes.values()) and spec.fallback_intent
+    assert all(spec.slot_codes.values()) and sum(intent.fallback for intent in spec.intents.values()) == 1
     (folder / "rows.jsonl").write_text('{"text": "x", "gold": {"intent": "add", "product": "x"}}')
     read_labelled(folder / "rows.jsonl", spec)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flows import approval
 from tasks import gate
 from tasks.gate import RegisterConfig
 
@@ -78,7 +79,8 @@ def test_test_each_language_hard_and_own_rows_are_compared_with_their_margins(tm
         "hard": True,
         "own": None,
     }
-    assert checks["test"]["margin"] == CONFIG.margin and checks["own"]["margin"] == CONFIG.group_margin
+    margins = {"test": 0.02, "test, de": 0.05, "test, en": 0.05, "hard": 0.05, "own": 0.05}  # as the README promises
+    assert {name: check["margin"] for name, check in checks.items()} == margins
     verdict = gate.judge(CONFIG, CHAMPION, challenger(), {}, list(checks.values()))
     assert verdict["verdict"] == "hold" and verdict["delta"] == 0 and -CONFIG.margin < verdict["low"] < 0
     without_german = [check for name, check in checks.items() if name != "test, de"]
@@ -111,6 +113,15 @@ def test_with_promotion_off_what_would_pass_is_held() -> None:
     verdict = gate.judge(off, None, challenger(), {}, WHY)
     assert verdict["verdict"] == "hold" and "promotion is off" in verdict["checks"][-1]["name"]
     assert gate.judge(off, CHAMPION, challenger(), {}, WHY)["verdict"] == "inconclusive"
+
+
+def test_what_a_person_refuses_in_the_ui_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's own part, the question and the wait for its answer, is replaced."""
+    passed = gate.judge(CONFIG, None, challenger(), {}, WHY)
+    monkeypatch.setattr(approval, "suspend_flow_run", lambda **_: approval.Approval(promote=False, by="Ana", why="prices are wrong"))
+    said = approval.ask(passed)
+    assert said["verdict"] == "hold" and (said["by"], said["why"]) == ("Ana", "prices are wrong")
+    assert said["checks"] == [*passed["checks"], {"name": "Ana refused it: prices are wrong", "passed": False}]
 
 
 def test_what_a_person_rolled_back_only_a_person_promotes_again() -> None:

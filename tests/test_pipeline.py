@@ -156,6 +156,7 @@ def test_the_report_says_where_the_time_went(finished: Finished) -> None:
             assert 0 < stage["worked_s"] <= stage["computed_in_s"] + 0.002, stage
     assert worked["register"] > 0  # the model that was promoted had to answer
     page = (finished.home / "reports" / "latest" / "report.html").read_text(encoding="utf-8")
+    assert "no reason was recorded" not in page  # of what is not measured each says why
     assert "Where the time went" in page and "Prefect: flow runs" in page
 
 
@@ -297,6 +298,8 @@ def test_the_model_can_be_asked(finished: Finished, tmp_path: Path) -> None:
 def test_what_was_promoted_had_to_answer_first(finished: Finished) -> None:
     checks = latest(finished.home)["gate"]["checks"]
     assert checks[-1] == {"name": "loads from the registry and answers", "passed": True}
+    with sqlite3.connect(finished.home / "prefect" / "prefect.db") as database:
+        assert ("cartwright.gate.promote",) in database.execute("select event from events").fetchall()
 
 
 def test_the_champion_is_asked_as_it_was_trained_whatever_the_latest_run_asks(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,3 +488,6 @@ def test_a_challenger_is_asked_the_rows_of_the_gate_as_the_champion_is(finished:
     assert "already" in call(home, "promote").stderr
     back = call(home, "rollback")
     assert back.returncode == 0 and "version 1" in back.stdout
+    assert "Gate: hold" in run(home, *wide).stdout
+    last = latest(home)["gate"]["checks"][-1]
+    assert last["name"].startswith("it was rolled back at ") and last["passed"] is False

@@ -9,9 +9,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,13 @@ from tasks.core.registry import CHAMPION, PREVIOUS, Registry, champion_files
 from tasks.core.settings import load_settings
 from tasks.core.tracking import open_parent
 from tasks.domain.errors import UserError
+from tasks.domain.scoring import answer_text, compact_json
+from tasks.domain.spec import load_spec
 from tasks.register import promote_by_hand
 from tasks.registered import problem_of
 
 NAME = "shop-intent"
+SPEC = load_spec("ecommerce")
 
 
 @pytest.fixture
@@ -314,10 +318,26 @@ def test_a_rollback_that_took_too_long_moves_nothing(
     assert aliases(registry)[1] == "1" and not decisions(registry, "1") and not registry.rolled_back(NAME, "Q4_0")
 
 
+def test_the_registered_model_answers_each_text_with_its_json_and_gives_what_is_none_as_it_was_written() -> None:
+    """Its model is replaced by one whose answers come as those of several requests at a time do: the shortest first."""
+    from tasks.pyfunc_model import ShopIntent
+
+    milk = {"intent": "add_to_cart", "product": "milk", "quantity": 2}
+    written = {1: "no idea", 2: answer_text({"intent": "view_cart"}, SPEC), 0: answer_text(milk, SPEC)}
+
+    def generate(asked: list[Any], *_: int) -> Iterator[Any]:
+        assert [conversation[-1]["content"].strip() for conversation in asked] == ["2 milk", "?", "cart"]
+        yield from (SimpleNamespace(index=index, text=text) for index, text in written.items())
+
+    model = ShopIntent()
+    model._spec, model._model = SPEC, SimpleNamespace(generate=generate)
+    assert model.predict(None, ["2 milk", "?", "cart"]) == [compact_json(milk), "no idea", '{"intent":"view_cart"}']
+
+
 def test_a_champion_whose_files_are_gone_does_not_work(registry: Registry, home: Path) -> None:
     shutil.rmtree(home / "Q8_0")
     problem = problem_of(NAME, "1")
-    assert problem and "Traceback" not in problem
+    assert "model.gguf is missing" in problem
 
 
 def test_a_person_promotes_by_hand_and_what_was_decided_is_written_down(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

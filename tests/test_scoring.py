@@ -137,7 +137,8 @@ def test_score_counts_every_row() -> None:
     assert result["intent_accuracy"] == pytest.approx(2 / 3)
     assert result["json_valid"] == pytest.approx(2 / 3)
     assert result["slot_f1"]["product"] == 0.0
-    assert result["by_language"]["de"]["n"] == 2
+    assert result["by_language"] == {"de": proportion(0, 2), "en": proportion(1, 1)}
+    assert result["by_intent"] == {"search_product": proportion(0, 2), "view_cart": proportion(1, 1)}
     assert result["problems"] == {"no_json": 1}
     assert result["correct"] == [True, False, False]
     json.dumps(result)

@@ -180,6 +180,9 @@ def test_a_run_with_a_teacher_whose_key_is_in_a_secret_block(
         logged = {key: value for key, value in database.execute(query) if key in ("tokens", "prompt_version", "requests")}
         named = database.execute("select count(*) from params where key = 'model' and value = 'openai/m'").fetchone()[0]
     assert logged == {"tokens": 180, "prompt_version": 1, "requests": 12} and named
+    with sqlite3.connect(home / "prefect" / "prefect.db") as database:
+        told = database.execute("select resource_id from events where event = 'cartwright.teacher.budget'").fetchall()
+    assert told == [("cartwright.teacher.openai/m",)]
     again = cartwright(*arguments)
     assert again.returncode == 0 and len(server.requests) == 12, again.stderr
     report = json.loads((home / "reports" / "latest" / "report.json").read_text())

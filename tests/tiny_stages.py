@@ -17,11 +17,11 @@ from typing import Any
 from tasks.checkpoints import newest_whole, seal
 from tasks.core import progress
 from tasks.core.lifetime import tied
-from tasks.core.manifests import CHECKPOINTS
+from tasks.core.manifests import CHECKPOINTS, checksum
 from tasks.core.settings import load_settings
 from tasks.core.stage import StageConfig, stage
 from tasks.domain.errors import UserError
-from tasks.teaching.log import Answer, AnswerLog, request_hash
+from tasks.teaching.log import Answer, AnswerLog
 
 
 class CountConfig(StageConfig):
@@ -130,7 +130,7 @@ class BuyConfig(StageConfig):
 @stage("buy", version=1)
 def buy(config: BuyConfig, inputs: Mapping[str, Path], out_dir: Path) -> dict[str, Any]:
     """Ask over HTTP what the teacher's log does not hold, as `teach` does, without LiteLLM, whose import takes seconds."""
-    plan = {request_hash({"n": number}): f"question {number}" for number in range(config.answers)}
+    plan = {checksum({"n": number}): f"question {number}" for number in range(config.answers)}
     bought = 0
     with AnswerLog(load_settings().home / "teacher" / "answers.jsonl", plan) as log:
         for name, question in progress.track(plan.items(), len(plan), "answers"):

@@ -70,22 +70,22 @@ def says_full(error: BaseException | None) -> bool:
 
 
 @functools.cache
-def cpu_model() -> str:
+def _cpuinfo() -> tuple[str, ...]:
+    """What Linux says of the processors, line by line; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return tuple(Path("/proc/cpuinfo").read_text().splitlines())
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return ()
+
+
+def cpu_model() -> str:
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), []))
+    return frozenset(next((line.partition(":")[2].split() for line in _cpuinfo() if line.startswith(("flags", "Features"))), []))
 
 
 def cores() -> int:
@@ -139,14 +139,9 @@ def lacks_to_compile() -> list[str]:
     return lacks if header.is_file() else [*lacks, f"{header} (Debian's package python{version}-dev)"]
 
 
-@functools.cache
 def cpu_generation() -> str:
     """Family and model: virtual machines call very different processors by one name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines[:40])}
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in _cpuinfo()[:40])}
     return "/".join(facts[name] for name in ("cpu family", "model", "stepping") if name in facts)
 
 
@@ -195,12 +190,14 @@ def machine() -> str:
 
 def environment() -> dict[str, Any]:
     """The `environment` of a report."""
+    found = gpu()
     return {
         "cpu": cpu_model(),
         "instructions": " ".join(flag for flag in INSTRUCTIONS if flag in cpu_flags()),
         "cores": cores(),
         "ram_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpu(),
+        "gpu": found,
+        **({} if found else {"gpu_reason": "there is none"}),
         "python": platform.python_version(),
         "packages": versions(),
     }

@@ -183,7 +183,7 @@ class Tracker:
         self.client.log_batch(run_id, [Metric(metric_name(name), value, now, step) for name, value in metrics.items()], wanted)
 
     @ledger.charge("mlflow")
-    def log_stage(self, label: str, manifest: Manifest, cached: bool) -> str:
+    def log_stage(self, label: str, manifest: Manifest, cached: bool) -> None:
         """Write a finished stage into its child run and end it.
 
         Figures of an evaluation's parts, such as `test.by_language.de.value`, are in the variant's run, and not here once more: they are most
@@ -197,7 +197,6 @@ class Tracker:
         }
         self.log(run_id, dict(list(metrics.items())[:900]), as_params(manifest.config))
         self.client.set_terminated(run_id)
-        return run_id
 
     @ledger.charge("mlflow")
     def log_files(self, run_id: str, folder: Path, artifact_path: str | None = None) -> None:

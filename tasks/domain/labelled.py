@@ -19,6 +19,7 @@ from tasks.domain.files import read_bytes
 from tasks.domain.scoring import normalise
 from tasks.domain.spec import CatalogSlot, CodeSlot, IntegerSlot, SlotDefault, Spec
 
+ROWS_READ_BY = 2  # number of the rules of this module: what was made of a team's rows by others is made anew
 LARGEST_FILE = 256_000_000  # bytes
 MOST_LINES = 500_000  # of a file; a row takes about a kilobyte in memory, however short it is
 LONGEST_LINE = 1_000_000  # characters
@@ -161,12 +162,16 @@ def reason_of(problem: str) -> str:
 
 
 def _plain(row: Any) -> Any:
-    """A row without the fields, and the slots of its label, that are null; a `source` that is a number as its text."""
+    """A row without the fields, and the slots of its label, that are null; a `source` that is a number as its text.
+
+    A label's 2.0 is 2: pandas writes a column of whole numbers so where some rows have none.
+    """
     if not isinstance(row, dict):
         return row
     row = _without_nulls(row)
     if isinstance(row.get("gold"), dict):
-        row["gold"] = _without_nulls(row["gold"])
+        whole = {name: int(value) for name, value in row["gold"].items() if isinstance(value, float) and value.is_integer()}
+        row["gold"] = _without_nulls(row["gold"]) | whole
     if isinstance(row.get("source"), int) and not isinstance(row["source"], bool):
         row["source"] = str(row["source"])
     return row

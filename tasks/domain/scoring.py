@@ -13,6 +13,7 @@ from typing import Any
 
 from tasks.domain.spec import CatalogSlot, IntegerSlot, Spec
 
+Z95 = 1.959963984540054  # quantile 0.975 of the normal distribution, for 95% intervals
 UNPARSEABLE = "unparseable"  # column of the confusion matrix for what is no answer
 Gold = Mapping[str, Any]  # {"intent": ..., slot: value, ...}
 
@@ -135,12 +136,12 @@ def wrong_fields(gold: Gold, answer: Gold, fields: Iterable[str] | None = None) 
     return [name for name in names if labelled.get(name) != answered.get(name)]
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95% score interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953); (0, 1) without data."""
     if n == 0:
         return 0.0, 1.0
-    p, zz = successes / n, z * z
-    centre, half = p + zz / (2 * n), z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    p, zz = successes / n, Z95 * Z95
+    centre, half = p + zz / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
     low, high = (centre - half) / (1 + zz / n), (centre + half) / (1 + zz / n)
     return max(0.0, min(p, low)), min(1.0, max(p, high))  # rounding may put a bound beyond a proportion of 0 or 1
 

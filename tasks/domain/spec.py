@@ -139,10 +139,6 @@ class Spec(_Frozen):
             raise Misfit(problem, "zero_shot_prompt")
         return self
 
-    @property
-    def fallback_intent(self) -> str:
-        return next(name for name, intent in self.intents.items() if intent.fallback)
-
     @functools.cached_property
     def intent_codes(self) -> dict[str, str]:
         """What a short answer calls each intent: the first word of its name where no other begins with it."""

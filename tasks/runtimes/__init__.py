@@ -1,4 +1,4 @@
-"""One small class per way to run a model; all of them answer the same calls."""
+"""One small class per way to run a model on this machine; all of them answer the same calls. Beside them, one for models behind an API."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ class Completion:
     tokens: tuple[int, ...] = field(default=(), kw_only=True)
 
 
-class Runtime(Protocol):
-    """A loaded model. Decoding is greedy and stops at the end of the turn."""
+class LocalRuntime(Protocol):
+    """A loaded model on this machine. Decoding is greedy and stops at the end of the turn.
+
+    `share_prefix`: read only once what all prompts begin with.
+    """
 
     device: str
     threads: int
+    share_prefix: bool
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
         """Answer every conversation, `parallel` at a time, in the order in which they are finished.
 
-        One on this machine whose prompt has more than `LONGEST_PROMPT` tokens, besides those with which all begin, gets an empty
+        One whose prompt has more than `LONGEST_PROMPT` tokens, besides those with which all begin, gets an empty
         answer, see `too_long`.
         """
         ...
@@ -59,12 +63,6 @@ class Runtime(Protocol):
     def decode_tokens_per_s(self, tokens: int) -> float:
         """Speed of writing `tokens` tokens one after the other, tokens/s."""
         ...
-
-
-class LocalRuntime(Runtime, Protocol):
-    """A model on this machine, which can be looked into. `share_prefix`: read only once what all prompts begin with."""
-
-    share_prefix: bool
 
     def forget(self) -> None:
         """Forget what was learnt from earlier requests, so that the next ones are measured as the first ones were."""

@@ -43,9 +43,6 @@ class LiteLlmRuntime:
             the thread that asked, so that who is interrupted loses nothing that was paid for; what else got no answer once it is not `in_doubt`.
     """
 
-    device = "api"
-    threads = 0
-
     def __init__(
         self,
         model: str,
@@ -68,7 +65,7 @@ class LiteLlmRuntime:
         self._keep, self._keeping = keep, threading.Lock()
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Generator[ApiCompletion, None, None]:
-        """See `Runtime.generate`. The time to the first token is not known: answers come whole.
+        """See `LocalRuntime.generate`. The time to the first token is not known: answers come whole.
 
         The first request goes alone: what is wrong with address, model or key shows once, and what an answer costs is known. What got no
         answer for a reason that may pass is asked once more at the end.
@@ -212,14 +209,6 @@ class LiteLlmRuntime:
         mend = key_mend(self.model) if isinstance(error, Forbidden) else "Check the network and the API's address"
         problem = f"gave no answer to {len(self._doubted)} requests in a row ({_problem(error)})"
         return UserError("model", self.model, problem, mend=f"{mend}, and run again")
-
-    def prefill_tokens_per_s(self, tokens: int) -> float:
-        """Not to be known of an API."""
-        return float("nan")
-
-    def decode_tokens_per_s(self, tokens: int) -> float:
-        """Not to be known of an API."""
-        return float("nan")
 
 
 def _problem(error: Exception) -> str:

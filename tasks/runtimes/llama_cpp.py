@@ -199,7 +199,7 @@ class LlamaCppRuntime:
         return np.stack(self._logits([(token, at, 1, at >= len(prompt) - 1) for at, token in enumerate(tokens)]))
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
-        """See `Runtime.generate`. A sequence that ends makes room for the next conversation at once."""
+        """See `LocalRuntime.generate`. A sequence that ends makes room for the next conversation at once."""
         encoded = [self.encode(conversation) for conversation in conversations]
         refused = too_long(encoded)
         yield from refused.values()
@@ -314,14 +314,14 @@ class LlamaCppRuntime:
     # Fixed lengths -----------------------------------------------------------------------------------------------
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
-        """See `Runtime`. As llama-bench's `pp`: one prompt from an empty cache."""
+        """See `LocalRuntime`. As llama-bench's `pp`: one prompt from an empty cache."""
         self._make_context(1, tokens)
         started = time.perf_counter()
         self._evaluate([(i % self._vocab_size, i, 1, i == tokens - 1) for i in range(tokens)])
         return tokens / (time.perf_counter() - started)
 
     def decode_tokens_per_s(self, tokens: int) -> float:
-        """See `Runtime`. As llama-bench's `tg`: token after token from an empty cache."""
+        """See `LocalRuntime`. As llama-bench's `tg`: token after token from an empty cache."""
         self._make_context(1, tokens + 1)
         self._evaluate([(0, 0, 1, True)])
         started = time.perf_counter()

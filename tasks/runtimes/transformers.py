@@ -73,7 +73,7 @@ class TransformersRuntime:
         return encode(self._tokenizer, prompt_text(self._tokenizer, conversation))
 
     def generate(self, conversations: Sequence[list[Message]], max_tokens: int, parallel: int) -> Iterator[Completion]:
-        """See `Runtime.generate`. Batches hold conversations of like length, padded on the left."""
+        """See `LocalRuntime.generate`. Batches hold conversations of like length, padded on the left."""
         encoded = [self.encode(conversation) for conversation in conversations]
         refused = too_long(encoded)
         yield from refused.values()
@@ -131,7 +131,7 @@ class TransformersRuntime:
             return self._model(input_ids=input_ids, logits_to_keep=len(completion)).logits[0].float().cpu().numpy()
 
     def prefill_tokens_per_s(self, tokens: int) -> float:
-        """See `Runtime`: one forward pass from an empty cache."""
+        """See `LocalRuntime`: one forward pass from an empty cache."""
         torch = self._torch
         input_ids = (torch.arange(tokens, device=self.device) % self._model.config.vocab_size)[None]
         with torch.inference_mode():
@@ -142,7 +142,7 @@ class TransformersRuntime:
             return tokens / (time.perf_counter() - started)
 
     def decode_tokens_per_s(self, tokens: int) -> float:
-        """See `Runtime`: forward passes of one token each on a growing cache."""
+        """See `LocalRuntime`: forward passes of one token each on a growing cache."""
         torch = self._torch
         with torch.inference_mode():
             output = self._model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.device), use_cache=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tasks.runtimes.llama_cpp import LlamaCppRuntime
 
 log = logging.getLogger("cartwright.serve")
+LONGEST_TEXT = 512  # tokens of a prompt behind what all begin with
 PLACES = 128  # tokens of the context for each sequence: several times a usual prompt and its answer; longer ones share
 
 
@@ -38,18 +39,13 @@ class Engine:
     """Answers conversations with one model, `parallel` at a time. It is the `Source` of `LlamaCppRuntime.answer`.
 
     The thread is the only one that computes with the model; tokenizing, which only reads, is done by whoever asks.
-
-    Args:
-        max_prompt: tokens of the longest prompt.
     """
 
-    def __init__(
-        self, model: LlamaCppRuntime, prefix: list[int], parallel: int, max_waiting: int, max_tokens: int, max_prompt: int = 512
-    ) -> None:
+    def __init__(self, model: LlamaCppRuntime, prefix: list[int], parallel: int, max_waiting: int, max_tokens: int) -> None:
         self._model, self._prefix, self._parallel, self._max_waiting = model, prefix, parallel, max_waiting
         self.max_tokens = max_tokens
-        self.max_prompt = len(prefix) + max_prompt
-        longest = len(prefix) + max_prompt + max_tokens + 8
+        self.max_prompt = len(prefix) + LONGEST_TEXT
+        longest = len(prefix) + LONGEST_TEXT + max_tokens + 8
         self._places = len(prefix) + max(longest, parallel * (PLACES + max_tokens))
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Asked, Future[Completion]]] = deque()

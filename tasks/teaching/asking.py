@@ -11,9 +11,10 @@ from typing import Any
 
 from tasks.api import ApiError, ContentRefused, Forbidden, RefusedRequest, Stopped, complete
 from tasks.core import progress
+from tasks.core.manifests import checksum
 from tasks.domain.errors import UserError
 from tasks.domain.prompt import Message
-from tasks.teaching.log import Answer, AnswerLog, request_hash
+from tasks.teaching.log import Answer, AnswerLog
 
 FIELD = "data.teacher"
 FAILURES_IN_A_ROW = 3  # requests without an answer, each tried several times, after which the teacher counts as gone
@@ -44,7 +45,7 @@ class Request:
 
     @property
     def hash(self) -> str:
-        return request_hash(self.body)
+        return checksum(self.body)
 
     @property
     def allowed(self) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tasks.core.manifests import MANIFEST
+from tasks.core.rows import rows_of
 from tasks.domain.bank import Pattern, Product
 from tasks.domain.utterances import Generator
 from tasks.teaching.validators import as_pattern, as_product
@@ -22,9 +23,9 @@ def join_banks(generator: Generator, lessons: Path) -> None:
     """
     patterns: dict[str, list[Pattern]] = {language: [] for language in generator.banks}
     products: dict[str, list[Product]] = {language: [] for language in generator.banks}
-    for row in _rows(lessons / "patterns.jsonl"):
+    for row in rows_of(lessons / "patterns.jsonl"):
         patterns[row["language"]].append(as_pattern(row))
-    for row in _rows(lessons / "products.jsonl"):
+    for row in rows_of(lessons / "products.jsonl"):
         products[row["language"]].append(as_product(row))
     for language in generator.banks:
         generator.extend_training(language, patterns[language], products[language])
@@ -67,9 +68,3 @@ def shown_summary(taught: Any) -> dict[str, Any]:
         "Rejected": taught.get("rejected") or "none",
         "Stopped early": taught.get("stopped") or "no",
     }
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)

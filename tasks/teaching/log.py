@@ -17,14 +17,9 @@ from pydantic import Field, TypeAdapter
 from tasks.core.manifests import checksum
 
 
-def request_hash(request: dict[str, Any]) -> str:
-    """The name of a request: its checksum. No key and no address is in it."""
-    return checksum(request)
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher said to one request, and what it cost. `usd` is None where the model's price is unknown.
+    """What a model behind an API said to one request, and what it cost. `usd` is None where the model's price is unknown.
 
     `problem` says why there is no text and will be none: a refusal took no tokens.
     """
@@ -46,7 +41,7 @@ _FIELDS = {field.name for field in fields(Answer)}
 
 
 class AnswerLog:
-    """The log, open for as long as a teacher is asked. Threads may add to it; a second process waits until it is closed.
+    """The log, open for as long as a model is asked. Threads may add to it; a second process waits until it is closed.
 
     Args:
         wanted: the requests of this run, by hash; answers to others stay in the file and are not held in memory.
