@@ -12,7 +12,7 @@ NEIGHBOURS = ("en", "de", "fr", "es")  # what a model slips into, so that a doma
 class Languages:
     """Tells the languages of a domain apart, with py3langid (Lui and Baldwin 2012), which runs offline.
 
-    Measured on 2,400 utterances of six languages: see `docs/decisions.md`. A language it does not know is never turned away.
+    Measured on 2,400 utterances of six languages: see `docs/experiments.md`. A language it does not know is never turned away.
     """
 
     def __init__(self, languages: Iterable[str]) -> None:
