@@ -88,6 +88,7 @@ def describe(variant: Variant, config: DecideConfig, inputs: Mapping[str, Path])
         "constrained": _constrained(variant, inputs),
         "performance": {name: value for name, value in performance.items() if name not in ("device", "threads", "kernel", "dtype")}
         | {"mapped": _mapped(variant, inputs), "llama_bench": bench}
+        | ({} if variant.format == "gguf" else dict.fromkeys(("mapped_reason", "llama_bench_reason"), "of GGUF files only"))
         | {"kernels": _kernels(variant, config, inputs)}
         | _missing(performance)
         | _price(performance, config),

@@ -401,6 +401,8 @@ def test_what_is_broken_is_never_recommended_however_fast_it_is(tmp_path: Path, 
     variant = decision["variants"][2]
     assert variant["fidelity"]["verdict"] == verdict and (f"{verdict}: Because." in variant["notes"]) == (verdict != "ok")
     assert decision["variants"][0]["notes"] == ["its accuracy is that of bfloat16, which is quicker here, its speed that of float16"]
+    assert decision["variants"][0]["performance"]["mapped_reason"] == "of GGUF files only"  # and not what its notes say of something else
+    assert "mapped_reason" not in decision["variants"][1]["performance"]
     assert decision["variants"][1]["fidelity"] is None and decision["variants"][1]["fidelity_reason"] == "not measured"
 
 
